@@ -1,0 +1,33 @@
+# make help says what there is.
+PYTHON ?= $(shell for p in python3.11 python3.12 python3; do $$p -c pass 2>/dev/null && echo $$p && break; done)
+VENV := .venv
+BIN := $(VENV)/bin
+TORCH := 2.13.0
+FAIRSEQ := fairseq-fixed==0.12.3.1
+CACHE := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/normexp
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test lint clean
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: $(VENV)/.installed  ## environment in .venv: PyTorch, fairseq, normexp; does nothing when up to date
+
+$(VENV)/.installed: pyproject.toml Makefile scripts/install.sh
+	@PYTHON="$(PYTHON)" VENV="$(VENV)" TORCH="$(TORCH)" FAIRSEQ="$(FAIRSEQ)" CACHE="$(CACHE)" \
+		bash scripts/install.sh
+	@touch $@
+
+demo: install  ## train LN, BN, PN-V and PN on two toy tasks and print the tables (about 8 minutes, 2 cores)
+	$(BIN)/python scripts/demo.py
+
+test: install  ## all tests (about 15 minutes, 2 cores)
+	$(BIN)/python -m pytest
+
+lint: install  ## ruff
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean:  ## remove the environment and everything that git ignores except data/ and results/
+	rm -rf $(VENV) build *.egg-info .pytest_cache .hypothesis .ruff_cache outputs multirun

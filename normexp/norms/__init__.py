@@ -1,0 +1,20 @@
+"""Normalization layers for sequences, in plain PyTorch; usable in anybody's model.
+
+    from normexp.norms import build_norm, available_norms
+    norm = build_norm("power", num_features=512, warmup_steps=8000)
+    y = norm(x, padding_mask)   # x (T, B, C) or (N, C); padding_mask (B, T) or (N,), True = padding
+
+Every file of this folder that registers a layer is found by itself: a new normalization is one
+file here, and nothing else is edited. Dimension letters: T time, B batch, C channels, N real
+tokens, G groups.
+"""
+
+import importlib
+import pkgutil
+
+from normexp.norms.registry import available_norms, build_norm, norm_options, register_norm
+
+for _module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_module.name}")
+
+__all__ = ["available_norms", "build_norm", "norm_options", "register_norm"]

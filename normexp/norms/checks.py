@@ -1,0 +1,33 @@
+"""Range checks of the layers' options; each raises ValueError naming the option."""
+
+
+def positive(**values: float) -> None:
+    """Every value must be a number greater than zero."""
+    for name, value in values.items():
+        if not _is_number(value) or not value > 0:
+            raise ValueError(f"{name} must be greater than 0, got {value!r}")
+
+
+def decay(**values: float) -> None:
+    """Every value must lie in [0, 1): the share of the past that an average keeps."""
+    for name, value in values.items():
+        if not _is_number(value) or not 0 <= value < 1:
+            raise ValueError(f"{name} must lie in [0, 1), got {value!r}")
+
+
+def share(**values: float) -> None:
+    """Every value must lie in (0, 1]: the share of the present that an average takes."""
+    for name, value in values.items():
+        if not _is_number(value) or not 0 < value <= 1:
+            raise ValueError(f"{name} must lie in (0, 1], got {value!r}")
+
+
+def count(**values: int) -> None:
+    """Every value must be an integer of at least zero."""
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+            raise ValueError(f"{name} must be an integer of at least 0, got {value!r}")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

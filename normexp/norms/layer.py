@@ -1,0 +1,23 @@
+"""Layer normalization, the paper's baseline."""
+
+from torch import Tensor, nn
+
+from normexp.norms import checks
+from normexp.norms.registry import register_norm
+
+
+@register_norm("layer")
+class LayerNorm(nn.LayerNorm):
+    """LN: each token over its C channels, y = w (x - mean_C) / sqrt(var_C + eps) + b.
+
+    Ba, Kiros, Hinton, "Layer Normalization" (2016). It is torch's own module, so a model with
+    `layer` everywhere is bit for bit the stock one; padding_mask is accepted and has no effect.
+    """
+
+    def __init__(self, num_features: int, eps: float = 1e-5):
+        checks.positive(eps=eps)
+        super().__init__(num_features, eps=eps)
+
+    def forward(self, x: Tensor, padding_mask: Tensor | None = None) -> Tensor:
+        """x (..., C) -> y of the same shape and dtype."""
+        return super().forward(x)

@@ -1,0 +1,54 @@
+"""Which tokens are real: masks, and per-channel means over the N real tokens."""
+
+import torch
+from torch import Tensor
+
+
+def flatten_tokens(
+    x: Tensor, padding_mask: Tensor | None, num_features: int
+) -> tuple[Tensor, Tensor | None]:
+    """View a batch as a list of tokens.
+
+    x: (T, B, C) with padding_mask (B, T), or (N, C) with padding_mask (N,); True = padding.
+    Returns tokens (T*B, C), in float32 where x is float16 or bfloat16 because sums over
+    thousands of tokens need the digits, and real (T*B, 1) bool, None where every token is real.
+    Raises ValueError where the shapes or dtypes do not fit.
+    """
+    if x.dim() not in (2, 3) or x.shape[-1] != num_features:
+        raise ValueError(
+            f"expected input (T, B, {num_features}) or (N, {num_features}), got {tuple(x.shape)}"
+        )
+    if not x.is_floating_point():
+        raise ValueError(f"expected a floating-point input, got {x.dtype}")
+    tokens = x.reshape(-1, num_features)
+    if x.dtype in (torch.float16, torch.bfloat16):
+        tokens = tokens.float()
+    if padding_mask is None:
+        return tokens, None
+    if padding_mask.dtype != torch.bool:
+        raise ValueError(f"padding_mask must be bool (True = padding), got {padding_mask.dtype}")
+    expected = (x.shape[1], x.shape[0]) if x.dim() == 3 else (x.shape[0],)
+    if tuple(padding_mask.shape) != expected:
+        raise ValueError(
+            f"padding_mask must have the shape {expected} for an input {tuple(x.shape)}, "
+            f"got {tuple(padding_mask.shape)}"
+        )
+    real = ~(padding_mask.t() if x.dim() == 3 else padding_mask)
+    return tokens, real.reshape(-1, 1)
+
+
+def num_real(tokens: Tensor, real: Tensor | None) -> Tensor:
+    """N, the number of real tokens, as a scalar tensor (no host synchronisation)."""
+    if real is None:
+        return tokens.new_tensor(tokens.shape[0])
+    return real.sum().to(tokens.dtype)
+
+
+def only_real(values: Tensor, real: Tensor | None) -> Tensor:
+    """Set padded positions to zero, whatever stands there, NaN included."""
+    return values if real is None else torch.where(real, values, 0.0)
+
+
+def real_mean(values: Tensor, real: Tensor | None) -> Tensor:
+    """Mean over the real tokens: values (T*B, C) -> (C,). Zero where no token is real."""
+    return only_real(values, real).sum(0) / num_real(values, real).clamp(min=1)

@@ -1,0 +1,20 @@
+"""Fixtures shared by all tests."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+# Results must not depend on how many cores the machine happens to have.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture
+def local_data() -> Path:
+    """Folder with the real PTB and Multi30k files, or a visible skip where there is none."""
+    folder = Path(os.environ.get("NORMEXP_LOCAL_DATA", REPOSITORY.parent / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip(f"no local corpora: {folder} is absent (set NORMEXP_LOCAL_DATA)")
+    return folder
