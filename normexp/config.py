@@ -1,0 +1,257 @@
+"""From the Hydra configuration to fairseq's, with every check that can be made before any work."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from normexp.errors import UserError
+from normexp.sites import resolve_sites
+
+# Settings of fairseq that corrupt results in silence when they are otherwise (key: value, reason).
+SAFEGUARDS: dict[str, tuple[Any, str]] = {
+    "dataset.required_batch_size_multiple": (
+        1,
+        "any other value drops the last sentences of a batch, in validation too",
+    ),
+    "dataset.update_epoch_batch_itr": (
+        True,
+        "a resumed run would otherwise see other batches than an uninterrupted one",
+    ),
+    "dataset.skip_invalid_size_inputs_valid_test": (
+        False,
+        "sentences left out of an evaluation make its score meaningless",
+    ),
+    "dataset.disable_validation": (False, "checkpoints are chosen by the validation loss"),
+    "distributed_training.distributed_world_size": (1, "one process trains one model"),
+    "checkpoint.restore_file": ("checkpoint_last.pt", "an interrupted run resumes from there"),
+    "checkpoint.no_save": (False, "the evaluation reads the checkpoints"),
+    "checkpoint.no_last_checkpoints": (False, "an interrupted run resumes from there"),
+    # any name switches on the progress bar that feeds metrics.jsonl and W&B
+    "common.wandb_project": ("normexp", "the curves are recorded through it"),
+}
+
+MODELS = {"translation": "normexp_transformer", "language_model": "normexp_transformer_lm"}
+FAIRSEQ_TASKS = {"translation": "translation", "language_model": "language_modeling"}
+
+# What may differ between two runs of the same experiment.
+NOT_PART_OF_THE_EXPERIMENT = ("data", "results_dir", "run_dir", "tracking")
+
+
+def resolved(cfg: DictConfig) -> dict[str, Any]:
+    """The configuration as plain containers, references filled in, without Hydra's own node.
+
+    Raises UserError where a reference leads nowhere or a value is missing.
+    """
+    try:
+        plain = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        raise UserError(f"configuration: {_first_line(error)}") from None
+    plain.pop("hydra", None)
+    return plain
+
+
+def experiment(cfg: DictConfig) -> dict[str, Any]:
+    """What decides the result: the resolved configuration less paths and tracking."""
+    plain = resolved(cfg)
+    return {key: value for key, value in plain.items() if key not in NOT_PART_OF_THE_EXPERIMENT}
+
+
+def validate(cfg: DictConfig) -> dict[str, dict[str, Any]]:
+    """Check everything that can be checked without data and return the norm of every site.
+
+    Returns site -> {"name": ..., option: value ...}. Raises UserError naming the cause, the known
+    alternatives and the key to change.
+    """
+    plain = resolved(cfg)
+    _check_names(plain)
+    _check_evaluation(plain["evaluation"])
+    _check_stopping(plain["fairseq"])
+    _check_hardware(plain["fairseq"])
+    sites = _resolve_sites(plain)
+    typed = _typed(_with_safeguards(plain["fairseq"]))
+    _check_criterion(plain["task"]["kind"], typed)
+    return sites
+
+
+def fairseq_config(
+    cfg: DictConfig,
+    data_bin: Path,
+    languages: tuple[str, str] | None,
+    save_dir: Path,
+) -> DictConfig:
+    """fairseq's configuration of a validated run, ready for its trainer.
+
+    languages: source and target of a translation corpus, None for a language model.
+    """
+    from fairseq.dataclass.initialize import add_defaults
+
+    plain = resolved(cfg)
+    node = _with_safeguards(plain["fairseq"])
+    node["common"]["seed"] = plain["seed"]
+    node["task"]["data"] = str(data_bin)
+    if languages is not None:
+        node["task"]["source_lang"], node["task"]["target_lang"] = languages
+    node["model"] = _model(plain)
+    node["checkpoint"]["save_dir"] = str(save_dir)
+    evaluation = plain["evaluation"]
+    if evaluation["checkpoint"] == "average":
+        node["checkpoint"]["keep_last_epochs"] = evaluation["average_last"]
+    else:
+        node["checkpoint"]["no_epoch_checkpoints"] = True
+    typed = _typed(node)
+    add_defaults(typed)
+    # Plain strings instead of enums that exist only inside functions: those cannot be pickled.
+    return OmegaConf.create(OmegaConf.to_container(typed, resolve=True, enum_to_str=True))
+
+
+def _check_names(plain: dict[str, Any]) -> None:
+    for key in ("task.name", "label"):
+        value = OmegaConf.select(OmegaConf.create(plain), key)
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.+=-]*", str(value)):
+            raise UserError(
+                f"{key}={value!r} names files: use letters, digits and . _ - + = (no spaces)"
+            )
+    seed = plain["seed"]
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 1 <= seed < 2**31:
+        raise UserError(f"seed={seed!r} must be an integer from 1 to 2147483647")
+    if plain["task"]["kind"] not in MODELS:
+        raise UserError(f"task.kind={plain['task']['kind']!r}; known: {', '.join(MODELS)}")
+
+
+def _check_evaluation(evaluation: dict[str, Any]) -> None:
+    if evaluation["checkpoint"] not in ("average", "best"):
+        raise UserError(f"evaluation.checkpoint={evaluation['checkpoint']!r}; known: average, best")
+    for key in ("average_last", "beam", "max_tokens"):
+        value = evaluation[key]
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise UserError(f"evaluation.{key}={value!r} must be an integer of at least 1")
+    unknown = set(evaluation["splits"]) - {"valid", "test"}
+    if unknown or not evaluation["splits"]:
+        raise UserError(f"evaluation.splits={evaluation['splits']}; known: valid, test")
+
+
+def _check_stopping(node: dict[str, Any]) -> None:
+    optimization = node["optimization"]
+    if not (
+        optimization.get("max_epoch", 0) > 0
+        or optimization.get("max_update", 0) > 0
+        or optimization.get("stop_time_hours", 0) > 0
+        or node["checkpoint"].get("patience", -1) > 0
+    ):
+        raise UserError(
+            "this run would never end: set fairseq.optimization.max_epoch or max_update, or "
+            "fairseq.checkpoint.patience"
+        )
+
+
+def _check_hardware(node: dict[str, Any]) -> None:
+    import torch
+
+    common = node["common"]
+    on_gpu = torch.cuda.is_available() and not common.get("cpu", False)
+    if common.get("fp16") and not on_gpu:
+        raise UserError(
+            "fairseq.common.fp16=true needs a GPU and there is none (or fairseq.common.cpu=true); "
+            "add fairseq.common.fp16=false"
+        )
+
+
+def _resolve_sites(plain: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    kind = plain["task"]["kind"]
+    model = plain["fairseq"]["model"]
+    if model.get("_name") != MODELS[kind]:
+        raise UserError(
+            f"task={plain['task']['name']} is a {kind.replace('_', ' ')} task and needs a model "
+            f"of the type {MODELS[kind]}, but model._name is {model.get('_name')!r}; choose "
+            "another model= (configs/model/)"
+        )
+    fairseq_task = plain["fairseq"]["task"].get("_name")
+    if fairseq_task != FAIRSEQ_TASKS[kind]:
+        raise UserError(
+            f"fairseq.task._name={fairseq_task!r} does not fit task.kind={kind}; "
+            f"it must be {FAIRSEQ_TASKS[kind]!r}"
+        )
+    try:
+        return resolve_sites(kind, _model(plain))
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def _model(plain: dict[str, Any]) -> dict[str, Any]:
+    norm = plain["norm"]
+    return plain["fairseq"]["model"] | {
+        "norm": norm["name"],
+        "norm_options": json.dumps(norm["options"]),
+        "norm_sites": json.dumps(norm["sites"]),
+    }
+
+
+def _with_safeguards(node: dict[str, Any]) -> dict[str, Any]:
+    guarded = OmegaConf.create(node)
+    for key, (value, reason) in SAFEGUARDS.items():
+        given = OmegaConf.select(guarded, key)
+        if given is not None and given != value:
+            raise UserError(f"fairseq.{key}={given} is not allowed (must be {value}): {reason}")
+        OmegaConf.update(guarded, key, value)
+    return OmegaConf.to_container(guarded)
+
+
+def _typed(node: dict[str, Any]) -> DictConfig:
+    """Check a fairseq configuration against fairseq's own dataclasses; typos raise UserError."""
+    import fairseq.criterions
+    import fairseq.optim
+    import fairseq.optim.lr_scheduler
+    import fairseq.tasks
+    from fairseq.dataclass.configs import FairseqConfig
+    from fairseq.models import MODEL_DATACLASS_REGISTRY
+    from fairseq.registry import REGISTRIES
+
+    import normexp.fairseq_plugin  # noqa: F401 (registers the models)
+
+    dataclasses = {
+        "model": MODEL_DATACLASS_REGISTRY,
+        "task": fairseq.tasks.TASK_DATACLASS_REGISTRY,
+        **{
+            group: REGISTRIES[group]["dataclass_registry"]
+            for group in ("criterion", "optimizer", "lr_scheduler")
+        },
+    }
+    for group, registry in dataclasses.items():
+        name = node[group].get("_name")
+        if name not in registry:
+            known = ", ".join(sorted(registry))
+            raise UserError(f"fairseq.{group}._name={name!r} is unknown; known: {known}")
+        given = {key: value for key, value in node[group].items() if key != "_name"}
+        try:
+            OmegaConf.merge(OmegaConf.structured(registry[name]), given)
+        except OmegaConfBaseException as error:
+            raise UserError(f"fairseq.{group}: {_first_line(error)}") from None
+    try:
+        return OmegaConf.merge(OmegaConf.structured(FairseqConfig), node)
+    except OmegaConfBaseException as error:
+        raise UserError(f"fairseq: {_first_line(error)}") from None
+
+
+def _check_criterion(kind: str, typed: DictConfig) -> None:
+    adaptive_loss = typed.criterion._name == "adaptive_loss"
+    adaptive_softmax = typed.model.get("adaptive_softmax_cutoff") is not None
+    if adaptive_loss != adaptive_softmax:
+        raise UserError(
+            "fairseq.criterion._name=adaptive_loss and fairseq.model.adaptive_softmax_cutoff "
+            "belong together: set both or neither"
+        )
+    if kind == "language_model" and typed.criterion._name == "label_smoothed_cross_entropy":
+        raise UserError(
+            "label smoothing makes perplexities meaningless: use fairseq.criterion._name="
+            "cross_entropy for a language model"
+        )
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().split("\n")
+    key = next((line.split(":", 1)[1].strip() for line in lines if "full_key" in line), "")
+    return lines[0] + (f" (key {key})" if key and key not in lines[0] else "")

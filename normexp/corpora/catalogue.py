@@ -1,0 +1,181 @@
+"""The catalogue of corpora: where each comes from, how it is prepared, what must come out.
+
+`data/catalogue.yaml` is the single description of every corpus; its keys are the fields of the
+models below, so a misspelt or missing key is an error that names it.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from normexp.corpora.hashing import ALGORITHMS
+from normexp.corpora.raw_text import FORMATS
+from normexp.corpora.tokenization import STEPS
+from normexp.errors import UserError
+
+CATALOGUE = Path(__file__).resolve().parents[2] / "data" / "catalogue.yaml"
+SPLITS = ("train", "valid", "test")
+CLEAN = "clean"
+
+SplitName = Literal["train", "valid", "test"]
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Archive(_Model):
+    """One file to fetch. Interchangeable files (same texts, other container) form a list."""
+
+    file: str
+    urls: list[str] = []
+    size: int | None = None  # bytes
+    hash: str = Field(pattern=rf"^({'|'.join(ALGORITHMS)}):[0-9a-f]+$")
+    verified: bool = False  # True: recomputed from the bytes; False: as published by hash_source
+    hash_source: str = ""
+
+
+class Part(_Model):
+    """Consecutive lines of a split: one text per language, the same number of lines in each."""
+
+    members: dict[str, str]  # language -> name inside the archive
+    archive: str | None = None  # None: every member is an archive (a plain or gzipped text)
+    format: Literal[*FORMATS] = "lines"
+
+    def archives(self) -> list[str]:
+        """Name of the archive of each member."""
+        return [self.archive or member for member in self.members.values()]
+
+
+class Split(_Model):
+    """How one of train, valid and test is made."""
+
+    parts: list[Part] = []
+    every: int = 0  # n > 0: every n-th line of the train split (1-based), removed from there
+    steps: list[Literal[*STEPS, CLEAN]] = []  # applied in this order, before BPE
+    after_bpe: list[Literal[CLEAN]] = []
+
+
+class Clean(_Model):
+    """Limits of the `clean` step, see `normexp.corpora.cleaning`."""
+
+    max_ratio: float
+    min_words: int
+    max_words: int
+
+
+class Expected(_Model):
+    """What must come out; compared leaf by leaf with the manifest."""
+
+    enforced: bool = False  # a difference is an error rather than a warning
+    splits: dict[SplitName, dict[str, Any]] = {}
+    dictionary_types: dict[str, int] = {}
+    hashes: dict[str, str] = {}  # path below the corpus folder -> "algorithm:digest"
+
+
+class KnownDeviation(_Model):
+    """A wrong value that has been seen before, and why it comes about."""
+
+    quantity: str  # such as "splits.valid.sentences"
+    value: Any
+    cause: str
+
+
+class Corpus(_Model):
+    """One entry of the catalogue."""
+
+    name: str
+    kind: Literal["translation", "language_model"]
+    languages: list[str]  # source, target; or the one language of a language model
+    splits: dict[SplitName, Split] = Field(min_length=len(SPLITS))
+    description: str
+    licence: str
+    homepage: str = ""
+    generator: str | None = None  # module of normexp.corpora with generate(seed, sizes)
+    seed: int = 0
+    sizes: dict[SplitName, int] = {}  # lines per split, for a generator
+    archives: dict[str, list[Archive]] = {}
+    archives_of: str | None = None  # use the archive folder of another corpus
+    disk_space: int = 0  # bytes needed in all
+    clean: Clean | None = None
+    bpe_merges: int = 0  # 0: no BPE
+    joined_dictionary: bool = False
+    expected: Expected = Expected()
+    known_deviations: list[KnownDeviation] = []
+
+    def fingerprint(self) -> str:
+        """Hash of everything that decides the prepared bytes, and of nothing else."""
+        recipe = self.model_dump(
+            mode="json",
+            exclude={
+                "name": True, "description": True, "licence": True, "homepage": True,
+                "archives_of": True, "disk_space": True, "expected": True,
+                "known_deviations": True,
+                "archives": {"__all__": {"__all__": {"urls", "size", "verified", "hash_source"}}},
+            },
+        )  # fmt: skip
+        return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if len(self.languages) != (2 if self.kind == "translation" else 1):
+            raise ValueError(f"{len(self.languages)} languages do not fit kind {self.kind}")
+        if not all(self.archives.values()):
+            raise ValueError("archives: a list of files is empty")
+        if self.generator and set(self.sizes) != set(SPLITS):
+            raise ValueError("sizes: a generator needs the number of lines of every split")
+        for name, split in self.splits.items():
+            problem = self._split_problem(name, split)
+            if problem:
+                raise ValueError(f"splits.{name}: {problem}")
+        return self
+
+    def _split_problem(self, name: str, split: Split) -> str | None:
+        if split.every and (name == "train" or split.parts or split.steps or self.generator):
+            return "`every` takes lines of train and goes with no parts, steps or generator"
+        if not (split.every or split.parts or self.generator):
+            return "neither parts nor `every` nor a generator"
+        if CLEAN in split.steps + split.after_bpe and (self.clean is None or not self.is_parallel):
+            return f"step {CLEAN} needs the limits `clean` and two languages"
+        for part in split.parts:
+            if list(part.members) != self.languages:
+                return f"members must be given for {', '.join(self.languages)}, in this order"
+            for archive in part.archives():
+                if archive not in self.archives:
+                    return f"archive {archive!r} is not under `archives`"
+        return None
+
+    @property
+    def archive_folder(self) -> str:
+        """The corpus in whose folder the archives lie."""
+        return self.archives_of or self.name
+
+    def used_archives(self) -> set[str]:
+        """Names of the archives that some split reads."""
+        parts = [part for split in self.splits.values() for part in split.parts]
+        return {name for part in parts for name in part.archives()}
+
+    @property
+    def is_parallel(self) -> bool:
+        """Whether lines come in pairs."""
+        return self.kind == "translation"
+
+
+def load_catalogue(path: Path = CATALOGUE) -> dict[str, Corpus]:
+    """All corpora by name. Raises UserError naming the entry and key that are wrong."""
+    try:
+        entries = yaml.safe_load(path.read_text(encoding="utf-8"))["corpora"]
+        corpora = {}
+        for name, entry in entries.items():
+            corpora[name] = Corpus.model_validate({**entry, "name": name})
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        raise UserError(f"{path}, corpus {name}: {key}: {first['msg']}") from error
+    except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"cannot read the catalogue of corpora {path}: {error}") from error
+    return corpora

@@ -1,0 +1,134 @@
+"""Find a corpus's files in a local folder or fetch them from their mirrors, hashes checked."""
+
+import gzip
+import logging
+import os
+import shutil
+import zlib
+from pathlib import Path
+
+import pooch
+import requests
+
+from normexp.corpora.catalogue import Archive, Corpus
+from normexp.corpora.hashing import file_hash
+from normexp.corpora.stages import locked
+from normexp.errors import UserError
+
+log = logging.getLogger(__name__)
+
+# Some mirrors answer 403 to a library's own name. "identity": a server must not unpack a .gz for
+# us, since the hash is that of the packed file.
+HEADERS = {"User-Agent": "normexp/0.1 (research)", "Accept-Encoding": "identity"}
+TIMEOUT = 30  # seconds without a byte
+
+
+def fetch(
+    corpus: Corpus, archives: list[Archive], folder: Path, local: Path | None, progress: bool
+) -> Path:
+    """A verified copy of one of the interchangeable `archives`.
+
+    Looked for in `local` (``local/<corpus>/<file>``, ``local/<file>``, both also gzipped), then in
+    `folder` from an earlier call, then downloaded to `folder`, mirrors in the catalogue's order.
+    Files in `local` are used where they lie.
+
+    Raises UserError if a local file has the wrong hash, or if every mirror failed; the message
+    names the file, what became of each mirror, and where to put the file by hand.
+    """
+    failures = []
+    with locked(folder / ".lock"):  # corpora can share the folder
+        for archive in archives:
+            if local is not None and (found := _local_copy(corpus, archive, folder, local)):
+                return found
+        for archive in archives:
+            path = folder / archive.file
+            if path.exists() and _defect(path, archive) is None:
+                return path
+        for archive in archives:
+            for url in archive.urls:
+                failure = _download(url, folder / archive.file, archive, progress)
+                if failure is None:
+                    return folder / archive.file
+                log.warning("%s: %s", url, failure)
+                failures.append(f"{url} ({failure})")
+    files = " or ".join(
+        f"{archive.file} ({archive.hash}{'' if archive.verified else ', not verified by us'})"
+        for archive in archives
+    )
+    raise UserError(
+        f"corpus {corpus.name}: could not get {archives[0].file}; tried {', '.join(failures)}. "
+        f"By hand: put {files} into {folder.absolute()}, or into a folder FOLDER/{corpus.name} "
+        f"and pass data.local=FOLDER"
+    )
+
+
+def _local_copy(corpus: Corpus, archive: Archive, folder: Path, local: Path) -> Path | None:
+    for parent in (local / corpus.name, local / corpus.archive_folder, local):
+        path = parent / archive.file
+        if path.is_file():
+            defect = _defect(path, archive)
+            if defect:
+                raise UserError(f"{path}: {defect}; replace it, or leave data.local away")
+            return path
+        packed = path.with_name(path.name + ".gz")
+        if packed.is_file():
+            return _unpacked(packed, folder / archive.file, archive)
+    return None
+
+
+def _unpacked(packed: Path, path: Path, archive: Archive) -> Path:
+    partial = _partial(path)
+    try:
+        with gzip.open(packed) as source, partial.open("wb") as target:
+            shutil.copyfileobj(source, target)
+        defect = _defect(partial, archive)
+        if defect:
+            raise UserError(f"{packed}, unpacked: {defect}; replace it or leave data.local away")
+        os.replace(partial, path)
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise UserError(f"{packed} is damaged ({error}); replace it") from error
+    finally:
+        partial.unlink(missing_ok=True)
+    return path
+
+
+def _download(url: str, path: Path, archive: Archive, progress: bool) -> str | None:
+    """Fetch `url` to `path`; returns what went wrong, or None."""
+    partial = _partial(path)
+    log.info("downloading %s", url)
+    downloader = pooch.HTTPDownloader(
+        progressbar=progress, chunk_size=1 << 20, headers=HEADERS, timeout=TIMEOUT
+    )
+    try:
+        downloader(url, str(partial), None)
+        defect = _defect(partial, archive)
+        if defect is None:
+            os.replace(partial, path)
+        return defect
+    except requests.HTTPError as error:
+        return f"HTTP {error.response.status_code}"
+    except requests.Timeout:
+        return f"no answer within {TIMEOUT} s"
+    except requests.ConnectionError:
+        return "no connection, or it broke off"
+    except requests.RequestException as error:
+        return type(error).__name__
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(path.name + ".partial")
+
+
+def _defect(path: Path, archive: Archive) -> str | None:
+    """What is wrong with a copy of `archive`, or None."""
+    size = path.stat().st_size
+    if archive.size is not None and size != archive.size:
+        return f"{size} bytes instead of {archive.size}"
+    algorithm, _, digest = archive.hash.partition(":")
+    found = file_hash(path, algorithm)
+    if found != digest:
+        origin = "" if archive.verified else f" (published by {archive.hash_source})"
+        return f"{algorithm} {found} instead of {digest}{origin}"
+    return None

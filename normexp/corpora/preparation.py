@@ -1,0 +1,231 @@
+"""From a name in the catalogue to binarized data.
+
+``data/<name>/`` holds archives/ (downloads), raw/ (plain text), text/ (tokenized, BPE, references),
+data-bin/ (for fairseq) and, written last, manifest.json. Each folder is complete or absent, so
+a preparation that was killed goes on behind its last finished stage.
+"""
+
+import contextlib
+import errno
+import hashlib
+import importlib
+import inspect
+import logging
+import platform
+import shutil
+import sys
+import unicodedata
+from concurrent.futures.process import BrokenProcessPool
+from importlib.metadata import version
+from pathlib import Path
+
+from normexp.corpora.binarization import build_binary
+from normexp.corpora.catalogue import CATALOGUE, SPLITS, Corpus, load_catalogue
+from normexp.corpora.download import fetch
+from normexp.corpora.expectations import compare
+from normexp.corpora.parallel import available_cores
+from normexp.corpora.prepared import PreparedCorpus
+from normexp.corpora.raw_text import FORMATS, open_member
+from normexp.corpora.rows import write_rows, zip_texts
+from normexp.corpora.stages import build_stage, files_intact, locked, read_json, write_json
+from normexp.corpora.text import build_text
+from normexp.errors import UserError
+
+log = logging.getLogger(__name__)
+
+# Raise it when a change to this package changes prepared bytes: old preparations are then redone.
+VERSION = 1
+TOOLS = ("sacremoses", "subword-nmt", "fairseq-fixed", "regex")
+
+
+def available_corpora(catalogue: Path = CATALOGUE) -> list[str]:
+    """Names that `prepare` takes."""
+    return list(load_catalogue(catalogue))
+
+
+def prepare(
+    name: str,
+    data_dir: Path,
+    local: Path | None = None,
+    progress: bool = True,
+    catalogue: Path = CATALOGUE,
+) -> PreparedCorpus:
+    """Download, verify, tokenize and binarize a corpus into ``data_dir/<name>``.
+
+    Does nothing if that has been done with the same recipe; a changed recipe prepares anew.
+    `local` is a folder searched for the corpus's files before any download. Processes that
+    prepare the same corpus wait for each other.
+
+    Raises UserError: unknown name, no source reachable, wrong hash, too little disk space, or
+    counts that differ from those the catalogue enforces.
+    """
+    # Bars are for people: in a log file every step of theirs would be a line.
+    progress = progress and sys.stderr.isatty()
+    corpora = load_catalogue(catalogue)
+    if name not in corpora:
+        raise UserError(f"no corpus {name!r}; known are {', '.join(corpora)}")
+    corpus, data_dir = corpora[name], Path(data_dir)
+    fingerprint = _fingerprint(corpus)
+    directory = data_dir / name
+    # Without the lock: a finished corpus can lie on a disk that is not writable.
+    prepared = _finished(corpus, directory, fingerprint)
+    if prepared is None:
+        with _explained(directory), locked(data_dir / f"{name}.lock"):
+            prepared = _finished(corpus, directory, fingerprint)
+            if prepared is None:
+                local = None if local is None else Path(local)
+                prepared = _prepare(corpus, directory, fingerprint, local, progress)
+    return prepared
+
+
+@contextlib.contextmanager
+def _explained(directory: Path):
+    """Failures of the machine rather than of the program, in words."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
+        raise UserError(
+            f"cannot write to {directory} ({error.strerror}); make room or choose another data.dir"
+        ) from error
+    except BrokenProcessPool as error:
+        raise UserError(
+            f"a process that prepared {directory} was killed, probably for want of memory; "
+            "the same command goes on behind the last finished stage"
+        ) from error
+
+
+def _fingerprint(corpus: Corpus) -> str:
+    sources = []
+    if corpus.generator:  # a changed generator makes another corpus
+        modules = {inspect.getmodule(value) for value in vars(_generator(corpus)).values()}
+        names = {module.__name__ for module in modules if module is not None}
+        ours = sorted(name for name in names if name.startswith("normexp.corpora."))
+        sources = [inspect.getsource(sys.modules[name]) for name in ours]
+    text = "\n".join([str(VERSION), corpus.fingerprint(), *sources])
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _generator(corpus: Corpus):
+    return importlib.import_module(f"normexp.corpora.{corpus.generator}")
+
+
+def _finished(corpus: Corpus, directory: Path, fingerprint: str) -> PreparedCorpus | None:
+    manifest = read_json(directory / "manifest.json")
+    if (
+        manifest is None
+        or manifest.get("fingerprint") != fingerprint
+        or not files_intact(directory, manifest["files"])
+    ):
+        return None
+    return PreparedCorpus(corpus.name, directory, manifest)
+
+
+def _prepare(
+    corpus: Corpus, directory: Path, fingerprint: str, local: Path | None, progress: bool
+) -> PreparedCorpus:
+    if local is not None and not local.is_dir():
+        raise UserError(f"data.local={local} is not a folder")
+    (directory / "manifest.json").unlink(missing_ok=True)
+    _require_space(corpus, directory)
+    workers = available_cores()
+    raw_dir, text_dir, bin_dir = (directory / part for part in ("raw", "text", "data-bin"))
+    raw = build_stage(
+        raw_dir, fingerprint, lambda folder: _build_raw(corpus, directory, folder, local, progress)
+    )
+    text = build_stage(
+        text_dir, fingerprint, lambda folder: build_text(corpus, raw_dir, folder, workers, progress)
+    )
+    binary = build_stage(
+        bin_dir, fingerprint, lambda folder: build_binary(corpus, text_dir, folder, workers)
+    )
+    stages = {"raw": raw, "text": text, "data-bin": binary}
+    splits = {
+        split: {"raw_sentences": raw["result"].get(split), "words": text["result"][split]}
+        | binary["result"]["splits"][split]
+        for split in SPLITS
+    }
+    manifest = {
+        "fingerprint": fingerprint,
+        "name": corpus.name,
+        "kind": corpus.kind,
+        "languages": corpus.languages,
+        "bpe": "subword_nmt" if corpus.bpe_merges else None,
+        "lowercase": any("lowercase" in split.steps for split in corpus.splits.values()),
+        "tools": {tool: version(tool) for tool in TOOLS}
+        | {"python": platform.python_version(), "unicode": unicodedata.unidata_version},
+        "splits": splits,
+        "dictionary_types": binary["result"]["dictionary_types"],
+        "files": {
+            f"{stage}/{path}": record
+            for stage, built in stages.items()
+            for path, record in built["files"].items()
+        },
+    }
+    _check(corpus, manifest, directory)
+    write_json(directory / "manifest.json", manifest)
+    return PreparedCorpus(corpus.name, directory, manifest)
+
+
+def _require_space(corpus: Corpus, directory: Path) -> None:
+    directory.mkdir(parents=True, exist_ok=True)
+    present = sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
+    free = shutil.disk_usage(directory).free
+    if free + present < corpus.disk_space:
+        raise UserError(
+            f"corpus {corpus.name} needs {corpus.disk_space / 1e9:.1f} GB in {directory}, where "
+            f"{(free + present) / 1e9:.1f} GB are free; make room or choose another data.dir"
+        )
+
+
+def _build_raw(
+    corpus: Corpus, directory: Path, folder: Path, local: Path | None, progress: bool
+) -> dict[str, int]:
+    """Write ``folder/<split>.<language>``, the untouched text; returns the lines per split."""
+    if corpus.generator:
+        texts = _generator(corpus).generate(corpus.seed, corpus.sizes)
+        rows = {
+            split: [row if isinstance(row, tuple) else (row,) for row in texts[split]]
+            for split in corpus.sizes
+        }
+    else:
+        archives = directory.parent / corpus.archive_folder / "archives"
+        paths = {
+            name: fetch(corpus, files, archives, local, progress)
+            for name, files in corpus.archives.items()
+            if name in corpus.used_archives()
+        }
+        rows = {
+            split: _rows(corpus, recipe.parts, paths)
+            for split, recipe in corpus.splits.items()
+            if recipe.parts
+        }
+    return {
+        split: write_rows(
+            rows[split], [folder / f"{split}.{language}" for language in corpus.languages]
+        )
+        for split in rows
+    }
+
+
+def _rows(corpus: Corpus, parts: list, paths: dict[str, Path]):
+    for part in parts:
+        with contextlib.ExitStack() as stack:
+            columns = [
+                FORMATS[part.format](stack.enter_context(open_member(paths[archive], member)))
+                for archive, member in zip(part.archives(), part.members.values(), strict=True)
+            ]
+            yield from zip_texts(columns, list(part.members.values()))
+
+
+def _check(corpus: Corpus, manifest: dict, directory: Path) -> None:
+    comparisons = compare(corpus, manifest, directory)
+    wrong = [str(comparison) for comparison in comparisons if not comparison.agrees]
+    if wrong and corpus.expected.enforced:
+        raise UserError(
+            f"corpus {corpus.name} did not come out as it must: {'; '.join(wrong)}. Compare the "
+            "installed tools with the pinned ones and report the difference"
+        )
+    for difference in wrong:
+        log.warning("corpus %s: %s", corpus.name, difference)

@@ -1,0 +1,83 @@
+"""A prepared corpus, as training and evaluation see it."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from normexp.corpora.text import REFERENCE
+
+
+@dataclass(frozen=True)
+class PreparedCorpus:
+    """A corpus on disk, ready for fairseq.
+
+    `manifest` holds tool versions, counts per split and the hash of every file; it says nothing
+    of the machine, so equal manifests mean equal corpora.
+    """
+
+    name: str
+    directory: Path
+    manifest: dict = field(repr=False)
+
+    @property
+    def kind(self) -> str:
+        """ "translation" or "language_model"."""
+        return self.manifest["kind"]
+
+    @property
+    def data_bin(self) -> Path:
+        """What fairseq's `task.data` takes."""
+        return self.directory / "data-bin"
+
+    @property
+    def source_language(self) -> str | None:
+        """Two-letter code; None for a language model."""
+        return self.manifest["languages"][0] if self.kind == "translation" else None
+
+    @property
+    def target_language(self) -> str | None:
+        """Two-letter code; None for a language model."""
+        return self.manifest["languages"][1] if self.kind == "translation" else None
+
+    @property
+    def bpe(self) -> str | None:
+        """fairseq's name of the BPE that made the tokens, None if tokens are words."""
+        return self.manifest["bpe"]
+
+    @property
+    def lowercase(self) -> bool:
+        """Whether the text was lowercased, so that scores against raw text must ignore case."""
+        return self.manifest["lowercase"]
+
+    def raw_reference(self, split: str) -> Path:
+        """Untokenized target text, one sentence per line, in the order of the binarized data.
+
+        For sacreBLEU. Raises ValueError for a language model or an unknown split.
+        """
+        self._split(split)
+        if self.kind != "translation":
+            raise ValueError(f"{self.name} is a language model's corpus and has no references")
+        return self.directory / "text" / REFERENCE / f"{split}.{self.target_language}"
+
+    def sentences(self, split: str) -> int:
+        """Sentence pairs, or lines of a language model's corpus (blank ones included)."""
+        return self._split(split)["sentences"]
+
+    def words(self, split: str, language: str | None = None) -> int:
+        """Words before BPE, without end-of-sentence; of the target language by default."""
+        return self._split(split)["words"][self._language(language)]
+
+    def tokens(self, split: str, language: str | None = None) -> int:
+        """Tokens as binarized, one end-of-sentence per sentence included; target by default."""
+        return self._split(split)["tokens"][self._language(language)]
+
+    def _split(self, split: str) -> dict:
+        if split not in self.manifest["splits"]:
+            known = ", ".join(self.manifest["splits"])
+            raise ValueError(f"{self.name} has no split {split!r}, only {known}")
+        return self.manifest["splits"][split]
+
+    def _language(self, language: str | None) -> str:
+        languages = self.manifest["languages"]
+        if language is not None and language not in languages:
+            raise ValueError(f"{self.name} has no language {language!r}, only {languages}")
+        return language or languages[-1]

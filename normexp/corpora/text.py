@@ -1,0 +1,150 @@
+"""The text stage: the recipe's steps, the held-out lines, and BPE."""
+
+import contextlib
+import io
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import chain, groupby
+from pathlib import Path
+
+from subword_nmt.apply_bpe import BPE
+from subword_nmt.learn_bpe import learn_bpe
+from tqdm import tqdm
+
+from normexp.corpora.catalogue import CLEAN, SPLITS, Corpus
+from normexp.corpora.cleaning import clean_rows
+from normexp.corpora.parallel import map_rows
+from normexp.corpora.rows import Row, open_text, read_rows, row_writer, write_rows
+from normexp.corpora.tokenization import STEPS
+from normexp.errors import UserError
+
+TOKENIZED, SEGMENTED, REFERENCE, CODES = "tokenized", "bpe", "reference", "bpe.codes"
+
+
+def build_text(corpus: Corpus, raw: Path, folder: Path, workers: int, progress: bool) -> dict:
+    """Make `folder` from the plain text in `raw`; returns the number of words per split.
+
+    ``tokenized/<split>.<language>`` is the text after the steps, ``bpe/<split>.<language>`` after
+    BPE, ``reference/<split>.<target>`` the untouched target text. All files of one split have the
+    same lines in the same order.
+    """
+    for split in SPLITS:
+        if not corpus.splits[split].every:
+            paths = [raw / f"{split}.{language}" for language in corpus.languages]
+            # The raw target goes along as one more column and shares the fate of its row.
+            paths += paths[1:]
+            rows = tqdm(read_rows(paths), f"{corpus.name} {split}", disable=not progress)
+            _write_split(corpus, split, _apply_steps(corpus, split, rows, workers), folder)
+    for split in SPLITS:
+        if not (folder / TOKENIZED / f"{split}.{corpus.languages[0]}").stat().st_size:
+            raise UserError(f"corpus {corpus.name}: the recipe leaves no line in {split}")
+    if corpus.bpe_merges:
+        _learn(corpus, folder, progress)
+        for split in SPLITS:
+            _segment(corpus, split, folder, workers, progress)
+    return {split: _words(corpus, split, folder) for split in SPLITS}
+
+
+def final_text(corpus: Corpus, split: str, language: str, folder: Path) -> Path:
+    """The file of the text stage that is binarized."""
+    return folder / (SEGMENTED if corpus.bpe_merges else TOKENIZED) / f"{split}.{language}"
+
+
+@dataclass(frozen=True)
+class _Steps:
+    """Steps applied to the first columns of a row; the others pass."""
+
+    steps: tuple[str, ...]
+    languages: tuple[str, ...]
+
+    def __call__(self, row: Row) -> Row:
+        texts = []
+        for text, language in zip(row, self.languages, strict=False):
+            for step in self.steps:
+                text = STEPS[step](text, language)
+            texts.append(text)
+        return (*texts, *row[len(texts) :])
+
+
+@dataclass(frozen=True)
+class _Segmenter:
+    """Puts the BPE segmentation of a row's first columns in front of the row."""
+
+    codes: str
+    num_languages: int
+
+    @cached_property
+    def _bpe(self) -> BPE:
+        return BPE(io.StringIO(self.codes))
+
+    def __call__(self, row: Row) -> Row:
+        texts = [self._bpe.process_line(text) for text in row[: self.num_languages]]
+        return (*texts, *row)
+
+
+def _apply_steps(corpus: Corpus, split: str, rows: Iterable[Row], workers: int) -> Iterable[Row]:
+    for cleaning, steps in groupby(corpus.splits[split].steps, key=CLEAN.__eq__):
+        if cleaning:
+            rows = clean_rows(rows, **corpus.clean.model_dump())
+        else:
+            rows = map_rows(_Steps(tuple(steps), tuple(corpus.languages)), rows, workers)
+    return rows
+
+
+def _paths(corpus: Corpus, split: str, folder: Path) -> list[Path]:
+    """Where the columns of a split go: the texts and, for translation, the reference."""
+    texts = [folder / TOKENIZED / f"{split}.{language}" for language in corpus.languages]
+    return texts + [folder / REFERENCE / f"{split}.{target}" for target in corpus.languages[1:]]
+
+
+def _write_split(corpus: Corpus, split: str, rows: Iterable[Row], folder: Path) -> None:
+    """Write a split; lines of train that other splits hold out are written there."""
+    every = {name: recipe.every for name, recipe in corpus.splits.items() if recipe.every}
+    held_out = every if split == "train" else {}
+    with contextlib.ExitStack() as stack:
+        writers = {
+            name: stack.enter_context(row_writer(_paths(corpus, name, folder)))
+            for name in [split, *held_out]
+        }
+        for number, row in enumerate(rows, 1):
+            name = next((name for name, n in held_out.items() if number % n == 0), split)
+            writers[name](row)
+
+
+def _learn(corpus: Corpus, folder: Path, progress: bool) -> None:
+    """Learn one BPE on the train texts of all languages, in their order."""
+    with contextlib.ExitStack() as stack:
+        if not progress:  # learn_bpe always draws a progress bar
+            stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
+        texts = [
+            stack.enter_context(open_text(folder / TOKENIZED / f"train.{language}"))
+            for language in corpus.languages
+        ]
+        codes = stack.enter_context(open_text(folder / CODES, "w"))
+        learn_bpe(chain(*texts), codes, corpus.bpe_merges)
+
+
+def _segment(corpus: Corpus, split: str, folder: Path, workers: int, progress: bool) -> None:
+    segmenter = _Segmenter((folder / CODES).read_text(encoding="utf-8"), len(corpus.languages))
+    paths = _paths(corpus, split, folder)
+    rows = tqdm(read_rows(paths), f"{corpus.name} {split} BPE", disable=not progress)
+    rows = map_rows(segmenter, rows, workers)
+    targets = [folder / SEGMENTED / f"{split}.{language}" for language in corpus.languages]
+    if not corpus.splits[split].after_bpe:
+        write_rows((row[: len(targets)] for row in rows), targets)
+        return
+    # Cleaning drops rows, so the files that were read have to be written anew.
+    kept = [path.with_name(path.name + ".kept") for path in paths]
+    write_rows(clean_rows(rows, **corpus.clean.model_dump()), targets + kept)
+    for path, new in zip(paths, kept, strict=True):
+        os.replace(new, path)
+
+
+def _words(corpus: Corpus, split: str, folder: Path) -> dict[str, int]:
+    counts = {}
+    for language in corpus.languages:
+        with open_text(folder / TOKENIZED / f"{split}.{language}") as file:
+            counts[language] = sum(len(line.split()) for line in file)
+    return counts

@@ -1,0 +1,33 @@
+"""What fairseq loads: Transformers whose normalization is chosen by name and site.
+
+    import normexp.fairseq_plugin                                   # in Python
+    fairseq-train ... --user-dir normexp/fairseq_plugin --arch ...  # any of fairseq's tools
+
+Registers the models `normexp_transformer` and `normexp_transformer_lm`, one architecture
+`normexp_<stem>` for every configs/model/<stem>.yaml, and the types that checkpoints may hold.
+"""
+
+import importlib
+import sys
+from pathlib import Path
+
+_NAME = "normexp.fairseq_plugin"
+
+if __name__ == _NAME:
+    from normexp.fairseq_plugin import checkpoint_types, language_model, transformer  # noqa: F401
+    from normexp.fairseq_plugin.architectures import register_architectures
+
+    register_architectures()
+else:
+    # --user-dir imports this folder as a top-level module, after putting its parent on the path.
+    # Registering happens under the one canonical name only. The path entry becomes the folder
+    # above, so that a clone works uninstalled, and because modules of normexp such as `config`
+    # would otherwise hide other packages' top-level modules of the same name.
+    _entry, _root = str(Path(__file__).parents[1]), str(Path(__file__).parents[2])
+    sys.path[:] = [_root if path == _entry else path for path in sys.path]
+    _plugin = importlib.import_module(_NAME)
+    if not Path(_plugin.__file__).samefile(__file__):
+        raise ImportError(
+            f"--user-dir is {Path(__file__).parent}, but {_NAME} is already imported from "
+            f"{Path(_plugin.__file__).parent}; use that folder"
+        )

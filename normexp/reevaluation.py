@@ -1,0 +1,52 @@
+"""Evaluate a run again from its folder and set the numbers beside those of its record."""
+
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from rich.console import Console
+from rich.table import Table
+
+from normexp import config, pipeline, records
+from normexp.corpora import prepare
+from normexp.errors import UserError
+from normexp.run_folder import RunFolder
+
+CHANGEABLE = ("evaluation.", "data.")
+
+
+def main(path: Path, overrides: list[str]) -> None:
+    """Print the metrics of a run folder. Raises UserError for an unfit folder or override."""
+    folder = RunFolder(path.absolute())
+    cfg = _overridden(folder.read_config(), overrides)
+    config.validate(cfg)
+    local = Path(cfg.data.local) if cfg.data.local else None
+    corpus = prepare(cfg.task.corpus, Path(cfg.data.dir), local)
+    metrics, checkpoint = pipeline.evaluate_run(cfg, folder, corpus)
+    recorded = records.read_record(folder.record).metrics if folder.record.is_file() else {}
+    table = Table(title=f"{path} ({checkpoint})")
+    for column in ("split", "metric", "now", "record"):
+        table.add_column(column, justify="left" if column in ("split", "metric") else "right")
+    for split, values in metrics.items():
+        for name, value in values.items():
+            table.add_row(split, name, _shown(value), _shown(recorded.get(split, {}).get(name)))
+    Console().print(table)
+
+
+def _overridden(cfg: DictConfig, overrides: list[str]) -> DictConfig:
+    OmegaConf.set_struct(cfg, True)
+    for override in overrides:
+        if not override.startswith(CHANGEABLE) or "=" not in override:
+            raise UserError(
+                f"{override!r}: only evaluation.<key>=<value> and data.<key>=<value> may follow "
+                "the run folder; other settings belong to training"
+            )
+        try:
+            cfg.merge_with_dotlist([override])
+        except OmegaConfBaseException as error:
+            raise UserError(f"{override!r}: {str(error).splitlines()[0]}") from None
+    return cfg
+
+
+def _shown(value: float | str | None) -> str:
+    return f"{value:.3f}" if isinstance(value, float) else str(value or "")

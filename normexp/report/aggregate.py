@@ -1,0 +1,160 @@
+"""Rows of runs that may be averaged, their means, and differences paired by seed."""
+
+import hashlib
+import json
+import statistics
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from normexp.records import Record
+
+LABEL_ORDER = ("LN", "BN", "BN-released", "PN-V", "PN", "PN-released", "PN-released-mt")
+BASELINE = "LN"
+PRIMARY_METRIC = {"translation": "bleu_tokenised", "language_model": "perplexity_per_word"}
+HIGHER_IS_BETTER = ("bleu_tokenised", "sacrebleu")
+MIN_SEEDS_TO_JUDGE = 3
+
+# 97.5 % quantiles of Student's t for 1, 2, ... degrees of freedom.
+# fmt: off
+STUDENT_T = (
+    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228,
+    2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086,
+)
+# fmt: on
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Values of one metric by seed."""
+
+    values: Mapping[int, float]
+
+    @property
+    def n(self) -> int:
+        """Number of seeds."""
+        return len(self.values)
+
+    @property
+    def mean(self) -> float:
+        """Arithmetic mean."""
+        return statistics.fmean(self.values.values())
+
+    @property
+    def sd(self) -> float | None:
+        """Standard deviation of the sample (n - 1); None for one seed."""
+        return statistics.stdev(self.values.values()) if self.n > 1 else None
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """95 % confidence interval of the mean by Student's t; None for one seed.
+
+        Beyond 21 seeds the last quantile of the table is kept, which makes it slightly too wide.
+        """
+        if self.sd is None:
+            return None
+        half = STUDENT_T[min(self.n - 1, len(STUDENT_T)) - 1] * self.sd / self.n**0.5
+        return self.mean - half, self.mean + half
+
+
+@dataclass(frozen=True)
+class Row:
+    """The runs of one label that were made alike: same configuration, same corpus."""
+
+    runs: Mapping[Path, Record]
+
+    @property
+    def first(self) -> Record:
+        """Any run of the row, for what all of them share."""
+        return next(iter(self.runs.values()))
+
+    @property
+    def label(self) -> str:
+        """The label that the runs share."""
+        return self.first.label
+
+    @property
+    def setting(self) -> tuple[str, str, str]:
+        """What two rows must share to be compared: budget, sight of the future, corpus."""
+        return _setting(self.first)
+
+    def sample(self, split: str, metric: str) -> Sample | None:
+        """The finite values of the complete runs; None if there are none."""
+        values = {
+            run.seed: value
+            for run in self.runs.values()
+            if run.status == "complete"
+            and isinstance(value := run.metrics.get(split, {}).get(metric), int | float)
+        }
+        return Sample(values) if values else None
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A row minus the baseline's row, on the seeds that both have."""
+
+    row: Row
+    baseline: Row
+    metric: str
+    sample: Sample
+
+    @property
+    def verdict(self) -> str:
+        """What the rule of PROTOCOL.md says of this difference."""
+        if self.sample.n < MIN_SEEDS_TO_JUDGE:
+            return f"not judged: fewer than {MIN_SEEDS_TO_JUDGE} seeds"
+        low, high = self.sample.interval
+        if low <= 0 <= high:
+            return "no difference shown"
+        better = (low > 0) == (self.metric in HIGHER_IS_BETTER)
+        return f"{self.row.label if better else self.baseline.label} is better"
+
+
+def rows_by_task(records: Mapping[Path, Record]) -> dict[str, list[Row]]:
+    """Group records into rows; runs of different configuration or corpus are kept apart."""
+    groups: dict[tuple, dict[Path, Record]] = defaultdict(dict)
+    for path, run in records.items():
+        groups[run.task, label_rank(run.label), run.config_hash, _setting(run)][path] = run
+    rows: dict[str, list[Row]] = defaultdict(list)
+    for (task, *_), runs in sorted(groups.items(), key=lambda group: group[0]):
+        rows[task].append(Row(runs))
+    return dict(rows)
+
+
+def differences(rows: Iterable[Row]) -> list[Difference]:
+    """Every row against every baseline row made in the same setting, in the primary metric."""
+    rows = list(rows)
+    found = []
+    for baseline in (row for row in rows if row.label == BASELINE):
+        for row in rows:
+            if row.label == BASELINE or row.setting != baseline.setting:
+                continue
+            metric = PRIMARY_METRIC[row.first.kind]
+            ours, theirs = row.sample("test", metric), baseline.sample("test", metric)
+            shared = sorted(ours.values.keys() & theirs.values.keys()) if ours and theirs else []
+            if shared:
+                paired = Sample({seed: ours.values[seed] - theirs.values[seed] for seed in shared})
+                found.append(Difference(row, baseline, metric, paired))
+    return found
+
+
+def row_name(row: Row, rows: Iterable[Row]) -> str:
+    """The label, with the hash of its configuration where `rows` have the label more than once."""
+    namesakes = [other for other in rows if other.label == row.label]
+    if len(namesakes) == 1:
+        return row.label
+    tag = row.first.config_hash[:8]
+    if len({other.first.config_hash for other in namesakes}) < len(namesakes):
+        tag += "/" + hashlib.sha256(repr(row.setting).encode()).hexdigest()[:6]
+    return f"{row.label} [{tag}]"
+
+
+def label_rank(label: str) -> tuple[int, str]:
+    """Sort key: the paper's norms in the paper's order, then the others by name."""
+    known = label in LABEL_ORDER
+    return (LABEL_ORDER.index(label) if known else len(LABEL_ORDER), label)
+
+
+def _setting(run: Record) -> tuple[str, str, str]:
+    return run.budget or "", str(run.sees_future_tokens), json.dumps(run.corpus, sort_keys=True)

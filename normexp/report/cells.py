@@ -1,0 +1,122 @@
+"""What a table is, and how numbers are written in one."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from normexp.records import Record
+from normexp.report.aggregate import Row, Sample
+from normexp.report.paper import Published
+
+UNVERIFIED, BUDGET, FUTURE = "†", "‡", "§"
+
+METRIC_NAMES = {
+    "bleu_tokenised": "BLEU (tokenised)",
+    "bleu_compound_split": "BLEU (tokenised, compounds split)",
+    "sacrebleu": "sacreBLEU",
+    "perplexity_per_word": "PPL per word",
+    "perplexity_per_token": "PPL per token",
+    "loss_per_token_nats": "loss (nats per token)",
+}
+
+
+@dataclass(frozen=True)
+class Link:
+    """A link to a record file."""
+
+    text: str
+    target: Path
+
+
+Cell = str | list[Link]
+
+
+@dataclass(frozen=True)
+class Note:
+    """A line below a table, with the record it speaks of if it speaks of one."""
+
+    text: str
+    link: Link | None = None
+
+
+@dataclass(frozen=True)
+class Table:
+    """As many cells in every row as in the header."""
+
+    header: list[str]
+    rows: list[list[Cell]]
+    notes: list[Note] = field(default_factory=list)
+
+
+def metric_name(metric: str) -> str:
+    """How a metric is called in a heading."""
+    return METRIC_NAMES.get(metric, metric)
+
+
+def with_marks(name: str, row: Row) -> str:
+    """The row's name with the marks for a small budget and for sight of the future."""
+    marks = BUDGET * bool(row.first.budget) + FUTURE * bool(row.first.sees_future_tokens)
+    return f"{name} {marks}" if marks else name
+
+
+def mean(sample: Sample, metric: str, signed: bool = False) -> str:
+    """Mean, standard deviation and number of seeds, as in "35.81 ± 0.05 (n = 3)"."""
+    sd = "" if sample.sd is None else f" ± {sample.sd:.{_decimals(metric)}f}"
+    return f"{number(sample.mean, metric, signed)}{sd} (n = {sample.n})"
+
+
+def number(value: float, metric: str, signed: bool = False) -> str:
+    """A value of a metric with the decimals the metric deserves."""
+    return minus(f"{value:{'+' if signed else ''}.{_decimals(metric)}f}")
+
+
+def published(entry: Published) -> str:
+    """A published number as it was published, a difference with its sign."""
+    value = str(entry.value) if entry.minus is None else f"{entry.value:+}"
+    return minus(value) + ("" if entry.verified else f" {UNVERIFIED}")
+
+
+def minus(text: str) -> str:
+    """Replace the hyphen of a number by a minus sign."""
+    return text.replace("-", "−")
+
+
+def status(run: Record) -> str:
+    """How a run ended, on one line, as in "diverged at update 1,200: the loss is NaN"."""
+    reason = " ".join((run.reason or "").split())
+    at = "" if run.diverged_at_update is None else f" at update {run.diverged_at_update:,}"
+    return f"{run.status}{at}" + (f": {reason}" if reason else "")
+
+
+def count(value: int | None) -> str:
+    """A count with separators; empty if unknown."""
+    return "" if value is None else f"{value:,}"
+
+
+def memory(num_bytes: int | None) -> str:
+    """A size in GiB; empty if unknown."""
+    return "" if num_bytes is None else f"{num_bytes / 2**30:.2f} GiB"
+
+
+def duration(seconds: float | None) -> str:
+    """A duration in seconds, or in hours and minutes; empty if unknown."""
+    if seconds is None:
+        return ""
+    if seconds < 59.5:
+        return f"{seconds:.0f} s"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes:02d} min"
+
+
+def hardware(facts: Mapping[str, Any]) -> str:
+    """The GPUs, or else the processor, of `hardware_facts()`."""
+    gpus = facts.get("gpus") or []
+    if gpus:
+        return ", ".join(f"{gpus.count(name)} × {name}" for name in sorted(set(gpus)))
+    cores = facts.get("num_cores")
+    return str(facts.get("processor", "")) + (f", {cores} cores" if cores else "")
+
+
+def _decimals(metric: str) -> int:
+    return 3 if metric.startswith("loss") else 2

@@ -1,0 +1,69 @@
+#!/usr/bin/env python
+"""Download, verify and prepare the corpus of a task.
+
+    python scripts/download.py task=multi30k
+    python scripts/download.py task=ptb data.local=/media/archives data.dir=/scratch/data
+
+data.dir is where prepared corpora lie (default: data), data.local a folder that is searched for
+the archives before the network is asked; data/README.md lists the archives. What is already
+prepared is only reported. Ends with a table of the counts obtained beside those expected.
+"""
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+
+from normexp.errors import UserError
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+
+
+def main() -> None:
+    """Parse the command line, prepare, print the table."""
+    from hydra import compose, initialize_config_dir
+    from hydra.errors import HydraException
+    from rich.console import Console
+
+    from normexp.corpora import prepare
+    from normexp.corpora.catalogue import load_catalogue
+    from normexp.corpora.summary import print_summary
+
+    catalogue = load_catalogue()
+    tasks = sorted(path.stem for path in (CONFIGS / "task").glob("*.yaml"))
+    corpora = [name for name in catalogue if name not in tasks]
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        epilog=f"tasks: {', '.join(tasks)}; corpora without a task: {', '.join(corpora)}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("task", metavar="task=NAME", help="a task, or a corpus without one")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="data.dir, data.local")
+    arguments = parser.parse_args()
+    key, _, name = arguments.task.partition("=")
+    if key != "task" or not name:
+        parser.error(f"the first argument is task=NAME, not {arguments.task!r}")
+
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.getLogger("normexp").setLevel(logging.INFO)
+    task = [] if name in corpora else [arguments.task]
+    try:
+        with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+            cfg = compose("train", [*task, *arguments.overrides])
+    except HydraException as error:
+        raise UserError(" ".join(str(error).split())) from error
+    corpus = prepare(
+        name if name in corpora else cfg.task.corpus,
+        Path(cfg.data.dir),
+        local=Path(cfg.data.local) if cfg.data.local else None,
+    )
+    print_summary(catalogue[corpus.name], corpus, Console())
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted; the same command goes on behind the last finished stage")

@@ -1,0 +1,36 @@
+#!/usr/bin/env python
+"""Evaluate a finished run again, from its run folder.
+
+    python scripts/evaluate.py results/runs/multi30k/power-seed1
+    python scripts/evaluate.py results/runs/multi30k/power-seed1 evaluation.beam=1
+
+Prints the metrics beside those of the record. Overrides of the run's `evaluation` settings and of
+`data.dir` and `data.local` may follow. Nothing but the translations in hypotheses/ is written.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from normexp.errors import UserError
+
+
+def main() -> None:
+    """Parse the command line, evaluate, print."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run_folder", type=Path, help="results/runs/<task>/<label>-seed<k>")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. evaluation.beam=1")
+    arguments = parser.parse_args()
+
+    from normexp import reevaluation
+
+    reevaluation.main(arguments.run_folder, arguments.overrides)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"error: {error}")

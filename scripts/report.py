@@ -1,0 +1,59 @@
+"""Make the tables from the records: `python scripts/report.py`."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from rich.console import Console
+
+from normexp.errors import UserError
+from normexp.records import load_records
+from normexp.report.aggregate import rows_by_task
+from normexp.report.console import print_results
+from normexp.report.files import check_files, report_files, write_files
+from normexp.report.paper import load_paper
+
+RESULTS = Path(__file__).resolve().parents[1] / "results"
+
+
+def main() -> None:
+    """Write README.md and tables/ and print the tables."""
+    parser = argparse.ArgumentParser(description="Make the tables from the records of the runs.")
+    parser.add_argument(
+        "--results", type=Path, default=RESULTS, help="folder that holds records/ (%(default)s)"
+    )
+    parser.add_argument(
+        "--output", type=Path, help="page to write, with tables/ beside it (RESULTS/README.md)"
+    )
+    parser.add_argument(
+        "--paper", type=Path, default=RESULTS / "paper.yaml", help="published numbers (%(default)s)"
+    )
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--console-only", action="store_true", help="print, write no file")
+    what.add_argument("--check", action="store_true", help="fail if the files are out of date")
+    options = parser.parse_args()
+
+    if not options.results.is_dir():
+        raise UserError(f"no folder {options.results}; train something first, or mend --results")
+    rows = rows_by_task(load_records(options.results))
+    paper = load_paper(options.paper)
+    page = options.output or options.results / "README.md"
+    if options.check:
+        check_files(report_files(rows, paper, page, home=options.paper.parent))
+        return
+    console = Console()
+    if not sys.stdout.isatty():
+        console = Console(width=200)  # a file or a pipe has no width that tables must fit
+    print_results(rows, paper, console)
+    if not rows:
+        console.print(f"no records below {options.results}/records yet")
+    if not options.console_only:
+        write_files(report_files(rows, paper, page, home=options.paper.parent))
+        console.print(f"written: {page} and {page.parent}/tables")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"error: {error}")
