@@ -66,11 +66,13 @@ def validate(cfg: DictConfig) -> dict[str, dict[str, Any]]:
     Returns site -> {"name": ..., option: value ...}. Raises UserError naming the cause, the known
     alternatives and the key to change.
     """
+    _check_kind(cfg)
     plain = resolved(cfg)
     _check_names(plain)
     _check_evaluation(plain["evaluation"])
     _check_stopping(plain["fairseq"])
     _check_hardware(plain["fairseq"])
+    _check_tracking(plain["tracking"]["mode"])
     sites = _resolve_sites(plain)
     typed = _typed(_with_safeguards(plain["fairseq"]))
     _check_criterion(plain["task"]["kind"], typed)
@@ -108,6 +110,25 @@ def fairseq_config(
     return OmegaConf.create(OmegaConf.to_container(typed, resolve=True, enum_to_str=True))
 
 
+def _check_kind(cfg: DictConfig) -> None:
+    """Model, fairseq's task and ours must speak of the same kind; before references are followed."""
+    kind = cfg.task.kind
+    if kind not in MODELS:
+        raise UserError(f"task.kind={kind!r}; known: {', '.join(MODELS)}")
+    model, task = cfg.fairseq.model.get("_name"), cfg.fairseq.task.get("_name")
+    if model != MODELS[kind]:
+        raise UserError(
+            f"task={cfg.task.name} is a {kind.replace('_', ' ')} task and needs a model of the "
+            f"type {MODELS[kind]}, but the model is {model!r}; choose another model= "
+            "(configs/model/)"
+        )
+    if task != FAIRSEQ_TASKS[kind]:
+        raise UserError(
+            f"fairseq.task._name={task!r} does not fit task.kind={kind}; "
+            f"it must be {FAIRSEQ_TASKS[kind]!r}"
+        )
+
+
 def _check_names(plain: dict[str, Any]) -> None:
     for key in ("task.name", "label"):
         value = OmegaConf.select(OmegaConf.create(plain), key)
@@ -118,8 +139,6 @@ def _check_names(plain: dict[str, Any]) -> None:
     seed = plain["seed"]
     if isinstance(seed, bool) or not isinstance(seed, int) or not 1 <= seed < 2**31:
         raise UserError(f"seed={seed!r} must be an integer from 1 to 2147483647")
-    if plain["task"]["kind"] not in MODELS:
-        raise UserError(f"task.kind={plain['task']['kind']!r}; known: {', '.join(MODELS)}")
 
 
 def _check_evaluation(evaluation: dict[str, Any]) -> None:
@@ -148,6 +167,13 @@ def _check_stopping(node: dict[str, Any]) -> None:
         )
 
 
+def _check_tracking(mode: str) -> None:
+    from normexp.tracking import MODES
+
+    if mode not in MODES:
+        raise UserError(f"tracking.mode={mode!r}; known: {', '.join(MODES)}")
+
+
 def _check_hardware(node: dict[str, Any]) -> None:
     import torch
 
@@ -161,22 +187,8 @@ def _check_hardware(node: dict[str, Any]) -> None:
 
 
 def _resolve_sites(plain: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    kind = plain["task"]["kind"]
-    model = plain["fairseq"]["model"]
-    if model.get("_name") != MODELS[kind]:
-        raise UserError(
-            f"task={plain['task']['name']} is a {kind.replace('_', ' ')} task and needs a model "
-            f"of the type {MODELS[kind]}, but model._name is {model.get('_name')!r}; choose "
-            "another model= (configs/model/)"
-        )
-    fairseq_task = plain["fairseq"]["task"].get("_name")
-    if fairseq_task != FAIRSEQ_TASKS[kind]:
-        raise UserError(
-            f"fairseq.task._name={fairseq_task!r} does not fit task.kind={kind}; "
-            f"it must be {FAIRSEQ_TASKS[kind]!r}"
-        )
     try:
-        return resolve_sites(kind, _model(plain))
+        return resolve_sites(plain["task"]["kind"], _model(plain))
     except ValueError as error:
         raise UserError(str(error)) from None
 

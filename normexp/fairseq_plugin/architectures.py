@@ -85,7 +85,8 @@ class _Nested(dict):
     """
 
     def __str__(self) -> str:
-        return "{" + ",".join(f"{key}:{json.dumps(value)}" for key, value in self.items()) + "}"
+        values = {key: json.dumps(value, ensure_ascii=False) for key, value in self.items()}
+        return "{" + ",".join(f"{key}:{value}" for key, value in values.items()) + "}"
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Old-style optimizers and tasks keep all flags in the checkpoint, which has to load

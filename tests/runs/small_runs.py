@@ -1,0 +1,57 @@
+"""Whole runs on the toy corpora with models small enough to train in a second or two."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import DictConfig
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+SMALL = {
+    "toy_translation": [
+        "fairseq.model.encoder.embed_dim=16",
+        "fairseq.model.encoder.ffn_embed_dim=16",
+        "fairseq.model.encoder.layers=1",
+        "fairseq.model.decoder.embed_dim=16",
+        "fairseq.model.decoder.ffn_embed_dim=16",
+        "fairseq.model.decoder.layers=1",
+        "fairseq.dataset.max_tokens=16000",
+        "evaluation.beam=1",
+        "evaluation.max_tokens=16000",
+    ],
+    "toy_language_model": [
+        "fairseq.model.decoder_embed_dim=16",
+        "fairseq.model.decoder_ffn_embed_dim=16",
+        "fairseq.model.decoder_layers=1",
+        "fairseq.dataset.max_tokens=16000",
+        "evaluation.max_tokens=16000",
+    ],
+}
+
+
+def composed(*overrides: str) -> DictConfig:
+    """The primary config with overrides, as scripts/train.py composes it."""
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(REPOSITORY / "configs"), version_base="1.3"):
+        return compose("train", list(overrides))
+
+
+def train_script(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    """Run scripts/train.py as a user does."""
+    return run_script("train.py", *arguments, **environment)
+
+
+def run_script(name: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    """Run a script of the project in a process of its own."""
+    return subprocess.run(
+        [sys.executable, REPOSITORY / "scripts" / name, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        cwd=REPOSITORY,
+    )

@@ -1,0 +1,165 @@
+"""Scores against stock fairseq's tools, and against brute force."""
+
+import math
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from small_runs import REPOSITORY, composed
+
+from normexp import checkpoints, evaluation, pipeline
+from normexp.corpora import prepare
+from normexp.errors import UserError
+
+
+def fairseq(tool: str, *arguments: str) -> str:
+    shown = subprocess.run(
+        [
+            Path(sys.executable).parent / tool,
+            *arguments,
+            "--cpu",
+            "--user-dir",
+            REPOSITORY / "normexp/fairseq_plugin",
+        ],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert shown.returncode == 0, shown.stderr
+    return shown.stdout + shown.stderr
+
+
+@pytest.fixture
+def trained(overrides, tmp_path, data_dir):
+    """A short run of a task: its record, the evaluated checkpoint and the corpus."""
+
+    def build(task: str, *more: str):
+        record = pipeline.run(composed(*overrides(task, *more)))
+        folder = next((tmp_path / "results/runs" / task).iterdir()) / "checkpoints"
+        return record, folder, prepare(task, data_dir)
+
+    return build
+
+
+def test_bleu_is_stock_fairseqs(trained) -> None:
+    """Learned enough to score; odd number of sentences per batch; every sentence counted."""
+    record, folder, corpus = trained(
+        "toy_translation",
+        "norm=power",
+        "evaluation.beam=3",
+        "evaluation.average_last=1",
+        "fairseq.model.encoder.embed_dim=64",
+        "fairseq.model.decoder.embed_dim=64",
+        "fairseq.dataset.max_tokens=2000",
+        "fairseq.optimization.max_epoch=3",
+        "fairseq.optimization.lr=[0.01]",
+        "task.norm_warmup_steps=50",
+        "evaluation.length_penalty=0.6",
+    )
+    shown = fairseq(
+        "fairseq-generate",
+        str(corpus.data_bin),
+        "--path",
+        str(folder / "checkpoint3.pt"),
+        "--beam",
+        "3",
+        "--lenpen",
+        "0.6",
+        "--remove-bpe",
+        "--max-tokens",
+        "3000",
+        "--required-batch-size-multiple",
+        "1",
+    )
+    assert len(re.findall(r"^H-", shown, re.MULTILINE)) == 500
+    stock = float(re.search(r"BLEU4 = ([\d.]+)", shown)[1])
+    assert stock > 1
+    assert round(record.metrics["test"]["bleu_tokenised"], 2) == stock
+
+
+def test_perplexity_is_stock_fairseqs(trained) -> None:
+    record, folder, corpus = trained("toy_language_model", "norm=power")
+    shown = fairseq(
+        "fairseq-eval-lm",
+        str(corpus.data_bin),
+        "--path",
+        str(folder / "checkpoint_best.pt"),
+        "--tokens-per-sample",
+        "64",
+        "--batch-size",
+        "7",
+        "--gen-subset",
+        "test",
+    )
+    tokens = int(re.search(r"Evaluated ([\d,]+) tokens", shown)[1].replace(",", ""))
+    assert tokens == corpus.tokens("test")
+    stock = float(re.search(r"Perplexity: ([\d.]+)", shown)[1])
+    found = record.metrics["test"]
+    assert found["perplexity_per_token"] == pytest.approx(stock, abs=0.006)
+    words = corpus.words("test") + corpus.sentences("test")
+    assert found["perplexity_per_word"] == pytest.approx(
+        math.exp(found["loss_per_token_nats"] * tokens / words)
+    )
+    assert words < tokens
+
+
+@pytest.mark.parametrize("task", ["toy_translation", "toy_language_model"])
+def test_evaluation_refuses_to_leave_anything_out(task, trained, monkeypatch) -> None:
+    """One batch lost on the way is an error, not a score."""
+    _, folder, corpus = trained(task, "evaluation.splits=[valid]")
+    loaded = evaluation.load_model(folder / checkpoints.LAST, corpus.data_bin)
+    whole = evaluation._batches
+    monkeypatch.setattr(evaluation, "_batches", lambda *arguments: list(whole(*arguments))[:-1])
+    with pytest.raises(UserError, match=r"scored \d+ tokens of test, which has \d+"):
+        evaluation.score(loaded, "test", 1000, progress=False)
+    if task == "toy_translation":
+        with pytest.raises(UserError, match=r"translated \d+ sentences of test, which has 500"):
+            evaluation.translate(loaded, "test", 1, 1.0, 1000, progress=False)
+
+
+@pytest.mark.parametrize("max_tokens", [300, 4000])
+def test_score_does_not_depend_on_the_batches(max_tokens, trained) -> None:
+    _, folder, corpus = trained("toy_translation", "norm=batch", "evaluation.splits=[valid]")
+    loaded = evaluation.load_model(folder / checkpoints.LAST, corpus.data_bin)
+    nll, tokens = evaluation.score(loaded, "test", max_tokens, progress=False)
+    # by hand: one sentence at a time, without padding
+    dataset, total = loaded.task.dataset("test"), 0.0
+    with torch.inference_mode():
+        for i in range(len(dataset)):
+            sample = dataset.collater([dataset[i]])
+            logits, _ = loaded.model(**sample["net_input"])
+            picked = logits.log_softmax(-1).gather(-1, sample["target"].unsqueeze(-1))
+            total -= float(picked.sum())
+    assert tokens == corpus.tokens("test")
+    assert nll == pytest.approx(total, rel=1e-5)
+
+
+def test_bleu_rules() -> None:
+    """multi-bleu's score, except that an empty hypothesis counts as one word."""
+    from sacrebleu.metrics import BLEU
+
+    references = ["the cat sat on the mat .", "a man is here today now", "he left the house early"]
+    hypotheses = ["the cat sat on a mat .", "a man is here now today", "he left the house early"]
+    plain = BLEU(tokenize="none", smooth_method="none", force=True)
+    expected = plain.corpus_score(hypotheses, [references]).score
+    assert evaluation.tokenised_bleu(hypotheses, references) == pytest.approx(expected, rel=1e-5)
+
+    hypotheses[2] = ""
+    # by the formula: lengths 7 + 6 + 1 against 7 + 6 + 5
+    one_word = plain.corpus_score([*hypotheses[:2], "<empty>"], [references])
+    with_empty = evaluation.tokenised_bleu(hypotheses, references)
+    assert one_word.sys_len == 14
+    assert with_empty == pytest.approx(one_word.score, rel=1e-5)
+    assert with_empty != pytest.approx(plain.corpus_score(hypotheses, [references]).score)
+
+
+def test_sacrebleu_is_of_detokenised_text() -> None:
+    tokenised = "it &apos;s a well @-@ known man , isn &apos;t it ?"
+    (text,) = evaluation.detokenise([tokenised], "en")
+    assert text == "it's a well-known man, isn't it?"
+    value, signature = evaluation.sacre_bleu([text], ["It's a well-known man, isn't it?"], True)
+    assert value == pytest.approx(100.0)
+    assert "case:lc" in signature and "tok:13a" in signature
