@@ -20,7 +20,9 @@ $(VENV)/.installed: pyproject.toml Makefile scripts/install.sh
 	@touch $@
 
 demo: install  ## train LN, BN, PN-V and PN on two toy tasks and print the tables (about 8 minutes, 2 cores)
-	$(BIN)/python scripts/demo.py
+	$(BIN)/python scripts/train.py -m task=toy_translation,toy_language_model \
+		norm=layer,batch,power_v,power results_dir=results/demo
+	$(BIN)/python scripts/report.py --results results/demo --console-only
 
 test: install  ## all tests (about 15 minutes, 2 cores)
 	$(BIN)/python -m pytest

@@ -46,9 +46,10 @@ class Part(_Model):
     archive: str | None = None  # None: every member is an archive (a plain or gzipped text)
     format: Literal[*FORMATS] = "lines"
 
-    def archives(self) -> list[str]:
-        """Name of the archive of each member."""
-        return [self.archive or member for member in self.members.values()]
+    def sources(self, languages: list[str]) -> list[tuple[str, str]]:
+        """(archive, member) of each language."""
+        members = [self.members[language] for language in languages]
+        return [(self.archive or member, member) for member in members]
 
 
 class Split(_Model):
@@ -142,9 +143,9 @@ class Corpus(_Model):
         if CLEAN in split.steps + split.after_bpe and (self.clean is None or not self.is_parallel):
             return f"step {CLEAN} needs the limits `clean` and two languages"
         for part in split.parts:
-            if list(part.members) != self.languages:
-                return f"members must be given for {', '.join(self.languages)}, in this order"
-            for archive in part.archives():
+            if set(part.members) != set(self.languages):
+                return f"members must be given for {', '.join(self.languages)}"
+            for archive, _ in part.sources(self.languages):
                 if archive not in self.archives:
                     return f"archive {archive!r} is not under `archives`"
         return None
@@ -157,7 +158,7 @@ class Corpus(_Model):
     def used_archives(self) -> set[str]:
         """Names of the archives that some split reads."""
         parts = [part for split in self.splits.values() for part in split.parts]
-        return {name for part in parts for name in part.archives()}
+        return {archive for part in parts for archive, _ in part.sources(self.languages)}
 
     @property
     def is_parallel(self) -> bool:
@@ -174,8 +175,9 @@ def load_catalogue(path: Path = CATALOGUE) -> dict[str, Corpus]:
             corpora[name] = Corpus.model_validate({**entry, "name": name})
     except ValidationError as error:
         first = error.errors()[0]
-        key = ".".join(map(str, first["loc"]))
-        raise UserError(f"{path}, corpus {name}: {key}: {first['msg']}") from error
+        where = ".".join(map(str, [name, *first["loc"]]))
+        message = first["msg"].removeprefix("Value error, ")
+        raise UserError(f"{path}, {where}: {message}") from error
     except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"cannot read the catalogue of corpora {path}: {error}") from error
     return corpora

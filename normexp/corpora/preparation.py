@@ -214,7 +214,7 @@ def _rows(corpus: Corpus, parts: list, paths: dict[str, Path]):
         with contextlib.ExitStack() as stack:
             columns = [
                 FORMATS[part.format](stack.enter_context(open_member(paths[archive], member)))
-                for archive, member in zip(part.archives(), part.members.values(), strict=True)
+                for archive, member in part.sources(corpus.languages)
             ]
             yield from zip_texts(columns, list(part.members.values()))
 

@@ -1,0 +1,160 @@
+"""Where a corpus's files come from, and what is said when they do not come."""
+
+import hashlib
+from pathlib import Path
+
+import pytest
+from stand_ins import archive_entry, gzipped
+
+from normexp.corpora.catalogue import Archive, Corpus, load_catalogue
+from normexp.corpora.download import fetch
+from normexp.errors import UserError
+
+CONTENT = bytes(range(256)) * 64
+NOWHERE = "http://127.0.0.1:9"  # the port of the discard service: nobody listens
+
+
+@pytest.fixture
+def corpus() -> Corpus:
+    """Only its name matters here."""
+    return load_catalogue()["ptb"]
+
+
+def archives(*entries: dict) -> list[Archive]:
+    return [Archive.model_validate(entry) for entry in entries]
+
+
+def entry(*urls: str) -> dict:
+    return archive_entry("text.bin", CONTENT, list(urls))
+
+
+def files_in(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()} - {".lock"}
+
+
+def test_download(corpus, mirror, tmp_path) -> None:
+    mirror.files["/text.bin"] = CONTENT
+    wanted = archives(entry(f"{mirror.url}/text.bin"))
+    path = fetch(corpus, wanted, tmp_path, None, progress=False)
+    assert path.read_bytes() == CONTENT
+    assert files_in(tmp_path) == {"text.bin"}
+    assert fetch(corpus, wanted, tmp_path, None, progress=False) == path
+    assert mirror.requests == ["/text.bin"]  # the second time the file was there
+
+
+def test_gzipped_file_stays_packed(corpus, mirror, tmp_path) -> None:
+    packed = gzipped(CONTENT)
+    mirror.files["/text.gz"] = packed
+    wanted = archives(archive_entry("text.gz", packed, [f"{mirror.url}/text.gz"]))
+    assert fetch(corpus, wanted, tmp_path, None, progress=False).read_bytes() == packed
+
+
+def test_next_mirror_after_a_bad_one(corpus, mirror, tmp_path) -> None:
+    mirror.files |= {"/cut": CONTENT, "/wrong": bytes(len(CONTENT)), "/good": CONTENT}
+    mirror.cut["/cut"] = 1000
+    urls = [
+        f"{NOWHERE}/text",
+        *(f"{mirror.url}/{name}" for name in ("cut", "gone", "wrong", "good")),
+    ]
+    path = fetch(corpus, archives(entry(*urls)), tmp_path, None, progress=False)
+    assert path.read_bytes() == CONTENT
+    assert mirror.requests == ["/cut", "/gone", "/wrong", "/good"]
+
+
+def test_interchangeable_file(corpus, mirror, tmp_path) -> None:
+    mirror.files["/other.bin"] = b"the same in another container"
+    other = archive_entry("other.bin", mirror.files["/other.bin"], [f"{mirror.url}/other.bin"])
+    path = fetch(corpus, archives(entry(f"{mirror.url}/gone"), other), tmp_path, None, False)
+    assert path == tmp_path / "other.bin"
+
+
+def test_error_names_file_mirrors_and_remedy(corpus, mirror, tmp_path) -> None:
+    mirror.files |= {"/cut": CONTENT, "/wrong": b"x" * len(CONTENT), "/short": b"short"}
+    mirror.cut["/cut"] = 1000
+    urls = [f"{NOWHERE}/text", *(f"{mirror.url}/{n}" for n in ("cut", "gone", "wrong", "short"))]
+    with pytest.raises(UserError) as error:
+        fetch(corpus, archives(entry(*urls)), tmp_path, None, progress=False)
+    message = str(error.value)
+    assert "could not get text.bin" in message
+    for url, reason in zip(
+        urls,
+        ["no connection", "no connection, or it broke off", "HTTP 404", "instead of",
+         f"5 bytes instead of {len(CONTENT)}"],
+        strict=True,
+    ):  # fmt: skip
+        assert f"{url} (" in message and reason in message
+    assert hashlib.sha256(CONTENT).hexdigest() in message
+    assert f"into {tmp_path}" in message and "data.local=FOLDER" in message
+    assert "\n" not in message
+    assert files_in(tmp_path) == set()  # nothing half-written that could be taken for the file
+
+
+def test_damaged_file_from_before_is_fetched_again(corpus, mirror, tmp_path) -> None:
+    (tmp_path / "text.bin").write_bytes(CONTENT[:100])
+    (tmp_path / "text.bin.partial").write_bytes(CONTENT[:50])
+    mirror.files["/text.bin"] = CONTENT
+    path = fetch(corpus, archives(entry(f"{mirror.url}/text.bin")), tmp_path, None, False)
+    assert path.read_bytes() == CONTENT
+    assert files_in(tmp_path) == {"text.bin"}
+
+
+@pytest.mark.parametrize("place", ["ptb/text.bin", "text.bin"])
+def test_local_folder_comes_first(corpus, mirror, tmp_path, place: str) -> None:
+    local = tmp_path / "local"
+    (local / place).parent.mkdir(parents=True)
+    (local / place).write_bytes(CONTENT)
+    wanted = archives(entry(f"{mirror.url}/text.bin"))
+    assert fetch(corpus, wanted, tmp_path / "archives", local, False) == local / place
+    assert mirror.requests == []
+
+
+@pytest.mark.parametrize("place", ["ptb/text.bin.gz", "text.bin.gz"])
+def test_local_file_may_be_gzipped(corpus, tmp_path, place: str) -> None:
+    local = tmp_path / "local"
+    (local / place).parent.mkdir(parents=True)
+    (local / place).write_bytes(gzipped(CONTENT))
+    path = fetch(corpus, archives(entry()), tmp_path / "archives", local, False)
+    assert path == tmp_path / "archives" / "text.bin"
+    assert path.read_bytes() == CONTENT
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "reason"),
+    [
+        ("text.bin", b"x" * len(CONTENT), "sha256 .* instead of"),
+        ("text.bin", b"", "0 bytes instead of"),
+        ("text.bin.gz", gzipped(b"something else"), "14 bytes instead of"),
+        ("text.bin.gz", gzipped(CONTENT)[:-20], "damaged"),
+    ],
+)
+def test_wrong_local_file_is_an_error(corpus, tmp_path, file, content, reason) -> None:
+    local = tmp_path / "local"
+    local.mkdir()
+    (local / file).write_bytes(content)
+    with pytest.raises(UserError, match=f"{file}.*{reason}"):
+        fetch(corpus, archives(entry(f"{NOWHERE}/x")), tmp_path / "archives", local, False)
+    assert files_in(tmp_path / "archives") == set()
+
+
+@pytest.mark.parametrize(
+    "digest",
+    [
+        # git hash-object, sha1sum and md5sum of the same file
+        "git_blob:9daeafb9864cf43055ae93beb0afd6c7d144bfa4",
+        "sha1:4e1243bd22c66e76c2ba9eddc1f91394e57f9f83",
+        "md5:d8e8fca2dc0f896fd7cb4cb0031ba249",
+    ],
+)
+def test_other_hashes(corpus, tmp_path, digest: str) -> None:
+    (tmp_path / "text").write_bytes(b"test\n")
+    wanted = archives({"file": "text", "hash": digest})
+    assert fetch(corpus, wanted, tmp_path, None, False) == tmp_path / "text"
+    (tmp_path / "text").write_bytes(b"tesT\n")
+    with pytest.raises(UserError, match="could not get text"):
+        fetch(corpus, wanted, tmp_path, None, False)
+
+
+def test_published_hash_is_not_called_ours(corpus, tmp_path) -> None:
+    wanted = archives(entry() | {"verified": False, "hash_source": "a paper"})
+    with pytest.raises(UserError, match="not verified by us"):
+        fetch(corpus, wanted, tmp_path, None, False)

@@ -1,0 +1,236 @@
+"""What a W&B run contains, read back from disk, and that no failure of W&B reaches training."""
+
+import logging
+import os
+import pty
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from normexp import tracking
+from normexp.errors import UserError
+from normexp.tracking import Tracker
+
+pytestmark = pytest.mark.usefixtures("isolated_wandb")
+
+
+def start(run_dir: Path, mode: str = "offline", **changes) -> Tracker:
+    about = {
+        "project": "normexp",
+        "run_id": "toy-PN-1",
+        "name": "toy PN seed 1",
+        "group": "toy_translation",
+        "tags": ["PN", "seed1"],
+        "config": {"norm": {"name": "power", "alpha_fwd": 0.9}, "seed": 1},
+    }
+    return Tracker.start(mode=mode, run_dir=run_dir, **(about | changes))
+
+
+def logs(run_dir: Path) -> list[Path]:
+    return sorted(run_dir.glob("wandb/offline-run-*/*.wandb"))
+
+
+def history(records: dict) -> list[dict]:
+    return [
+        {name: value for name, value in entry["item"].items() if name not in PRIVATE}
+        for entry in records["history"]
+    ]
+
+
+PRIVATE = ("_runtime", "_timestamp")
+
+
+def notices(caplog) -> list[str]:
+    """What the user is warned of; W&B's own records never reach the console."""
+    ours = [record for record in caplog.records if record.name == "normexp.tracking"]
+    return [record.getMessage() for record in ours if record.levelno >= logging.WARNING]
+
+
+def test_offline_run_holds_what_was_logged(tmp_path, inspect):
+    with start(tmp_path) as tracker:
+        tracker("train_inner", 10, {"loss": 5.5, "ppl": 45.25})
+        tracker("train", 20, {"loss": 4.5})
+        tracker("valid", 20, {"loss": 4.75})
+        tracker.log({"norm/encoder.layer_norm/psi2_mean": 1.5}, step=30)
+        tracker.summarize({"test/bleu_tokenised": 35.87, "test/sacrebleu_signature": "nrefs:1"})
+    [log] = logs(tmp_path)
+    records, summary = inspect(log)
+    assert history(records) == [
+        {"_step": 10, "train_inner/loss": 5.5, "train_inner/ppl": 45.25},
+        {"_step": 20, "train/loss": 4.5, "valid/loss": 4.75},
+        {"_step": 30, "norm/encoder.layer_norm/psi2_mean": 1.5},
+    ]
+    [run] = records["run"]
+    assert (run["run_id"], run["project"]) == ("toy-PN-1", "normexp")
+    assert (run["run_group"], run["tags"]) == ("toy_translation", ["PN", "seed1"])
+    assert summary["name"] == "toy PN seed 1"
+    assert summary["config"] == {"norm": {"name": "power", "alpha_fwd": 0.9}, "seed": 1}
+    assert summary["summary"]["test/bleu_tokenised"] == 35.87
+    assert summary["summary"]["test/sacrebleu_signature"] == "nrefs:1"
+    assert (summary["state"], summary["exit_code"]) == ("finished", 0)
+
+
+def test_a_run_left_by_an_exception_is_marked_as_failed(tmp_path, inspect):
+    with pytest.raises(FloatingPointError), start(tmp_path) as tracker:
+        tracker.log({"loss": float("nan")}, step=1)
+        raise FloatingPointError
+    [log] = logs(tmp_path)
+    _, summary = inspect(log)
+    assert (summary["state"], summary["exit_code"]) == ("failed", 1)
+
+
+def test_a_resumed_run_logs_each_step_once(tmp_path, inspect):
+    with start(tmp_path) as tracker:
+        for step in (2, 4, 6, 8):
+            tracker.log({"loss": float(step)}, step=step)
+    with start(tmp_path) as tracker:  # from the checkpoint of update 4
+        for step in (6, 8, 10, 12):
+            tracker.log({"loss": float(step)}, step=step)
+    first, second = (inspect(log)[0] for log in logs(tmp_path))
+    assert [entry["_step"] for entry in history(first)] == [2, 4, 6, 8]
+    assert [entry["_step"] for entry in history(second)] == [10, 12]
+    assert second["run"][0]["run_id"] == first["run"][0]["run_id"]
+    assert second["run"][0]["resume"]
+
+
+def test_another_run_in_the_same_folder_starts_from_its_own_beginning(tmp_path, inspect):
+    for run_id in ("a", "b"):
+        with start(tmp_path, run_id=run_id) as tracker:
+            tracker.log({"loss": 1.0}, step=5)
+    assert [len(history(inspect(log)[0])) for log in logs(tmp_path)] == [1, 1]
+
+
+def test_disabled_leaves_no_trace(tmp_path):
+    with start(tmp_path, mode="disabled") as tracker:
+        tracker.log({"loss": 1.0}, step=1)
+        tracker.summarize({"bleu": 1.0})
+    assert not (tmp_path / "wandb").exists()
+
+
+def test_an_unknown_mode_is_refused_by_name(tmp_path):
+    with pytest.raises(UserError, match=r"'onlin'.*offline, online, disabled"):
+        start(tmp_path, mode="onlin")
+
+
+def test_online_without_a_key_is_logged_offline_with_one_notice(tmp_path, caplog, inspect):
+    with start(tmp_path, mode="online") as tracker:
+        tracker.log({"loss": 1.0}, step=1)
+    [notice] = notices(caplog)
+    assert "no API key" in notice
+    [log] = logs(tmp_path)
+    assert history(inspect(log)[0]) == [{"_step": 1, "loss": 1.0}]
+
+
+def test_online_without_a_network_is_logged_offline(tmp_path, monkeypatch, caplog, inspect):
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    monkeypatch.setattr(tracking, "INIT_TIMEOUT_SECONDS", 2.0)
+    with start(tmp_path, mode="online") as tracker:
+        tracker.log({"loss": 1.0}, step=1)
+    [notice] = notices(caplog)
+    assert "logged offline" in notice and "connection refused" in notice
+    [log] = logs(tmp_path)
+    records, summary = inspect(log)
+    assert history(records) == [{"_step": 1, "loss": 1.0}]
+    assert summary["state"] == "finished"
+
+
+def test_a_terminal_is_never_asked_for_a_key(tmp_path):
+    script = (
+        "from pathlib import Path; from normexp.tracking import Tracker\n"
+        f"Tracker.start('online', 'p', Path({str(tmp_path)!r}), 'id', 'n', 'g', [], {{}}).finish()"
+    )
+    master, slave = pty.openpty()
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", script], stdin=slave, stdout=slave, stderr=slave, timeout=60
+        )
+        shown = os.read(master, 100_000).decode()
+    finally:
+        os.close(slave)
+        os.close(master)
+    assert done.returncode == 0
+    assert "no API key" in shown and "choice" not in shown
+    assert len(logs(tmp_path)) == 1
+
+
+@pytest.mark.parametrize(
+    ("obstacle", "cause"), [("run", "Not a directory"), ("run/wandb", "File exists")]
+)
+def test_an_unwritable_folder_turns_tracking_off(tmp_path, monkeypatch, caplog, obstacle, cause):
+    elsewhere = tmp_path / "tmp"  # where W&B would go of its own accord
+    elsewhere.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(elsewhere))
+    blocked = tmp_path / obstacle
+    blocked.parent.mkdir(exist_ok=True)
+    blocked.write_text("a file where a folder should be", encoding="utf-8")
+    with start(tmp_path / "run") as tracker:
+        tracker.log({"loss": 1.0}, step=1)
+    [notice] = notices(caplog)
+    assert "tracking is off" in notice and cause in notice
+    assert list(elsewhere.iterdir()) == []
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(disk)]
+    try:
+        subprocess.run(mount, check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("mounting a small file system is not permitted here")
+    yield disk
+    subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+def fill(disk: Path) -> None:
+    with open(disk / "filler", "wb", buffering=0) as filler, pytest.raises(OSError):
+        while True:
+            filler.write(bytes(4096))
+
+
+def test_a_full_disk_turns_tracking_off(small_disk, caplog):
+    fill(small_disk)
+    with start(small_disk) as tracker:
+        tracker.log({"loss": 1.0}, step=1)
+    [notice] = notices(caplog)
+    assert "tracking is off" in notice and "No space left" in notice
+
+
+def test_a_disk_that_fills_up_during_the_run_is_told(small_disk, caplog):
+    with start(small_disk) as tracker:
+        fill(small_disk)
+        for step in range(200):
+            tracker.log({"loss": 1.0}, step=step)
+    [notice] = notices(caplog)
+    assert "disk is full" in notice
+
+
+def test_after_an_error_of_wandb_the_run_goes_on_without_it(tmp_path, caplog):
+    class Broken:
+        calls = 0
+
+        def log(self, *_, **__):
+            self.calls += 1
+            raise ConnectionResetError("Connection lost\nand a long story")
+
+    broken = Broken()
+    tracker = Tracker(broken, tmp_path)
+    tracker.log({"loss": 1.0}, step=1)
+    tracker.log({"loss": 1.0}, step=2)
+    tracker.summarize({"bleu": 1.0})
+    tracker.finish()
+    assert broken.calls == 1
+    [notice] = notices(caplog)
+    assert notice.endswith("(Connection lost and a long story)")
+
+
+def test_wandb_is_imported_only_when_it_is_used():
+    script = (
+        "import sys, normexp.tracking, normexp.metrics_file, normexp.records\n"
+        "print({'torch', 'fairseq', 'wandb'} & set(sys.modules))"
+    )
+    assert subprocess.check_output([sys.executable, "-c", script], text=True) == "set()\n"
