@@ -3,6 +3,7 @@
 import json
 import logging
 import resource
+import shutil
 import signal
 import sys
 from collections.abc import Iterator, Mapping
@@ -21,6 +22,7 @@ from normexp.records import Record
 from normexp.run_folder import RunFolder, open_run, write_json
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+FULL_DISK_BYTES = 1_000_000
 
 logger = logging.getLogger(__name__)
 
@@ -122,6 +124,11 @@ def _run(
             raise
         except Exception as error:
             logger.exception("the run failed")
+            if shutil.disk_usage(folder.path).free < FULL_DISK_BYTES:
+                raise UserError(
+                    f"no space left on the disk of {folder.path}; free some and give the same "
+                    "command again, which goes on from the last checkpoint"
+                ) from None
             _finish(folder, plain, facts, _failure("failed", f"{type(error).__name__}: {error}"))
             raise
         record = _finish(folder, plain, facts, outcome)

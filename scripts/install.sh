@@ -53,6 +53,6 @@ echo "normexp and the packages it needs"
 printf 'torch==%s\n' "$("$VENV/bin/python" -c 'import torch; print(torch.__version__)')" \
     > "$VENV/constraints.txt"
 pip install --quiet "setuptools>=68,<81" wheel
-pip install --quiet --no-build-isolation --constraint "$VENV/constraints.txt" --editable '.[dev]'
+pip install --quiet --no-warn-conflicts --no-build-isolation --constraint "$VENV/constraints.txt" --editable '.[dev]'
 "$VENV/bin/python" -c 'import fairseq, normexp.norms' || fail "the environment does not work."
 echo "done: $VENV ($("$VENV/bin/python" --version), PyTorch $TORCH)"

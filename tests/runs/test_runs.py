@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -286,3 +287,60 @@ def test_missing_corpus_names_what_to_put_where(overrides, tmp_path, monkeypatch
     )
     with pytest.raises(UserError, match=r"train\.de\.gz"):
         pipeline.run(cfg)
+
+
+def test_full_disk_is_named_and_loses_nothing(overrides, tmp_path) -> None:
+    """Checkpoints meet a file system of 4 MB; with more room the same command goes on."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(disk)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("needs the right to mount a small file system")
+    try:
+        settings = overrides(
+            "toy_translation",
+            "fairseq.model.encoder.embed_dim=64",
+            "fairseq.model.decoder.embed_dim=64",
+            "evaluation.splits=[valid]",
+            "evaluation.average_last=1",
+        )
+        settings.append(f"results_dir={disk}")
+        shown = train_script(*settings)
+        assert shown.returncode == 1
+        assert "error: no space left on the disk" in shown.stderr
+        assert "Traceback" not in shown.stderr
+        subprocess.run(["mount", "-o", "remount,size=64m", str(disk)], check=True)
+        shown = train_script(*settings)
+        assert shown.returncode == 0, shown.stderr
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_dashboard_gets_what_compares_runs(overrides, tmp_path) -> None:
+    """Group, tags, configuration, curves, statistics and final metrics, read back from disk."""
+    settings = overrides("toy_language_model", "norm=power", "tracking=offline", "seed=3")
+    settings.remove("tracking=disabled")
+    record = pipeline.run(composed(*settings))
+    folder = run_folder(tmp_path / "results", "toy_language_model", "PN-seed3")
+    (log,) = (folder / "wandb").glob("offline-run-*/*.wandb")
+    leet = [sys.executable, "-m", "wandb", "leet", "inspect"]
+    summary = json.loads(
+        subprocess.run([*leet, "--summary", "--json", log], capture_output=True, check=True).stdout
+    )
+    assert summary["name"] == "PN-seed3"
+    assert set(summary["tags"]) == {"toy_language_model", "power", "seed3"}
+    assert summary["config"]["norm"] == "power" and summary["config"]["seed"] == 3
+    assert summary["config"]["config_hash"] == record.config_hash
+    final = summary["summary"]
+    expected = record.metrics["test"]["perplexity_per_word"]
+    assert final["test/perplexity_per_word"] == pytest.approx(expected)
+    shown = subprocess.run([*leet, "--json", log], capture_output=True, check=True, text=True)
+    entries = [json.loads(line) for line in shown.stdout.split("\n") if line]
+    (run,) = [entry for entry in entries if entry["type"] == "run"]
+    assert "toy_language_model" in json.dumps(run)
+    logged = {key for entry in entries if entry["type"] == "history" for key in entry["item"]}
+    assert {"train_inner/loss", "train/loss", "valid/loss", "valid/ppl"} <= logged
+    sites = ("self_attn_layer_norm", "final_layer_norm")
+    for site in sites:
+        assert f"diagnostics/norm/decoder.layers.0.{site}/psi2_mean" in logged
+        assert f"diagnostics/norm/decoder.layers.0.{site}/nu_norm" in logged
