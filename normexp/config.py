@@ -195,10 +195,11 @@ def _resolve_sites(plain: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 def _model(plain: dict[str, Any]) -> dict[str, Any]:
     norm = plain["norm"]
+    chosen = {site: choice for site, choice in norm["sites"].items() if choice is not None}
     return plain["fairseq"]["model"] | {
         "norm": norm["name"],
         "norm_options": json.dumps(norm["options"]),
-        "norm_sites": json.dumps(norm["sites"]),
+        "norm_sites": json.dumps(chosen),
     }
 
 

@@ -16,16 +16,19 @@ tag=$("$PYTHON" -c 'import sys; print("py%d%d" % sys.version_info[:2])')
 [ -d "$VENV" ] || "$PYTHON" -m venv "$VENV" ||
     fail "'$PYTHON -m venv' failed; on Debian and Ubuntu install the package python3-venv."
 pip() { "$VENV/bin/python" -m pip --disable-pip-version-check "$@"; }
+# fairseq's metadata is never satisfied (torchaudio), and pip would complain of it at each step.
+install() { pip install --quiet --no-warn-conflicts "$@"; }
 
 if ! "$VENV/bin/python" -c "import torch; assert torch.__version__.split('+')[0] == '$TORCH'" \
     2>/dev/null; then
     echo "PyTorch $TORCH"
+    install "numpy>=1.26"
     if [ "$(uname -s)" != Linux ] || command -v nvidia-smi >/dev/null 2>&1; then
-        pip install --quiet "torch==$TORCH"
+        install "torch==$TORCH"
     else
         # Without a GPU the CUDA packages would be several GB for nothing.
-        pip install --quiet "torch==$TORCH+cpu" 2>/dev/null ||
-            pip install --quiet "torch==$TORCH+cpu" \
+        install "torch==$TORCH+cpu" 2>/dev/null ||
+            install "torch==$TORCH+cpu" \
                 --extra-index-url https://download.pytorch.org/whl/cpu ||
             fail "could not install PyTorch $TORCH for the CPU (network?); see the lines above."
     fi
@@ -39,20 +42,20 @@ if ! "$VENV/bin/python" -c 'import fairseq.libbleu' 2>/dev/null; then
             [ "$tag" = py312 ] ||
             fail "needs a C++ compiler to build fairseq on Python 3.11;" \
                 "on Debian and Ubuntu: apt-get install g++ python3-dev."
-        pip install --quiet "setuptools>=68,<81" wheel cython "numpy>=1.26"
+        install "setuptools>=68,<81" wheel cython "numpy>=1.26"
         mkdir -p "$wheels"
         pip wheel --quiet --no-deps --no-build-isolation --wheel-dir "$wheels.part$$" "$FAIRSEQ" ||
             { rm -rf "$wheels.part$$"; fail "building fairseq failed; see the lines above."; }
         mv "$wheels.part$$"/*.whl "$wheels" && rmdir "$wheels.part$$"
     fi
-    pip install --quiet --no-deps "$wheels"/fairseq_fixed-*.whl
+    install --no-deps "$wheels"/fairseq_fixed-*.whl
 fi
 
 echo "normexp and the packages it needs"
 # torch is there already: the constraint keeps pip from replacing it by another build.
 printf 'torch==%s\n' "$("$VENV/bin/python" -c 'import torch; print(torch.__version__)')" \
     > "$VENV/constraints.txt"
-pip install --quiet "setuptools>=68,<81" wheel
-pip install --quiet --no-warn-conflicts --no-build-isolation --constraint "$VENV/constraints.txt" --editable '.[dev]'
+install "setuptools>=68,<81" wheel
+install --no-build-isolation --constraint "$VENV/constraints.txt" --editable '.[dev]'
 "$VENV/bin/python" -c 'import fairseq, normexp.norms' || fail "the environment does not work."
 echo "done: $VENV ($("$VENV/bin/python" --version), PyTorch $TORCH)"

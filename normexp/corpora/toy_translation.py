@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from random import Random
 from typing import NamedTuple
 
+from normexp.corpora.english import with_article_an, with_ed, with_s
 from normexp.corpora.zipf import Zipf
 
 MIN_TOKENS, MAX_TOKENS = 4, 20  # on either side, punctuation included
@@ -122,7 +123,8 @@ lächeln lächelt gelächelt smile
 """
 MOTION = """
 gehen geht gegangen* go/went, kommen kommt gekommen* come/came, fahren fährt gefahren* drive/drove,
-laufen läuft gelaufen* run/ran, reisen reist gereist* travel/travelled, wandern wandert gewandert* hike
+laufen läuft gelaufen* run/ran, reisen reist gereist* travel/travelled,
+wandern wandert gewandert* hike
 """
 # ... followed by the kinds of object: P(erson), A(nimal), T(hing), F(ood), L = place
 TRANSITIVE = """
@@ -153,7 +155,8 @@ DITRANSITIVE = """
 geben gibt gegeben give/gave TF, zeigen zeigt gezeigt show TF,
 bringen bringt gebracht bring/brought TF, schicken schickt geschickt send/sent T,
 verkaufen verkauft verkauft sell/sold TF,
-zurück+geben gibt gegeben give_back/gave_back T, leihen leiht geliehen lend/lent T, an+bieten bietet geboten offer TF
+zurück+geben gibt gegeben give_back/gave_back T, leihen leiht geliehen lend/lent T,
+an+bieten bietet geboten offer TF
 """
 # ... followed by the German preposition and its case
 PREPOSITIONAL = """
@@ -202,6 +205,7 @@ QUANTIFIERS = "viel many, einig some"
 
 # --------------------------------------------------------------------------------- inflection
 
+CASES = {"accusative": ACCUSATIVE, "dative": DATIVE}
 # Kinds of noun: P(erson), A(nimal), T(hing), F(ood), L = place.
 ANIMATE, INANIMATE = "PA", "TFL"
 PLURAL = "p"  # takes the place of a gender: German tells genders apart in the singular only
@@ -267,7 +271,7 @@ MODALS = (
 )
 
 
-# German words, English words, final punctuation
+# A sentence to be written: German words, English words, final punctuation
 Draft = tuple[list[str], list[str], str]
 
 
@@ -345,19 +349,6 @@ class Phrase(NamedTuple):
     light: bool = False
 
 
-def _with_s(word: str) -> str:
-    """English plural or third person."""
-    if word.endswith("y") and word[-2] not in "aeou":
-        return word[:-1] + "ies"
-    return word + ("es" if word.endswith(("s", "x", "ch", "sh")) or word == "go" else "s")
-
-
-def _regular_past(word: str) -> str:
-    if word.endswith("y") and word[-2] not in "aeou":
-        return word[:-1] + "ied"
-    return word + ("d" if word.endswith("e") else "ed")
-
-
 def _entries(table: str) -> list[list[str]]:
     return [entry.split() for entry in table.split(",")]
 
@@ -368,7 +359,7 @@ def _phrases(table: str) -> list[Phrase]:
 
 def _nouns(table: str, kind: str) -> list[Noun]:
     return [
-        Noun(german, gender, plural, english, irregular[0] if irregular else _with_s(english), kind)
+        Noun(german, gender, plural, english, irregular[0] if irregular else with_s(english), kind)
         for german, gender, plural, english, *irregular in _entries(table)
     ]
 
@@ -388,10 +379,10 @@ def _verbs(table: str, object_case: int = ACCUSATIVE) -> list[Verb]:
                 particle + participle.rstrip("*"),
                 SEIN if participle.endswith("*") else HABEN,
                 [first, *rest],
-                past.split("_") if past else [_regular_past(first), *rest],
+                past.split("_") if past else [with_ed(first), *rest],
                 kinds,
                 preposition,
-                DATIVE if case == "dative" else object_case,
+                CASES.get(case, object_case),
             )
         )
     return verbs
@@ -501,11 +492,10 @@ class Clause:
 
     def german_main(self, fronted: str = "") -> list[str]:
         """Verb second after the `fronted` slot or "subject", or first where none is named."""
-        if fronted == "subject":
-            return [*self.subject.german, self.finite, *self._middle_field(), *self.bracket]
-        first = self.slots[fronted].german if fronted else []
-        rest = [*self.subject.german, *self._middle_field(fronted), *self.bracket]
-        return [*first, self.finite, *rest]
+        opening = self.subject if fronted == "subject" else self.slots.get(fronted)
+        first = opening.german if opening else []
+        subject = [] if fronted == "subject" else self.subject.german
+        return [*first, self.finite, *subject, *self._middle_field(fronted), *self.bracket]
 
     def german_subordinate(self) -> list[str]:
         """Verbs last."""
@@ -682,7 +672,7 @@ class _Grammar:
         """A clause built around a verb of the given or any frame.
 
         `asks` is what a question is about ("time", "place" or another word), "" in a statement;
-        `bare` leaves out what follows nouns.
+        `bare` leaves out attributes of nouns and adverbials that the verb does not need.
         """
         frame = frame or _FRAMES.draw(self.rng)
         verb = _COPULA if frame == "copula" else _VERBS[frame].draw(self.rng)
@@ -750,8 +740,7 @@ class _Grammar:
             slots["place"] = self.adverbial(german, english, kinds, DATIVE, city)
         elif self.chance(0.08):
             german, english, case = _COMPANION_PREPOSITIONS.draw(self.rng)
-            number = DATIVE if case == "dative" else ACCUSATIVE
-            slots["companion"] = self.adverbial(german, english, "PA", number)
+            slots["companion"] = self.adverbial(german, english, ANIMATE, CASES[case])
         elif self.chance(0.08):
             slots["manner"] = _MANNERS.draw(self.rng)
 
@@ -855,7 +844,7 @@ def _english(words: list[str], person: int, split: bool) -> tuple[list[str], lis
     if split:
         return [DO[person]], words
     first, *rest = words
-    return [], [_with_s(first) if person == THIRD else first, *rest]
+    return [], [with_s(first) if person == THIRD else first, *rest]
 
 
 def _after_preposition(preposition: str, german: list[str]) -> list[str]:
@@ -871,8 +860,7 @@ def _text(words: list[str], end: str) -> str:
 
 
 def _english_text(words: list[str], end: str) -> str:
-    text = _text(words, end).replace("can not", "cannot")
-    return re.sub("\\b([Aa]) (?=[aeiou])", r"\1n ", text)
+    return with_article_an(_text(words, end).replace("can not", "cannot"))
 
 
 def generate(seed: int, sizes: dict[str, int]) -> dict[str, list[tuple[str, str]]]:

@@ -163,9 +163,9 @@ BAD = [
     (["+norm.options.alpha=0.5"], "power", "no option 'alpha'; its options: eps"),
     (["norm.name=powr"], "layer", "unknown normalization 'powr'; known: .*power_v"),
     (["+norm.sites.encoder_fnn=power"], "layer", "unknown site 'encoder_fnn'.*encoder_ffn"),
-    (["+norm.sites.decoder_ffn=powr"], "layer", "unknown normalization 'powr'"),
+    (["norm.sites.decoder_ffn=powr"], "layer", "unknown normalization 'powr'"),
     (
-        ["+norm.sites.encoder_final=batch", "fairseq.model.encoder.normalize_before=false"],
+        ["norm.sites.encoder_final=batch", "fairseq.model.encoder.normalize_before=false"],
         "layer",
         "this model has no encoder_final",
     ),

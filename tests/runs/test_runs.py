@@ -52,7 +52,7 @@ def run_folder(results: Path, task: str, name: str) -> Path:
     ],
 )
 def test_run_leaves_its_record_and_folder(task, test_metrics, overrides, tmp_path) -> None:
-    cfg = composed(*overrides(task, "norm=power", "+norm.sites.decoder_ffn=batch", "label=mixed"))
+    cfg = composed(*overrides(task, "norm=power", "norm.sites.decoder_ffn=batch", "label=mixed"))
     record = pipeline.run(cfg)
     results = tmp_path / "results"
     assert records.load_records(results) == {
