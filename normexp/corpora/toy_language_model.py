@@ -245,7 +245,7 @@ class _Grammar:
         self.document = document
 
     def words(self) -> Vocabulary:
-        return self.document.words if self.chance(0.8) else _GENERAL
+        return self.document.words if self.chance(0.85) else _GENERAL
 
     def verb(self, plural: bool) -> str:
         base, past = self.draw(self.words().verbs)

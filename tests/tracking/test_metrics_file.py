@@ -92,3 +92,13 @@ def test_a_full_disk_costs_lines_and_not_the_run(tmp_path, caplog):
     assert 10 < len(lines) < 300
     assert [line["step"] for line in lines] == list(range(len(lines)))
     assert f"step {len(lines)} is not written (No space left on device)" in caplog.text
+
+
+def test_what_was_logged_can_be_asked_for(tmp_path):
+    with MetricsFile(tmp_path / "metrics.jsonl") as sink:
+        sink("valid", 1, {"loss": 3.5})
+        sink("train", 1, {"loss": 9.0})
+        sink("valid", 2, {"loss": math.nan, "ppl": 8.0})
+        sink("valid", 3, {"loss": 3.25})
+        assert sink.values("valid", "loss") == [3.5, 3.25]
+        assert sink.values("valid", "bleu") == []

@@ -145,7 +145,7 @@ def test_a_terminal_is_never_asked_for_a_key(tmp_path):
     master, slave = pty.openpty()
     try:
         done = subprocess.run(
-            [sys.executable, "-c", script], stdin=slave, stdout=slave, stderr=slave, timeout=60
+            [sys.executable, "-c", script], stdin=slave, stdout=slave, stderr=slave, timeout=300
         )
         shown = os.read(master, 100_000).decode()
     finally:
