@@ -13,9 +13,9 @@ What a model can learn, from near to far:
 * a hero and a friend for each document: no other names occur, pronouns mean the hero, and the
   document keeps one tense.
 
-`entropy_bound` says how far learning can go. In 12,000 lines of seed 1 a token (the end of a line
-counts as one) has the unigram perplexity 178, and a model that knew the grammar, the topics
-and the characters in advance would reach 7.2; what is left is choice that no model can foresee.
+`entropy_bound` says how far learning can go. Per token, the end of a line counted as one, the
+perplexity of unigrams is about 180, and of a reader who knows the grammar, the topics and the
+characters in advance about 7: the rest is choice that nobody can foresee.
 """
 
 import re
