@@ -111,7 +111,7 @@ def fairseq_config(
 
 
 def _check_kind(cfg: DictConfig) -> None:
-    """Model, fairseq's task and ours must speak of the same kind; before references are followed."""
+    """Model, both tasks and the kind must fit together; checked before references are followed."""
     kind = cfg.task.kind
     if kind not in MODELS:
         raise UserError(f"task.kind={kind!r}; known: {', '.join(MODELS)}")

@@ -78,11 +78,7 @@ def train(fairseq_cfg: DictConfig, metrics: MetricsFile, sinks: list[Sink]) -> T
         checkpoints.atomic_copies(),
         _observed_trainer(fairseq_train, observed, resume),
     ):
-        try:
-            fairseq_train.main(fairseq_cfg)
-        except FloatingPointError as error:
-            update = observed.trainer.get_num_updates() + 1
-            raise Diverged(update, f"{error} in update {update}") from None
+        fairseq_train.main(fairseq_cfg)
     trainer = observed.trainer
     return TrainingResult(
         num_updates=trainer.get_num_updates(),
@@ -122,7 +118,16 @@ def _observed_trainer(
 
         def train_step(self, samples: Any, *args: Any, **kwargs: Any) -> Any:
             started = time.perf_counter()
-            output = super().train_step(samples, *args, **kwargs)
+            try:
+                output = super().train_step(samples, *args, **kwargs)
+            except (FloatingPointError, StopIteration) as error:
+                # On a gradient that is not finite fairseq looks for the layer it came from, and
+                # that search dies of StopIteration at the encoder, whose output holds no tensor.
+                cause = error if isinstance(error, FloatingPointError) else error.__context__
+                if not isinstance(cause, FloatingPointError):
+                    raise
+                update = self.get_num_updates() + 1
+                raise Diverged(update, f"{cause} in update {update}") from None
             observed.seconds += time.perf_counter() - started
             observed.tokens += sum(sample["ntokens"] for sample in samples if sample)
             return output

@@ -57,5 +57,5 @@ printf 'torch==%s\n' "$("$VENV/bin/python" -c 'import torch; print(torch.__versi
     > "$VENV/constraints.txt"
 install "setuptools>=68,<81" wheel
 install --no-build-isolation --constraint "$VENV/constraints.txt" --editable '.[dev]'
-"$VENV/bin/python" -c 'import fairseq, normexp.norms' || fail "the environment does not work."
+"$VENV/bin/python" -c 'import logging; logging.disable(); import fairseq, normexp.norms' || fail "the environment does not work."
 echo "done: $VENV ($("$VENV/bin/python" --version), PyTorch $TORCH)"

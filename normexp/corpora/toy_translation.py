@@ -337,15 +337,16 @@ class Adjective(NamedTuple):
 class Phrase(NamedTuple):
     """A constituent in both languages.
 
-    `person` inflects a verb it is the subject of; `gender` (of a noun, or PLURAL) and `relative`
-    give the relative pronouns. A `light` phrase is a pronoun: German puts it before adverbs.
+    `person` inflects a verb it is the subject of; `gender` is that of its noun, or PLURAL; a
+    `human` one may have a relative clause. A `light` phrase is a pronoun: German puts it before
+    adverbs.
     """
 
     german: list[str]
     english: list[str]
     person: int = THIRD
     gender: str = ""
-    relative: str = ""
+    human: bool = False
     light: bool = False
 
 
@@ -580,7 +581,7 @@ class _Grammar:
         name = determiners.draw(self.rng)
         german_determiner, english_determiner, declension = self.determiner(name, gender, case)
         german, english = [german_determiner], [english_determiner]
-        if self.chance(0.1 if bare else 0.25):
+        if self.chance(0.1 if bare else 0.2):
             animate = noun.kind in ANIMATE
             adjectives = _ANIMATE_ADJECTIVES if animate else _INANIMATE_ADJECTIVES
             adjective = adjectives.draw(self.rng)
@@ -588,12 +589,12 @@ class _Grammar:
             english.append(adjective.english)
         german.append(noun.form(gender, case))
         english += (noun.english_plural if gender == PLURAL else noun.english).split()
-        if not bare and self.chance(0.1):
+        if not bare and self.chance(0.08):
             attribute = self.attribute(noun.kind)
             german += attribute.german
             english += attribute.english
         person = THEY if gender == PLURAL else THIRD
-        return Phrase(german, english, person, gender, "who" if noun.kind == "P" else "that")
+        return Phrase(german, english, person, gender, human=noun.kind == "P")
 
     def attribute(self, kind: str) -> Phrase:
         """What follows a noun of that kind: where a person is from, or a genitive."""
@@ -762,13 +763,7 @@ class _Grammar:
 
     def relative_subject(self, subject: Phrase) -> Phrase:
         """The subject with a relative clause."""
-        pronoun = Phrase(
-            [DEFINITE[subject.gender][NOMINATIVE]],
-            [subject.relative],
-            subject.person,
-            subject.gender,
-            subject.relative,
-        )
+        pronoun = Phrase([DEFINITE[subject.gender][NOMINATIVE]], ["who"], subject.person)
         relative = self.clause(subject=pronoun, bare=True)
         return subject._replace(
             german=[*subject.german, ",", *relative.german_subordinate(), ","],
@@ -777,7 +772,7 @@ class _Grammar:
 
     def main(self) -> Draft:
         clause = self.clause()
-        if clause.subject.relative and self.chance(0.08):
+        if clause.subject.human and self.chance(0.12):
             clause.subject = self.relative_subject(clause.subject)
         front = self.front(clause)
         return clause.german_main(front), clause.english_statement(front), "."

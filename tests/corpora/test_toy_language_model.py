@@ -140,6 +140,8 @@ def test_each_document_has_two_characters_whose_names_recur(documents):
         hero, friend = re.match(r"(\w+) \w+ an? \w+ \w+, and (\w+) ", document[0]).groups()
         names = Counter(word for line in document for word in tokens(line) if word in WOMEN | MEN)
         assert set(names) <= {hero, friend}
+        # of different gender, or pronouns would not tell them apart
+        assert len({hero, friend} & WOMEN) < 2 and len({hero, friend} & MEN) < 2
 
 
 def test_pronouns_agree_with_the_hero_of_the_document(documents):

