@@ -123,7 +123,7 @@ def _run(
         except UserError:
             raise
         except Exception as error:
-            logger.exception("the run failed")
+            logger.info("the run failed", exc_info=True)  # the console gets one line, or the error
             if shutil.disk_usage(folder.path).free < FULL_DISK_BYTES:
                 raise UserError(
                     f"no space left on the disk of {folder.path}; free some and give the same "

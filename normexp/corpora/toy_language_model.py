@@ -5,17 +5,17 @@ What a model can learn, from near to far:
 
 * words follow Zipf's law and sentences a small grammar;
 * agreement across a distance: of a verb with the head of a long subject ("The nets near the boat
-  that the sailors mended were heavy."), of `himself` or `her` with a person named much earlier,
+  that hauled the captain were heavy."), of `himself` or `her` with a person named much earlier,
   of `neither` with `nor`, of quotation marks and brackets, which nest, with their partners;
 * a latent topic for each document, from which most nouns, verbs, adjectives and places come, so
   that neighbouring lines share vocabulary and batches differ from each other more than random
   sentences would;
-* a hero and a friend for each document: no other names occur, pronouns mean the hero, and the
-  document keeps one tense.
+* a hero and a friend for each document: no other names occur, `she` or `he` means the hero, and
+  the document keeps one tense.
 
 `entropy_bound` says how far learning can go. Per token, the end of a line counted as one, the
-perplexity of unigrams is about 180, and of a reader who knows the grammar, the topics and the
-characters in advance about 7: the rest is choice that nobody can foresee.
+perplexity of unigrams is about 180, and that of a reader who knows the grammar at most about 7:
+the rest is choice that nobody can foresee.
 """
 
 import re

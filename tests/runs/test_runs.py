@@ -277,6 +277,7 @@ def test_sweep_goes_on_after_a_run_that_cannot(overrides, tmp_path) -> None:
 def test_missing_corpus_names_what_to_put_where(overrides, tmp_path, monkeypatch) -> None:
     for proxy in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
         monkeypatch.setenv(proxy, "http://127.0.0.1:9")
+    (tmp_path / "nothing").mkdir()
     cfg = composed(
         "task=multi30k",
         f"results_dir={tmp_path}",
@@ -335,9 +336,11 @@ def test_dashboard_gets_what_compares_runs(overrides, tmp_path) -> None:
     assert final["test/perplexity_per_word"] == pytest.approx(expected)
     shown = subprocess.run([*leet, "--json", log], capture_output=True, check=True, text=True)
     entries = [json.loads(line) for line in shown.stdout.split("\n") if line]
-    (run,) = [entry for entry in entries if entry["type"] == "run"]
-    assert "toy_language_model" in json.dumps(run)
-    logged = {key for entry in entries if entry["type"] == "history" for key in entry["item"]}
+    (run,) = [entry["run"] for entry in entries if entry["type"] == "run"]
+    assert run["run_group"] == "toy_language_model"
+    logged = {
+        key for entry in entries if entry["type"] == "history" for key in entry["history"]["item"]
+    }
     assert {"train_inner/loss", "train/loss", "valid/loss", "valid/ppl"} <= logged
     sites = ("self_attn_layer_norm", "final_layer_norm")
     for site in sites:
