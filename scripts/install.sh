@@ -37,7 +37,7 @@ fi
 if ! "$VENV/bin/python" -c 'import fairseq.libbleu' 2>/dev/null; then
     wheels="$CACHE/wheels/$tag-torch$TORCH"
     if ! compgen -G "$wheels/fairseq_fixed-*.whl" >/dev/null; then
-        echo "fairseq: a wheel, or 2 minutes of compiling; kept in $wheels"
+        echo "fairseq: a wheel, or some minutes of compiling; kept in $wheels"
         command -v "${CXX:-c++}" >/dev/null 2>&1 || command -v g++ >/dev/null 2>&1 ||
             [ "$tag" = py312 ] ||
             fail "needs a C++ compiler to build fairseq on Python 3.11;" \
