@@ -12,9 +12,23 @@ tokens, G groups.
 import importlib
 import pkgutil
 
-from normexp.norms.registry import available_norms, build_norm, norm_options, register_norm
+from normexp.norms.pooling import pool_statistics
+from normexp.norms.registry import (
+    available_norms,
+    build_norm,
+    norm_class,
+    norm_options,
+    register_norm,
+)
 
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")
 
-__all__ = ["available_norms", "build_norm", "norm_options", "register_norm"]
+__all__ = [
+    "available_norms",
+    "build_norm",
+    "norm_class",
+    "norm_options",
+    "pool_statistics",
+    "register_norm",
+]

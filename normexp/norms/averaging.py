@@ -5,10 +5,11 @@ from torch import Tensor
 
 
 @torch.no_grad()
-def average_(running: Tensor, value: Tensor, pace: float, n: Tensor) -> None:
-    """In place: running <- (1 - pace) running + pace value, unless no token was real (n = 0).
+def average_(running: Tensor, value: Tensor, pace: float, usable: Tensor) -> None:
+    """In place: running <- (1 - pace) running + pace value, if usable.
 
-    running and value (C,); n scalar. Decided on the device, so that a GPU need not be waited for.
+    running and value of one shape; usable a bool scalar tensor. Decided on the device, so that a
+    GPU need not be waited for.
     """
-    averaged = torch.lerp(running, value.detach().to(running.dtype), pace)
-    running.copy_(torch.where(n > 0, averaged, running))
+    averaged = torch.lerp(running, value.to(running.dtype), pace)
+    running.copy_(torch.where(usable, averaged, running))

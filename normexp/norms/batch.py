@@ -1,16 +1,19 @@
 """Masked batch normalization with the exact gradient."""
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from normexp.norms import checks
 from normexp.norms.averaging import average_
-from normexp.norms.masking import flatten_tokens, num_real, only_real, real_mean
+from normexp.norms.masking import num_real, only_real
+from normexp.norms.recomputation import recomputing
 from normexp.norms.registry import register_norm
+from normexp.norms.running_norm import RunningNorm
+from normexp.norms.synchronization import pooled_moments
 
 
 @register_norm("batch")
-class BatchNorm(nn.Module):
+class BatchNorm(RunningNorm):
     """BN over the N real tokens of a batch (paper, section 3; Ioffe and Szegedy, 2015).
 
     Training, per channel over real tokens only:
@@ -18,42 +21,50 @@ class BatchNorm(nn.Module):
         x_hat = (x - mu_B) / sqrt(var_B + eps),  y = w x_hat + b
         running_mean <- (1 - momentum) running_mean + momentum mu_B
         running_var  <- (1 - momentum) running_var  + momentum var_B N / (N - 1)
-    Inference: the running values take the place of the batch's. Without padding this is
-    torch's BatchNorm1d over the tokens, gradient and running values included.
+    with the exact gradient, which autograd supplies. Inference: the running values take the place
+    of the batch's. Without padding this is torch's BatchNorm1d over the tokens, gradient and
+    running values included.
 
-    Padded positions are normalized like the others and influence nothing. A batch without a
-    real token leaves the running values as they are; with a single one, var_B is 0 and y = b.
-    Every forward in training mode counts as one step, also under gradient accumulation.
+    Padded positions enter as zeros and influence nothing. With a single real token var_B is 0 and
+    y = b. RunningNorm tells the rules of the state.
     """
 
-    def __init__(self, num_features: int, eps: float = 1e-5, momentum: float = 0.05):
-        super().__init__()
-        checks.positive(eps=eps)
+    def __init__(
+        self, num_features: int, eps: float = 1e-5, momentum: float = 0.05, sync: bool = False
+    ):
+        super().__init__(num_features, eps, sync)
         checks.share(momentum=momentum)
-        self.num_features, self.eps, self.momentum = num_features, eps, momentum
-        self.weight = nn.Parameter(torch.ones(num_features))
-        self.bias = nn.Parameter(torch.zeros(num_features))
+        self.momentum = momentum
         self.register_buffer("running_mean", torch.zeros(num_features))
         self.register_buffer("running_var", torch.ones(num_features))
-        self.register_buffer("step", torch.zeros((), dtype=torch.long))
 
-    def forward(self, x: Tensor, padding_mask: Tensor | None = None) -> Tensor:
-        """x (T, B, C) or (N, C) -> y like x. Raises ValueError on unfit shapes or masks."""
-        tokens, real = flatten_tokens(x, padding_mask, self.num_features)
-        mean, var = self.running_mean, self.running_var
-        if self.training:
-            mean = real_mean(tokens, real)
-            var = real_mean((only_real(tokens, real) - mean).square(), real)
-            n = num_real(tokens, real)
-            average_(self.running_mean, mean, self.momentum, n)
-            average_(self.running_var, var * n / (n - 1).clamp(min=1), self.momentum, n)
-            self.step += 1
-        y = (tokens - mean) * (torch.rsqrt(var + self.eps) * self.weight) + self.bias
-        return y.to(x.dtype).view(x.shape)
+    def _normalize(self, tokens: Tensor, real: Tensor | None) -> Tensor:
+        tokens = only_real(tokens, real)
+        n = num_real(tokens, real)
+        mean = tokens.sum(0) / n.clamp(min=1)
+        m2 = only_real(tokens - mean, real).square().sum(0)
+        n, mean, var = pooled_moments(n, mean, m2, self.sync)
+        if not recomputing():
+            usable = self._usable(n, mean, var)
+            average_(self.running_mean, mean, self.momentum, usable)
+            average_(self.running_var, self._var_to_average(var, n), self.momentum, usable)
+            self.step += usable
+        self._after_step(mean, var, n)
+        scale = self._inverse_std(var) * self.weight
+        return (tokens - mean) * scale + self.bias
+
+    def inference_affine(self) -> tuple[Tensor, Tensor]:
+        scale = self._inverse_std(self.running_var) * self.weight
+        return scale, self.bias - self.running_mean * scale
+
+    def _after_step(self, mean: Tensor, var: Tensor, n: Tensor) -> None:
+        """For subclasses: the batch's statistics, with their gradient, after the state moved on."""
+
+    def _var_to_average(self, var: Tensor, n: Tensor) -> Tensor:
+        return var * n / (n - 1).clamp(min=1)
+
+    def _inverse_std(self, var: Tensor) -> Tensor:
+        return torch.rsqrt(var + self.eps)
 
     def statistics(self) -> dict[str, Tensor]:
-        """Running statistics, each (C,), for diagnostics."""
         return {"mean": self.running_mean, "var": self.running_var}
-
-    def extra_repr(self) -> str:
-        return f"{self.num_features}, eps={self.eps}, momentum={self.momentum}"

@@ -2,15 +2,17 @@
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from normexp.norms import checks
-from normexp.norms.masking import flatten_tokens, real_mean
+from normexp.norms.masking import num_real, real_mean
+from normexp.norms.recomputation import recomputing
 from normexp.norms.registry import register_norm
+from normexp.norms.running_norm import RunningNorm
 
 
 @register_norm("batch_released")
-class BatchNormReleased(nn.Module):
+class BatchNormReleased(RunningNorm):
     """BN as released; equal to recorded outputs of the authors' layer to 1e-9 in float64.
 
     It departs from masked batch normalization (`batch`) in two ways:
@@ -19,42 +21,44 @@ class BatchNormReleased(nn.Module):
        only their own output changes by it), and then all T*B positions take part, so the
        variance is diluted by the share of padding (and the running variance is unbiased by
        T*B / (T*B - 1)).
+
+    Statistics are each worker's own. RunningNorm tells the rules of the state.
     """
 
     def __init__(self, num_features: int, eps: float = 1e-5, momentum: float = 0.05):
-        super().__init__()
-        checks.positive(eps=eps)
+        super().__init__(num_features, eps)
         checks.share(momentum=momentum)
-        self.num_features, self.eps, self.momentum = num_features, eps, momentum
-        self.weight = nn.Parameter(torch.ones(num_features))
-        self.bias = nn.Parameter(torch.zeros(num_features))
+        self.momentum = momentum
         self.register_buffer("running_mean", torch.zeros(num_features))
         self.register_buffer("running_var", torch.ones(num_features))
-        self.register_buffer("step", torch.zeros((), dtype=torch.long))
 
-    def forward(self, x: Tensor, padding_mask: Tensor | None = None) -> Tensor:
-        """x (T, B, C) or (N, C) -> y like x. Raises ValueError on unfit shapes or masks."""
-        tokens, real = flatten_tokens(x, padding_mask, self.num_features)
+    def _normalize(self, tokens: Tensor, real: Tensor | None) -> Tensor:
+        # Always on copies, so that a recomputed forward saves the same tensors for backward.
+        mean, var = self.running_mean.clone(), self.running_var.clone()
+        y = self._batch_norm(tokens, real, mean, var)
+        if not recomputing():
+            usable = self._usable(num_real(tokens, real), mean, var)
+            self.running_mean.copy_(torch.where(usable, mean, self.running_mean))
+            self.running_var.copy_(torch.where(usable, var, self.running_var))
+            self.step += usable
+        return y
+
+    def _infer(self, tokens: Tensor, real: Tensor | None) -> Tensor:
+        return self._batch_norm(tokens, real, self.running_mean, self.running_var)
+
+    def _batch_norm(self, tokens: Tensor, real: Tensor | None, mean: Tensor, var: Tensor) -> Tensor:
         tokens = tokens * torch.rsqrt(tokens.square().mean(-1, keepdim=True) + self.eps)
         if real is not None:
             tokens = torch.where(real, tokens, real_mean(tokens, real))
-        if self.training:
-            self.step += 1
-        y = F.batch_norm(
-            tokens,
-            self.running_mean,
-            self.running_var,
-            self.weight,
-            self.bias,
-            training=self.training,
-            momentum=self.momentum,
-            eps=self.eps,
+        if self.training and tokens.shape[0] == 1:
+            # torch refuses one position; two equal ones have the same mean and no variance either.
+            return self._torch_batch_norm(tokens.expand(2, -1), mean, var)[:1]
+        return self._torch_batch_norm(tokens, mean, var)
+
+    def _torch_batch_norm(self, tokens: Tensor, mean: Tensor, var: Tensor) -> Tensor:
+        return F.batch_norm(
+            tokens, mean, var, self.weight, self.bias, self.training, self.momentum, self.eps
         )
-        return y.to(x.dtype).view(x.shape)
 
     def statistics(self) -> dict[str, Tensor]:
-        """Running statistics, each (C,), for diagnostics."""
         return {"mean": self.running_mean, "var": self.running_var}
-
-    def extra_repr(self) -> str:
-        return f"{self.num_features}, eps={self.eps}, momentum={self.momentum}"

@@ -29,5 +29,33 @@ def count(**values: int) -> None:
             raise ValueError(f"{name} must be an integer of at least 0, got {value!r}")
 
 
+def groups(num_features: int, num_groups: int) -> None:
+    """num_groups must be an integer of at least 1 that divides the number of channels."""
+    count(num_groups=num_groups)
+    if num_groups == 0 or num_features % num_groups:
+        raise ValueError(f"num_groups={num_groups} does not divide {num_features} channels")
+
+
+def flag(**values: bool) -> None:
+    """Every value must be True or False."""
+    for name, value in values.items():
+        if not isinstance(value, bool):
+            raise ValueError(f"{name} must be true or false, got {value!r}")
+
+
+def number(**values: float) -> None:
+    """Every value must be a number."""
+    for name, value in values.items():
+        if not _is_number(value):
+            raise ValueError(f"{name} must be a number, got {value!r}")
+
+
+def not_negative(**values: float) -> None:
+    """Every value must be a number of at least zero."""
+    for name, value in values.items():
+        if not _is_number(value) or not value >= 0:
+            raise ValueError(f"{name} must be at least 0, got {value!r}")
+
+
 def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)

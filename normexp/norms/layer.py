@@ -3,6 +3,7 @@
 from torch import Tensor, nn
 
 from normexp.norms import checks
+from normexp.norms.masking import check_input
 from normexp.norms.registry import register_norm
 
 
@@ -19,5 +20,6 @@ class LayerNorm(nn.LayerNorm):
         super().__init__(num_features, eps=eps)
 
     def forward(self, x: Tensor, padding_mask: Tensor | None = None) -> Tensor:
-        """x (..., C) -> y of the same shape and dtype."""
+        """x (T, B, C) or (N, C) -> y like x. Raises ValueError on unfit shapes or masks."""
+        check_input(x, padding_mask, self.normalized_shape[0])
         return super().forward(x)

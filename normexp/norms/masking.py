@@ -14,33 +14,40 @@ def flatten_tokens(
     thousands of tokens need the digits, and real (T*B, 1) bool, None where every token is real.
     Raises ValueError where the shapes or dtypes do not fit.
     """
+    check_input(x, padding_mask, num_features)
+    tokens = x.reshape(-1, num_features)
+    if x.dtype in (torch.float16, torch.bfloat16):
+        tokens = tokens.float()
+    if padding_mask is None:
+        return tokens, None
+    real = ~(padding_mask.t() if x.dim() == 3 else padding_mask)
+    return tokens, real.reshape(-1, 1)
+
+
+def check_input(x: Tensor, padding_mask: Tensor | None, num_features: int) -> None:
+    """Raise ValueError unless x is (T, B, C) or (N, C) and padding_mask, if any, fits it."""
     if x.dim() not in (2, 3) or x.shape[-1] != num_features:
         raise ValueError(
             f"expected input (T, B, {num_features}) or (N, {num_features}), got {tuple(x.shape)}"
         )
     if not x.is_floating_point():
         raise ValueError(f"expected a floating-point input, got {x.dtype}")
-    tokens = x.reshape(-1, num_features)
-    if x.dtype in (torch.float16, torch.bfloat16):
-        tokens = tokens.float()
     if padding_mask is None:
-        return tokens, None
+        return
     if padding_mask.dtype != torch.bool:
         raise ValueError(f"padding_mask must be bool (True = padding), got {padding_mask.dtype}")
     expected = (x.shape[1], x.shape[0]) if x.dim() == 3 else (x.shape[0],)
-    if tuple(padding_mask.shape) != expected:
+    if padding_mask.shape != expected:
         raise ValueError(
-            f"padding_mask must have the shape {expected} for an input {tuple(x.shape)}, "
+            f"padding_mask must have the shape {tuple(expected)} for an input {tuple(x.shape)}, "
             f"got {tuple(padding_mask.shape)}"
         )
-    real = ~(padding_mask.t() if x.dim() == 3 else padding_mask)
-    return tokens, real.reshape(-1, 1)
 
 
 def num_real(tokens: Tensor, real: Tensor | None) -> Tensor:
-    """N, the number of real tokens, as a scalar tensor (no host synchronisation)."""
+    """N, the number of real tokens, as a scalar tensor of the dtype of tokens (T*B, C)."""
     if real is None:
-        return tokens.new_tensor(tokens.shape[0])
+        return tokens.new_full((), tokens.shape[0])
     return real.sum().to(tokens.dtype)
 
 

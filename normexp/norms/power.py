@@ -3,72 +3,49 @@
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from normexp.norms import checks
 from normexp.norms.averaging import average_
-from normexp.norms.masking import flatten_tokens, num_real, only_real, real_mean
+from normexp.norms.masking import num_real, only_real
+from normexp.norms.recomputation import recomputing
 from normexp.norms.registry import register_norm
-
-
-class _Normalize(torch.autograd.Function):
-    """x -> x_hat with Algorithm 2's backward, which is not the derivative of its forward."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        tokens: Tensor,
-        real: Tensor | None,
-        psi2: Tensor,
-        in_warmup: Tensor,
-        nu: Tensor,
-        eps: float,
-        alpha_bwd: float,
-    ) -> Tensor:
-        inverse = torch.rsqrt(psi2 + eps)
-        x_hat = tokens * inverse
-        ctx.save_for_backward(x_hat, inverse, real, in_warmup)
-        ctx.nu, ctx.alpha_bwd = nu, alpha_bwd
-        return x_hat
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        x_hat, inverse, real, in_warmup = ctx.saved_tensors
-        nu, pace = ctx.nu, 1 - ctx.alpha_bwd
-        n = num_real(x_hat, real).clamp(min=1)
-        # During warm-up psi2 is the batch's own and the exact gradient (PN-V's) is at hand; its
-        # sum takes every position, because every position was divided by psi2.
-        exact = (g * x_hat).sum(0) / n
-        correction = torch.where(in_warmup, exact, nu.to(g.dtype))
-        # The correction is confined to real tokens: psi2 does not depend on padding, and a
-        # gradient there would make the layers below depend on how a batch is padded.
-        dx = (g - only_real(correction * x_hat, real)) * inverse
-        gamma = real_mean(x_hat.square(), real)
-        lam = real_mean(g * x_hat, real)
-        nu.copy_(nu * (1 - pace * gamma) + pace * lam)
-        return dx, None, None, None, None, None, None
+from normexp.norms.running_norm import RunningNorm
+from normexp.norms.synchronization import pooled_mean, sum_over_ranks
 
 
 @register_norm("power")
-class PowerNorm(nn.Module):
+class PowerNorm(RunningNorm):
     """PN, Algorithm 2 of the paper, one iteration per forward and backward in training mode.
 
     forward, with the running statistic of before this step:
         x_hat = x / sqrt(psi2_(t-1) + eps),  y = w x_hat + b
         psi2_t = alpha_fwd psi2_(t-1) + (1 - alpha_fwd) psi2_B,  psi2_B = mean_N(x^2)
-    backward, g = w dL/dy:
+    backward, g = w dL/dy, p = 1 - alpha_bwd:
         dL/dx = (g - nu_(t-1) x_hat) / sqrt(psi2_(t-1) + eps)
-        nu_t = nu_(t-1) (1 - (1 - alpha_bwd) Gamma) + (1 - alpha_bwd) Lambda
+        nu_t = nu_(t-1) (1 - p Gamma) + p Lambda
         Gamma = mean_N(x_hat^2),  Lambda = mean_N(g x_hat)
     warm-up: in the first `warmup_steps` steps psi2_B normalizes and the gradient is PN-V's exact
     one, while psi2 and nu are averaged already, so that both mean something when they take over.
     inference: y = w x / sqrt(psi2 + eps) + b.
 
-    The backward is deliberately not the derivative of the forward, so gradient checkers fail
-    after warm-up, and it changes state (nu): every backward advances nu once and every forward in
-    training mode advances psi2 and step once, also under gradient accumulation. Padded positions
-    are normalized like the others and influence nothing; without a real token no state changes
-    but step.
+    The backward is deliberately not the derivative of the forward, so gradient checkers fail after
+    warm-up, and it changes state: it reads nu when it runs, and every backward, also a second one
+    through a retained graph, advances nu once. The psi2 it divides by is its own forward's.
+    Padded positions enter as zeros and influence nothing. RunningNorm tells the other rules of
+    the state. nu has the scale of g: a loss scale (fp16) or another reduction of the loss changes
+    the next steps' correction until nu has caught up.
+
+    Why nu can run away: its recursion shrinks nu only while 0 < p Gamma < 2, and
+    Gamma = psi2_B / (psi2_(t-1) + eps) has no bound. A batch with Gamma > 2 / p (20 by default)
+    multiplies nu by |1 - p Gamma| > 1, and in the batches after it psi2 is too large, Gamma
+    almost 0, and nothing shrinks nu again. Where E log|1 - p Gamma| > 0 over the batches, nu grows
+    without bound although every single batch is finite. A larger alpha_bwd helps because it
+    lowers p, and the released code's group scaling because it bounds psi2_B. bound_nu=True takes
+    p = min(1 - alpha_bwd, 1 / Gamma) per channel instead: the same as Algorithm 2 while
+    (1 - alpha_bwd) Gamma <= 1; beyond, nu_t = Lambda / Gamma. Then nu_t is always a weighted mean
+    of nu_(t-1) and Lambda / Gamma, so |nu_t| <= max(|nu_(t-1)|, sqrt(mean_N(g^2) / Gamma)).
     """
 
     def __init__(
@@ -78,43 +55,77 @@ class PowerNorm(nn.Module):
         alpha_fwd: float = 0.9,
         alpha_bwd: float = 0.9,
         warmup_steps: int = 4000,
+        bound_nu: bool = False,
+        sync: bool = False,
     ):
-        super().__init__()
-        checks.positive(eps=eps)
+        super().__init__(num_features, eps, sync)
         checks.decay(alpha_fwd=alpha_fwd, alpha_bwd=alpha_bwd)
         checks.count(warmup_steps=warmup_steps)
-        self.num_features, self.eps = num_features, eps
+        checks.flag(bound_nu=bound_nu)
         self.alpha_fwd, self.alpha_bwd = alpha_fwd, alpha_bwd
-        self.warmup_steps = warmup_steps
-        self.weight = nn.Parameter(torch.ones(num_features))
-        self.bias = nn.Parameter(torch.zeros(num_features))
+        self.warmup_steps, self.bound_nu = warmup_steps, bound_nu
         self.register_buffer("running_psi2", torch.ones(num_features))
         self.register_buffer("nu", torch.zeros(num_features))
-        self.register_buffer("step", torch.zeros((), dtype=torch.long))
 
-    def forward(self, x: Tensor, padding_mask: Tensor | None = None) -> Tensor:
-        """x (T, B, C) or (N, C) -> y like x. Raises ValueError on unfit shapes or masks."""
-        tokens, real = flatten_tokens(x, padding_mask, self.num_features)
-        if self.training:
-            psi2_batch = real_mean(tokens.detach().square(), real)
-            in_warmup = self.step < self.warmup_steps
-            psi2 = torch.where(in_warmup, psi2_batch, self.running_psi2.to(tokens.dtype))
-            average_(self.running_psi2, psi2_batch, 1 - self.alpha_fwd, num_real(tokens, real))
-            self.step += 1
-            x_hat = _Normalize.apply(
-                tokens, real, psi2, in_warmup, self.nu, self.eps, self.alpha_bwd
-            )
-            y = x_hat * self.weight + self.bias
-        else:
-            y = tokens * (torch.rsqrt(self.running_psi2 + self.eps) * self.weight) + self.bias
-        return y.to(x.dtype).view(x.shape)
+    def _normalize(self, tokens: Tensor, real: Tensor | None) -> Tensor:
+        tokens = only_real(tokens, real)
+        psi2, in_warmup, n = self._step(tokens.detach().square().sum(0), num_real(tokens, real))
+        x_hat = _Normalize.apply(tokens, psi2, in_warmup, n, self)
+        return x_hat * self.weight + self.bias
+
+    @torch.no_grad()
+    def _step(self, squares: Tensor, n: Tensor) -> tuple[Tensor, ...]:
+        """One iteration's forward: the psi2 to divide by, whether in warm-up, N of all ranks.
+
+        squares (C,): sums of x^2 over the rank's n real tokens.
+        """
+        if recomputing():
+            return self._recent.recall(squares)
+        psi2_batch, n = pooled_mean(squares, n, self.sync)
+        in_warmup = self.step < self.warmup_steps
+        psi2 = torch.where(in_warmup, psi2_batch, self.running_psi2.to(squares.dtype))
+        self._recent.remember(squares, psi2, in_warmup, n)
+        usable = self._usable(n, psi2_batch)
+        average_(self.running_psi2, psi2_batch, 1 - self.alpha_fwd, usable)
+        self.step += usable
+        return psi2, in_warmup, n
+
+    def _step_backward(self, g: Tensor, x_hat: Tensor, in_warmup: Tensor, n: Tensor) -> Tensor:
+        """One iteration's backward: the factor of x_hat in the gradient; advances nu."""
+        sums = torch.cat([x_hat.square().sum(0), (g * x_hat).sum(0)])
+        gamma, lam = (sum_over_ranks(sums, self.sync) / n.clamp(min=1)).chunk(2)
+        # During warm-up psi2 is the batch's own and the exact gradient (PN-V's) is at hand.
+        correction = torch.where(in_warmup, lam, self.nu.to(g.dtype))
+        pace = gamma.new_full((), 1 - self.alpha_bwd)
+        if self.bound_nu:
+            pace = torch.minimum(pace, 1 / gamma)
+        nu = self.nu * (1 - pace * gamma) + pace * lam
+        self.nu.copy_(torch.where(self._usable(n, nu), nu, self.nu))
+        return correction
+
+    def inference_affine(self) -> tuple[Tensor, Tensor]:
+        return torch.rsqrt(self.running_psi2 + self.eps) * self.weight, self.bias
 
     def statistics(self) -> dict[str, Tensor]:
-        """Running statistics, each (C,), for diagnostics."""
         return {"psi2": self.running_psi2, "nu": self.nu}
 
-    def extra_repr(self) -> str:
-        return (
-            f"{self.num_features}, eps={self.eps}, alpha_fwd={self.alpha_fwd}, "
-            f"alpha_bwd={self.alpha_bwd}, warmup_steps={self.warmup_steps}"
-        )
+
+class _Normalize(torch.autograd.Function):
+    """x -> x_hat with Algorithm 2's backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, tokens: Tensor, psi2: Tensor, in_warmup: Tensor, n: Tensor, norm: PowerNorm
+    ) -> Tensor:
+        inverse = torch.rsqrt(psi2 + norm.eps)
+        x_hat = tokens * inverse
+        ctx.save_for_backward(x_hat, inverse, in_warmup, n)
+        ctx.norm = norm
+        return x_hat
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        x_hat, inverse, in_warmup, n = ctx.saved_tensors
+        correction = ctx.norm._step_backward(g, x_hat, in_warmup, n)
+        return (g - correction * x_hat) * inverse, None, None, None, None

@@ -3,42 +3,20 @@
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from normexp.norms import checks
 from normexp.norms.averaging import average_
-from normexp.norms.masking import flatten_tokens, num_real, real_mean
+from normexp.norms.masking import num_real, only_real
+from normexp.norms.recomputation import recomputing
 from normexp.norms.registry import register_norm
-
-
-class _NormalizeReleased(torch.autograd.Function):
-    """x -> x_hat; backward divides by the batch's statistic and drives `e` to cancel Lambda."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        tokens: Tensor,
-        psi2: Tensor,
-        psi2_batch: Tensor,
-        e: Tensor,
-        eps: float,
-        alpha_bwd: float,
-    ) -> Tensor:
-        x_hat = tokens * torch.rsqrt(psi2 + eps)
-        ctx.save_for_backward(x_hat, torch.rsqrt(psi2_batch + eps))
-        ctx.e, ctx.alpha_bwd = e, alpha_bwd
-        return x_hat
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        x_hat, inverse = ctx.saved_tensors
-        x_tilde = g - (1 - ctx.alpha_bwd) * ctx.e * x_hat
-        ctx.e.add_((x_tilde * x_hat).mean(0).to(ctx.e.dtype))
-        return x_tilde * inverse, None, None, None, None, None
+from normexp.norms.running_norm import RunningNorm
+from normexp.norms.synchronization import pooled_mean
 
 
 @register_norm("power_released")
-class PowerNormReleased(nn.Module):
+class PowerNormReleased(RunningNorm):
     """PN as released; equal to recorded outputs of the authors' layer to 1e-9 in float64.
 
     It departs from Algorithm 2 (`power`) as follows; s is the step, counted from 1:
@@ -51,11 +29,10 @@ class PowerNormReleased(nn.Module):
     3. Backward divides by sqrt(psi2_B + eps), the batch's, also after warm-up.
     4. nu is kept as e = nu / (1 - alpha_bwd): x_tilde = g - (1 - alpha_bwd) e x_hat,
        e <- e + mean(x_tilde x_hat), the mean over all T*B positions, padding included.
-    5. Statistics are each worker's own.
+    5. Statistics are each worker's own; sync=True is not what was released.
 
-    Because of 4 the padded positions receive a gradient, and training depends on how batches
-    are padded. Each forward in training mode advances psi2 and step, each backward e. A batch
-    without a real token leaves psi2 as it is.
+    Because of 4 padded positions have a part in e, and parameter gradients count them, so training
+    depends on how batches are padded. RunningNorm tells the rules of the state.
     """
 
     def __init__(
@@ -66,59 +43,82 @@ class PowerNormReleased(nn.Module):
         alpha_bwd: float = 0.9,
         warmup_steps: int = 10000,
         num_groups: int = 1,
+        sync: bool = False,
     ):
-        super().__init__()
-        checks.positive(eps=eps, num_groups=num_groups)
+        super().__init__(num_features, eps, sync)
         checks.decay(alpha_fwd=alpha_fwd, alpha_bwd=alpha_bwd)
-        checks.count(warmup_steps=warmup_steps, num_groups=num_groups)
-        if num_features % num_groups:
-            raise ValueError(f"num_groups={num_groups} does not divide {num_features} channels")
-        self.num_features, self.eps = num_features, eps
+        checks.count(warmup_steps=warmup_steps)
+        checks.groups(num_features, num_groups)
         self.alpha_fwd, self.alpha_bwd = alpha_fwd, alpha_bwd
         self.warmup_steps, self.num_groups = warmup_steps, num_groups
-        self.weight = nn.Parameter(torch.ones(num_features))
-        self.bias = nn.Parameter(torch.zeros(num_features))
         self.register_buffer("running_psi2", torch.ones(num_features))
         self.register_buffer("e", torch.zeros(num_features))
-        self.register_buffer("step", torch.zeros((), dtype=torch.long))
 
-    def forward(self, x: Tensor, padding_mask: Tensor | None = None) -> Tensor:
-        """x (T, B, C) or (N, C) -> y like x. Raises ValueError on unfit shapes or masks."""
-        tokens, real = flatten_tokens(x, padding_mask, self.num_features)
+    def _normalize(self, tokens: Tensor, real: Tensor | None) -> Tensor:
         tokens = self._scale_groups(tokens)
-        if self.training:
-            psi2_batch = real_mean(tokens.detach().square(), real)
-            step = self.step + 1
-            psi2 = torch.where(
-                step <= self.warmup_steps, psi2_batch, self.running_psi2.to(tokens.dtype)
-            )
-            n = num_real(tokens, real)
-            cumulate = (step < self.warmup_steps) & (n > 0)
-            cumulative = self.running_psi2 * ((step - 1) / step) + psi2_batch / step
-            self.running_psi2.copy_(torch.where(cumulate, cumulative, self.running_psi2))
-            average_(self.running_psi2, psi2_batch, 1 - self.alpha_fwd, n)
-            self.step += 1
-            x_hat = _NormalizeReleased.apply(
-                tokens, psi2, psi2_batch, self.e, self.eps, self.alpha_bwd
-            )
-            y = x_hat * self.weight + self.bias
-        else:
-            y = tokens * (torch.rsqrt(self.running_psi2 + self.eps) * self.weight) + self.bias
-        return y.to(x.dtype).view(x.shape)
+        squares = only_real(tokens.detach(), real).square().sum(0)
+        psi2, psi2_batch, n = self._step(squares, num_real(tokens, real))
+        x_hat = _NormalizeReleased.apply(tokens, psi2, psi2_batch, n, self)
+        return x_hat * self.weight + self.bias
+
+    @torch.no_grad()
+    def _step(self, squares: Tensor, n: Tensor) -> tuple[Tensor, ...]:
+        """psi2 to divide by, psi2_B, N of all ranks; squares (C,): sums over n real tokens."""
+        if recomputing():
+            return self._recent.recall(squares)
+        psi2_batch, n = pooled_mean(squares, n, self.sync)
+        step = self.step + 1
+        running = self.running_psi2
+        psi2 = torch.where(step <= self.warmup_steps, psi2_batch, running.to(squares.dtype))
+        self._recent.remember(squares, psi2, psi2_batch, n)
+        usable = self._usable(n, psi2_batch)
+        cumulative = running * ((step - 1) / step) + psi2_batch / step
+        running.copy_(torch.where(usable & (step < self.warmup_steps), cumulative, running))
+        average_(running, psi2_batch, 1 - self.alpha_fwd, usable)
+        self.step += usable
+        return psi2, psi2_batch, n
+
+    def _step_backward(self, g: Tensor, x_hat: Tensor, n: Tensor) -> Tensor:
+        """x_tilde (T*B, C); advances e."""
+        x_tilde = g - (1 - self.alpha_bwd) * self.e.to(g.dtype) * x_hat
+        positions = x_hat.new_full((), x_hat.shape[0])
+        mean, _ = pooled_mean((x_tilde * x_hat).sum(0), positions, self.sync)
+        e = self.e + mean
+        self.e.copy_(torch.where(self._usable(n, e), e, self.e))
+        return x_tilde
+
+    def _infer(self, tokens: Tensor, real: Tensor | None) -> Tensor:
+        scale = torch.rsqrt(self.running_psi2 + self.eps) * self.weight
+        return self._scale_groups(tokens) * scale + self.bias
 
     def _scale_groups(self, tokens: Tensor) -> Tensor:
-        groups = tokens.view(tokens.shape[0], self.num_groups, -1)
-        return (groups * torch.rsqrt(groups.square().mean(-1, keepdim=True) + self.eps)).view_as(
-            tokens
-        )
+        groups = tokens.unflatten(1, (self.num_groups, -1))
+        return (groups * torch.rsqrt(groups.square().mean(-1, keepdim=True) + self.eps)).flatten(1)
 
     def statistics(self) -> dict[str, Tensor]:
         """Running statistics, each (C,), for diagnostics; nu in Algorithm 2's scale."""
         return {"psi2": self.running_psi2, "nu": (1 - self.alpha_bwd) * self.e}
 
-    def extra_repr(self) -> str:
-        return (
-            f"{self.num_features}, eps={self.eps}, alpha_fwd={self.alpha_fwd}, "
-            f"alpha_bwd={self.alpha_bwd}, warmup_steps={self.warmup_steps}, "
-            f"num_groups={self.num_groups}"
-        )
+
+class _NormalizeReleased(torch.autograd.Function):
+    """x -> x_hat; backward divides by the batch's statistic and drives `e` to cancel Lambda."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        tokens: Tensor,
+        psi2: Tensor,
+        psi2_batch: Tensor,
+        n: Tensor,
+        norm: PowerNormReleased,
+    ) -> Tensor:
+        x_hat = tokens * torch.rsqrt(psi2 + norm.eps)
+        ctx.save_for_backward(x_hat, torch.rsqrt(psi2_batch + norm.eps), n)
+        ctx.norm = norm
+        return x_hat
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        x_hat, inverse, n = ctx.saved_tensors
+        return ctx.norm._step_backward(g, x_hat, n) * inverse, None, None, None, None

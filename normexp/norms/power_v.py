@@ -1,16 +1,19 @@
 """PN-V: power normalization by the batch's quadratic mean, with the exact gradient."""
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from normexp.norms import checks
 from normexp.norms.averaging import average_
-from normexp.norms.masking import flatten_tokens, num_real, real_mean
+from normexp.norms.masking import num_real, only_real
+from normexp.norms.recomputation import recomputing
 from normexp.norms.registry import register_norm
+from normexp.norms.running_norm import RunningNorm
+from normexp.norms.synchronization import pooled_mean
 
 
 @register_norm("power_v")
-class PowerNormV(nn.Module):
+class PowerNormV(RunningNorm):
     """PN-V (paper, section 4.1): batch normalization without the mean.
 
     Training, per channel over the N real tokens:
@@ -19,35 +22,28 @@ class PowerNormV(nn.Module):
     with the exact gradient dL/dx = (g - x_hat mean_N(g x_hat)) / sqrt(psi2_B + eps), g = w dL/dy,
     which autograd supplies. Inference: y = w x / sqrt(running_psi2 + eps) + b.
 
-    Padded positions are normalized like the others and influence nothing. A batch without a
-    real token leaves running_psi2 as it is. Every forward in training mode counts as one step,
-    also under gradient accumulation.
+    Padded positions enter as zeros and influence nothing. RunningNorm tells the rules of the state.
     """
 
-    def __init__(self, num_features: int, eps: float = 1e-5, alpha: float = 0.9):
-        super().__init__()
-        checks.positive(eps=eps)
+    def __init__(
+        self, num_features: int, eps: float = 1e-5, alpha: float = 0.9, sync: bool = False
+    ):
+        super().__init__(num_features, eps, sync)
         checks.decay(alpha=alpha)
-        self.num_features, self.eps, self.alpha = num_features, eps, alpha
-        self.weight = nn.Parameter(torch.ones(num_features))
-        self.bias = nn.Parameter(torch.zeros(num_features))
+        self.alpha = alpha
         self.register_buffer("running_psi2", torch.ones(num_features))
-        self.register_buffer("step", torch.zeros((), dtype=torch.long))
 
-    def forward(self, x: Tensor, padding_mask: Tensor | None = None) -> Tensor:
-        """x (T, B, C) or (N, C) -> y like x. Raises ValueError on unfit shapes or masks."""
-        tokens, real = flatten_tokens(x, padding_mask, self.num_features)
-        psi2 = self.running_psi2
-        if self.training:
-            psi2 = real_mean(tokens.square(), real)
-            average_(self.running_psi2, psi2, 1 - self.alpha, num_real(tokens, real))
-            self.step += 1
-        y = tokens * (torch.rsqrt(psi2 + self.eps) * self.weight) + self.bias
-        return y.to(x.dtype).view(x.shape)
+    def _normalize(self, tokens: Tensor, real: Tensor | None) -> Tensor:
+        tokens = only_real(tokens, real)
+        psi2, n = pooled_mean(tokens.square().sum(0), num_real(tokens, real), self.sync)
+        if not recomputing():
+            usable = self._usable(n, psi2)
+            average_(self.running_psi2, psi2, 1 - self.alpha, usable)
+            self.step += usable
+        return tokens * (torch.rsqrt(psi2 + self.eps) * self.weight) + self.bias
+
+    def inference_affine(self) -> tuple[Tensor, Tensor]:
+        return torch.rsqrt(self.running_psi2 + self.eps) * self.weight, self.bias
 
     def statistics(self) -> dict[str, Tensor]:
-        """Running statistics, each (C,), for diagnostics."""
         return {"psi2": self.running_psi2}
-
-    def extra_repr(self) -> str:
-        return f"{self.num_features}, eps={self.eps}, alpha={self.alpha}"

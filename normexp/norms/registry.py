@@ -29,11 +29,16 @@ def available_norms() -> list[str]:
     return sorted(_NORMS)
 
 
-def norm_options(name: str) -> dict[str, object]:
-    """Options of a normalization with their defaults. Raises ValueError on an unknown name."""
+def norm_class(name: str) -> type[nn.Module]:
+    """The layer's class. Raises ValueError on an unknown name."""
     if name not in _NORMS:
         raise ValueError(f"unknown normalization {name!r}; known: {', '.join(available_norms())}")
-    parameters = list(inspect.signature(_NORMS[name]).parameters.values())
+    return _NORMS[name]
+
+
+def norm_options(name: str) -> dict[str, object]:
+    """Options of a normalization with their defaults. Raises ValueError on an unknown name."""
+    parameters = list(inspect.signature(norm_class(name)).parameters.values())
     return {parameter.name: parameter.default for parameter in parameters[1:]}
 
 
@@ -56,4 +61,4 @@ def build_norm(name: str, num_features: int, **options: object) -> nn.Module:
         )
     if not isinstance(num_features, int) or num_features < 1:
         raise ValueError(f"num_features must be a positive integer, got {num_features!r}")
-    return _NORMS[name](num_features, **options)
+    return norm_class(name)(num_features, **options)

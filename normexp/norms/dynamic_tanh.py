@@ -1,0 +1,33 @@
+"""Dynamic tanh: squashing in the place of normalization."""
+
+import torch
+from torch import Tensor, nn
+
+from normexp.norms import checks
+from normexp.norms.masking import flatten_tokens
+from normexp.norms.registry import register_norm
+
+
+@register_norm("dynamic_tanh")
+class DynamicTanh(nn.Module):
+    """DyT: y = w tanh(a x) + b, with a learned scalar a that starts at `alpha`.
+
+    Zhu et al., "Transformers without Normalization" (2025), equation 1. padding_mask has no effect.
+    """
+
+    def __init__(self, num_features: int, alpha: float = 0.5):
+        super().__init__()
+        checks.positive(alpha=alpha)
+        self.num_features, self.alpha = num_features, alpha
+        self.a = nn.Parameter(torch.tensor(float(alpha)))
+        self.weight = nn.Parameter(torch.ones(num_features))
+        self.bias = nn.Parameter(torch.zeros(num_features))
+
+    def forward(self, x: Tensor, padding_mask: Tensor | None = None) -> Tensor:
+        """x (T, B, C) or (N, C) -> y like x. Raises ValueError on unfit shapes or masks."""
+        tokens, _ = flatten_tokens(x, padding_mask, self.num_features)
+        y = torch.tanh(self.a * tokens) * self.weight + self.bias
+        return y.to(x.dtype).reshape(x.shape)
+
+    def extra_repr(self) -> str:
+        return f"{self.num_features}, alpha={self.alpha}"

@@ -1,0 +1,49 @@
+"""Instance normalization: every sentence and channel over its real tokens."""
+
+import torch
+from torch import Tensor, nn
+
+from normexp.norms import checks
+from normexp.norms.masking import check_input
+from normexp.norms.registry import register_norm
+
+
+@register_norm("instance")
+class InstanceNorm(nn.Module):
+    """IN: per sentence and channel, mean and variance over the sentence's real tokens.
+
+        x_hat = (x - mean_T) / sqrt(var_T + eps),  y = w x_hat + b, in training and inference
+
+    Ulyanov, Vedaldi, Lempitsky, "Instance Normalization" (2016), with a sentence in the place of
+    an image. A list of tokens (N, C) counts as one sentence. Padded positions enter as zeros and
+    influence nothing. Every position sees the others of its sentence, later ones included, so
+    the layer fits encoders only.
+    """
+
+    mixes_positions = True
+
+    def __init__(self, num_features: int, eps: float = 1e-5):
+        super().__init__()
+        checks.positive(eps=eps)
+        self.num_features, self.eps = num_features, eps
+        self.weight = nn.Parameter(torch.ones(num_features))
+        self.bias = nn.Parameter(torch.zeros(num_features))
+
+    def forward(self, x: Tensor, padding_mask: Tensor | None = None) -> Tensor:
+        """x (T, B, C) or (N, C) -> y like x. Raises ValueError on unfit shapes or masks."""
+        check_input(x, padding_mask, self.num_features)
+        values = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+        if padding_mask is None:
+            var, mean = torch.var_mean(values, dim=0, correction=0, keepdim=True)
+        else:
+            real = ~padding_mask.t().unsqueeze(-1)  # (T, B, 1) or (N, 1)
+            values = torch.where(real, values, 0.0)
+            n = real.sum(0, keepdim=True).clamp(min=1)
+            mean = values.sum(0, keepdim=True) / n
+            deviations = torch.where(real, values - mean, 0.0)
+            var = deviations.square().sum(0, keepdim=True) / n
+        x_hat = (values - mean) * torch.rsqrt(var + self.eps)
+        return (x_hat * self.weight + self.bias).to(x.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{self.num_features}, eps={self.eps}"

@@ -1,0 +1,67 @@
+"""Activation checkpointing: the second run of a forward must repeat the first one's state."""
+
+from collections import deque
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_REMEMBERED = 64
+_TOLERANCE = 1e-3
+
+
+def recomputing() -> bool:
+    """Whether this forward runs inside a backward pass, as only a recomputation does."""
+    # torch.utils.checkpoint itself asks the same question in the same way.
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+class RecentForwards:
+    """What the last forwards of a layer in training took from its state.
+
+    Activation checkpointing runs a forward again in the backward pass, when other forwards may
+    have moved the state on. Nothing says which forward is being repeated, so it is recognised by
+    a statistic of its own batch. Not part of a layer's state: copies and pickles are empty.
+    """
+
+    def __init__(self) -> None:
+        self._forwards: deque[_Forward] = deque(maxlen=_REMEMBERED)
+
+    def remember(self, batch_statistic: Tensor, *taken: Tensor) -> None:
+        """Keep the tensors `taken` of a forward, to be found by its batch_statistic (C,)."""
+        if not torch.is_inference_mode_enabled():  # no backward pass can follow
+            self._forwards.append(_Forward(batch_statistic.detach(), taken))
+
+    def recall(self, batch_statistic: Tensor) -> tuple[Tensor, ...]:
+        """Tensors of the forward with this batch_statistic (C,).
+
+        Among equal ones those recalled least come first, then the latest: the order in which
+        backward meets them. Raises RuntimeError when there is none among the last 64 forwards.
+        """
+        wanted = batch_statistic.detach().nan_to_num()
+        past = list(reversed(self._forwards))
+        distances = [float("inf")]
+        if past:
+            statistics = torch.stack([forward.batch_statistic for forward in past]).nan_to_num()
+            distances = (statistics - wanted).abs().sum(1).tolist()
+        if min(distances) > _TOLERANCE * float(wanted.abs().sum()):
+            raise RuntimeError(
+                "activation checkpointing repeats a forward that is not among the layer's last "
+                f"{_REMEMBERED} in training; run backward after fewer forwards"
+            )
+        best = min(range(len(past)), key=lambda i: (distances[i], past[i].recalls))
+        past[best].recalls += 1
+        return past[best].taken
+
+    def __deepcopy__(self, memo: object) -> "RecentForwards":
+        return RecentForwards()
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return RecentForwards, ()
+
+
+@dataclass
+class _Forward:
+    batch_statistic: Tensor
+    taken: tuple[Tensor, ...]
+    recalls: int = 0

@@ -1,0 +1,106 @@
+"""Regularized BN: batch normalization with a loss term on how far a batch is from the average."""
+
+import warnings
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from normexp.norms import checks
+from normexp.norms.batch import BatchNorm
+from normexp.norms.recomputation import recomputing
+from normexp.norms.registry import register_norm
+from normexp.norms.synchronization import several_ranks
+
+
+@register_norm("regularized_batch")
+class RegularizedBatchNorm(BatchNorm):
+    """RBN (Wu et al., "Understanding the Failure of Batch Normalization for Transformers", 2022).
+
+    Masked BN (`batch`) with the biased var_B also in running_var and with
+        x_hat = (x - mu_B) / sqrt(max(var_B, eps)),
+    and, per layer, a term of the loss that the training code has to add:
+        penalty = penalty_mean sum_C (running_mean - mu_B)^2
+                  + penalty_var sum_C |running_var - var_B|
+    with the running values already updated by this batch and held constant. The authors use
+    0.1 / 0.01 for pre-norm and 60 / 0 for post-norm Transformers on IWSLT14, with the penalties of
+    all layers added to the loss summed over the tokens.
+
+    With sync=True each rank's penalty is its share, so that their sum counts once.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float = 0.05,
+        penalty_mean: float = 0.1,
+        penalty_var: float = 0.01,
+        sync: bool = False,
+    ):
+        super().__init__(num_features, eps, momentum, sync)
+        checks.not_negative(penalty_mean=penalty_mean, penalty_var=penalty_var)
+        self.penalty_mean, self.penalty_var = penalty_mean, penalty_var
+        self._pending = _Pending()
+
+    def penalty(self) -> Tensor:
+        """Penalty of the last forward in training mode, a scalar to be added to the loss, once.
+
+        Raises RuntimeError if there is none, or if it carries no gradient because reentrant
+        activation checkpointing ran the forward without recording.
+        """
+        penalty, recorded = self._pending.take()
+        if torch.is_grad_enabled() and not recorded:
+            raise RuntimeError(
+                "the penalty of regularized batch normalization was computed without gradients; "
+                "run activation checkpointing with use_reentrant=False, or not at all"
+            )
+        return penalty
+
+    def _after_step(self, mean: Tensor, var: Tensor, n: Tensor) -> None:
+        running_mean, running_var = self.running_mean.clone(), self.running_var.clone()
+        if recomputing():
+            running_mean, running_var = self._recent.recall(mean)
+        else:
+            self._recent.remember(mean, running_mean, running_var)
+        penalty = self.penalty_mean * (running_mean - mean).square().sum()
+        penalty = penalty + self.penalty_var * (running_var - var).abs().sum()
+        penalty = torch.where(n > 0, penalty, 0.0)
+        if self.sync and several_ranks():
+            penalty = penalty / dist.get_world_size()
+        if not recomputing():
+            self._pending.put(penalty)
+
+    def _var_to_average(self, var: Tensor, n: Tensor) -> Tensor:
+        return var
+
+    def _inverse_std(self, var: Tensor) -> Tensor:
+        return torch.rsqrt(var.clamp(min=self.eps))
+
+
+class _Pending:
+    """A penalty on its way to the loss; copies and pickles of the layer do not have it."""
+
+    def __init__(self) -> None:
+        self._penalty: tuple[Tensor, bool] | None = None
+
+    def put(self, penalty: Tensor) -> None:
+        if self._penalty is not None and torch.is_grad_enabled():
+            warnings.warn(
+                "penalty() of regularized batch normalization was not added to the loss of the "
+                "last batch; with fairseq choose a criterion whose name starts with normexp_",
+                stacklevel=2,
+            )
+        self._penalty = penalty, torch.is_grad_enabled()
+
+    def take(self) -> tuple[Tensor, bool]:
+        if self._penalty is None:
+            raise RuntimeError("no penalty: no forward in training mode since the last one")
+        penalty, self._penalty = self._penalty, None
+        return penalty
+
+    def __deepcopy__(self, memo: object) -> "_Pending":
+        return _Pending()
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return _Pending, ()

@@ -1,0 +1,31 @@
+"""RMS normalization."""
+
+import torch
+from torch import Tensor, nn
+
+from normexp.norms import checks
+from normexp.norms.masking import flatten_tokens
+from normexp.norms.registry import register_norm
+
+
+@register_norm("rms")
+class RMSNorm(nn.Module):
+    """RMSNorm: each token over its C channels, y = w x / sqrt(mean_C(x^2) + eps).
+
+    Zhang, Sennrich, "Root Mean Square Layer Normalization" (2019). padding_mask has no effect.
+    """
+
+    def __init__(self, num_features: int, eps: float = 1e-5):
+        super().__init__()
+        checks.positive(eps=eps)
+        self.num_features, self.eps = num_features, eps
+        self.weight = nn.Parameter(torch.ones(num_features))
+
+    def forward(self, x: Tensor, padding_mask: Tensor | None = None) -> Tensor:
+        """x (T, B, C) or (N, C) -> y like x. Raises ValueError on unfit shapes or masks."""
+        tokens, _ = flatten_tokens(x, padding_mask, self.num_features)
+        inverse = torch.rsqrt(tokens.square().mean(-1, keepdim=True) + self.eps)
+        return (tokens * inverse * self.weight).to(x.dtype).reshape(x.shape)
+
+    def extra_repr(self) -> str:
+        return f"{self.num_features}, eps={self.eps}"

@@ -1,0 +1,120 @@
+"""What all layers with running statistics share: parameters, state and its rules."""
+
+import inspect
+import warnings
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from normexp.norms import checks
+from normexp.norms.masking import flatten_tokens
+from normexp.norms.recomputation import RecentForwards
+from normexp.norms.synchronization import several_ranks, warn_of_private_statistics
+
+_HALF = (torch.float16, torch.bfloat16)
+
+
+class RunningNorm(nn.Module):
+    """Base of the layers that keep statistics of past batches.
+
+    The state obeys these rules in every such layer:
+
+    - Each forward in training mode is one step of the running statistics and each backward one of
+      what a layer averages in backward, also when gradients are accumulated over several batches.
+      Warm-ups therefore count forwards, not updates.
+    - A forward repeated by activation checkpointing uses the statistics of the forward that it
+      repeats and changes nothing.
+    - In eval mode nothing changes. Parameters that are frozen (requires_grad_(False)) do not freeze
+      the statistics; eval mode of the layer does.
+    - A batch without a real token changes nothing. Neither does one whose statistics are not
+      finite: its outputs show it, `rejected` counts it (passes forward and backward), and a
+      UserWarning tells at the next switch from training to eval mode.
+    - Statistics are computed in float32 at least and kept in float32, also in a model converted by
+      .half() or .bfloat16(); .double() converts them.
+    - Data parallel: with sync=True statistics are those of the tokens of all ranks, and gradients
+      those of the sum of the ranks' losses; with sync=False each rank keeps its own, and a
+      UserWarning says so.
+    - torch.compile: inference compiles without graph breaks.
+
+    Subclasses offer `_normalize` (training) and `inference_affine`.
+    """
+
+    def __init__(self, num_features: int, eps: float, sync: bool = False):
+        super().__init__()
+        checks.positive(eps=eps)
+        checks.flag(sync=sync)
+        self.num_features, self.eps, self.sync = num_features, eps, sync
+        self.weight = nn.Parameter(torch.ones(num_features))
+        self.bias = nn.Parameter(torch.zeros(num_features))
+        self.register_buffer("step", torch.zeros((), dtype=torch.long))
+        self.register_buffer("rejected", torch.zeros((), dtype=torch.long), persistent=False)
+        self._recent = RecentForwards()
+        self._rejected_told = 0
+
+    def forward(self, x: Tensor, padding_mask: Tensor | None = None) -> Tensor:
+        """x (T, B, C) or (N, C), mask (B, T) or (N,) -> y like x.
+
+        What stands at padded positions of y is of no account. Raises ValueError on unfit shapes
+        or masks.
+        """
+        tokens, real = flatten_tokens(x, padding_mask, self.num_features)
+        if self.training:
+            if not self.sync and several_ranks():
+                warn_of_private_statistics()
+            y = self._normalize(tokens, real)
+        else:
+            y = self._infer(tokens, real)
+        return y.to(x.dtype).reshape(x.shape)
+
+    def _normalize(self, tokens: Tensor, real: Tensor | None) -> Tensor:
+        """Training: tokens (T*B, C), real (T*B, 1) bool or None -> (T*B, C)."""
+        raise NotImplementedError
+
+    def _infer(self, tokens: Tensor, real: Tensor | None) -> Tensor:
+        scale, shift = self.inference_affine()
+        return tokens * scale + shift
+
+    def inference_affine(self) -> tuple[Tensor, Tensor]:
+        """scale and shift, each (C,): what the layer is at inference, y = x * scale + shift."""
+        raise NotImplementedError
+
+    def statistics(self) -> dict[str, Tensor]:
+        """Running statistics, each (C,), for diagnostics."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def _usable(self, n: Tensor, *statistics: Tensor) -> Tensor:
+        """Whether a batch of n real tokens with these statistics may change the state.
+
+        A bool scalar on the device; counts the batch in `rejected` if it is not finite.
+        """
+        finite = torch.stack([value.isfinite().all() for value in statistics]).all()
+        self.rejected += (n > 0) & ~finite
+        return (n > 0) & finite
+
+    def train(self, mode: bool = True) -> "RunningNorm":
+        """Switch to training or eval mode; on leaving training, tell of rejected batches."""
+        if self.training and not mode and not self.rejected.is_meta:
+            rejected = int(self.rejected)
+            if rejected > self._rejected_told:
+                warnings.warn(
+                    f"{self}: the statistics of {rejected - self._rejected_told} passes were not "
+                    "finite and have been left out of the running ones",
+                    stacklevel=2,
+                )
+            self._rejected_told = rejected
+        return super().train(mode)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "RunningNorm":
+        # With eight bits of mantissa a running average would stand still: its steps are too small.
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, buffer in self._buffers.items():
+            if buffer.dtype in _HALF:
+                self._buffers[name] = before[name].to(buffer.device, torch.float32)
+        return self
+
+    def extra_repr(self) -> str:
+        options = list(inspect.signature(type(self)).parameters)[1:]
+        return ", ".join([str(self.num_features), *(f"{o}={getattr(self, o)}" for o in options)])

@@ -1,0 +1,164 @@
+"""Unified normalization: power normalization by means over a window of batches."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from normexp.norms import checks
+from normexp.norms.averaging import average_
+from normexp.norms.masking import num_real, only_real
+from normexp.norms.recomputation import recomputing
+from normexp.norms.registry import register_norm
+from normexp.norms.running_norm import RunningNorm
+from normexp.norms.synchronization import pooled_mean
+
+_MOST_CORRECTION = 5.0
+_STEPS_UNCORRECTED = 1000
+
+
+@register_norm("unified")
+class UnifiedNorm(RunningNorm):
+    """UN (Yang et al., "Unified Normalization for Accelerating and Stabilizing ...", 2022).
+
+    As their code computes it; s is the step, counted from 1, M the window_size, m the momentum.
+    forward: psi2_B = mean_N(x^2) over the real tokens goes into slot s mod M of the window.
+        V = psi2_B while s <= M or s < warmup_steps or the batch is skipped,
+            else the geometric mean of the window
+        x_hat = x / sqrt(V + eps),  y = w x_hat + b
+        r = sqrt(V + eps) / sqrt(psi2 + eps), clamped to [1/5, 5], with psi2 of before this step;
+            1 while s <= max(1000, warmup_steps) or skipped
+        psi2 <- m psi2 + (1 - m) V
+    backward: g = r w dL/dy; lambda = mean(g x_hat) over all T*B positions, padding included, goes
+    into the slot of the second window (e instead, if skipped).
+        Lambda = lambda while s <= M or s < warmup_steps or skipped, else the window's mean
+        e <- m e + (1 - m) Lambda
+        dL/dx = (g - e x_hat) / sqrt(V + eps), with Lambda in the place of e if skipped
+        dL/dw = sum r x_hat dL/dy over all positions
+    inference: y = w x / sqrt(psi2 + eps) + b.
+    outlier_filtration (off for text): after warm-up a batch is skipped when in any channel the
+    arithmetic minus the geometric mean of the window exceeds M times the variance of sqrt(psi2_B)
+    over the window as it was before; its slot then holds psi2. `skipped` counts these.
+
+    Because of the means over all positions, training depends on how batches are padded.
+    Double differentiation is refused. RunningNorm tells the rules of the state.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float = 0.9,
+        window_size: int = 4,
+        warmup_steps: int = 4000,
+        outlier_filtration: bool = False,
+        sync: bool = False,
+    ):
+        super().__init__(num_features, eps, sync)
+        checks.decay(momentum=momentum)
+        checks.count(window_size=window_size, warmup_steps=warmup_steps)
+        checks.positive(window_size=window_size)
+        checks.flag(outlier_filtration=outlier_filtration)
+        self.momentum, self.window_size = momentum, window_size
+        self.warmup_steps, self.outlier_filtration = warmup_steps, outlier_filtration
+        self.register_buffer("running_psi2", torch.ones(num_features))
+        self.register_buffer("e", torch.zeros(num_features))
+        self.register_buffer("psi2_window", torch.zeros(window_size, num_features))
+        self.register_buffer("lambda_window", torch.zeros(window_size, num_features))
+        self.register_buffer("skipped", torch.zeros((), dtype=torch.long))
+
+    def _normalize(self, tokens: Tensor, real: Tensor | None) -> Tensor:
+        squares = only_real(tokens.detach(), real).square().sum(0)
+        taken = self._step(squares, num_real(tokens, real))
+        return _NormalizeUnified.apply(tokens, self.weight, self.bias, *taken, self)
+
+    @torch.no_grad()
+    def _step(self, squares: Tensor, n: Tensor) -> tuple[Tensor, ...]:
+        """V, r, whether lambda itself corrects, whether skipped, the slot (M, 1) and N.
+
+        squares (C,): sums of x^2 over the rank's n real tokens.
+        """
+        if recomputing():
+            return self._recent.recall(squares)
+        psi2_batch, n = pooled_mean(squares, n, self.sync)
+        usable = self._usable(n, psi2_batch)
+        step, running = self.step + 1, self.running_psi2
+        slots = torch.arange(self.window_size, device=squares.device)[:, None]
+        slot = slots == step % self.window_size
+        window = torch.where(slot, psi2_batch.to(running.dtype), self.psi2_window)
+        geometric = window.log().mean(0).exp()
+        early = (step <= self.window_size) | (step < self.warmup_steps)
+        skip = torch.zeros_like(early)
+        if self.outlier_filtration:
+            spread = self.psi2_window.sqrt().var(0, correction=0)
+            outlier = window.mean(0) - geometric > self.window_size * spread
+            skip = ~early & outlier.any()
+            window = torch.where(skip & slot, running, window)
+        v = torch.where(early | skip, psi2_batch, geometric.to(squares.dtype))
+        ratio = torch.sqrt((v + self.eps) / (running + self.eps))
+        ratio = ratio.clamp(1 / _MOST_CORRECTION, _MOST_CORRECTION).to(squares.dtype)
+        uncorrected = (step <= max(_STEPS_UNCORRECTED, self.warmup_steps)) | skip
+        r = torch.where(uncorrected, 1.0, ratio)
+        self._recent.remember(squares, v, r, early | skip, skip, slot, n)
+
+        self.psi2_window.copy_(torch.where(usable, window, self.psi2_window))
+        average_(running, v, 1 - self.momentum, usable)
+        self.step += usable
+        self.skipped += skip & usable
+        return v, r, early | skip, skip, slot, n
+
+    def _step_backward(
+        self, lam: Tensor, direct: Tensor, skip: Tensor, slot: Tensor, n: Tensor
+    ) -> Tensor:
+        """The factor of x_hat in the gradient, from lambda (C,); advances e and its window."""
+        lam = lam.to(self.e.dtype)
+        window = torch.where(slot, torch.where(skip, self.e, lam), self.lambda_window)
+        chosen = torch.where(direct, lam, window.mean(0))
+        e = torch.lerp(self.e, chosen, 1 - self.momentum)
+        usable = self._usable(n, e)
+        correction = torch.where(skip, chosen, e)
+        self.e.copy_(torch.where(usable, e, self.e))
+        self.lambda_window.copy_(torch.where(usable, window, self.lambda_window))
+        return correction
+
+    def inference_affine(self) -> tuple[Tensor, Tensor]:
+        return torch.rsqrt(self.running_psi2 + self.eps) * self.weight, self.bias
+
+    def statistics(self) -> dict[str, Tensor]:
+        return {"psi2": self.running_psi2, "e": self.e}
+
+
+class _NormalizeUnified(torch.autograd.Function):
+    """y = w x_hat + b with the backward of unified normalization."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        tokens: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        v: Tensor,
+        r: Tensor,
+        direct: Tensor,
+        skip: Tensor,
+        slot: Tensor,
+        n: Tensor,
+        norm: UnifiedNorm,
+    ) -> Tensor:
+        inverse = torch.rsqrt(v + norm.eps)
+        x_hat = tokens * inverse
+        ctx.save_for_backward(x_hat, weight, inverse, r, direct, skip, slot, n)
+        ctx.norm = norm
+        return x_hat * weight + bias
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x_hat, weight, inverse, r, *which, n = ctx.saved_tensors
+        by_weight = (gradient * x_hat).sum(0) * r
+        positions = x_hat.new_full((), x_hat.shape[0])
+        lam, _ = pooled_mean(by_weight * weight, positions, ctx.norm.sync)
+        correction = ctx.norm._step_backward(lam, *which, n).to(x_hat.dtype)
+        dx = (gradient * (r * weight) - correction * x_hat) * inverse
+        return dx, by_weight, gradient.sum(0), *[None] * 7
