@@ -9,6 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from normexp.errors import UserError
+from normexp.norms import norm_class
 from normexp.sites import resolve_sites
 
 # Settings of fairseq that corrupt results in silence when they are otherwise (key: value, reason).
@@ -75,7 +76,7 @@ def validate(cfg: DictConfig) -> dict[str, dict[str, Any]]:
     _check_tracking(plain["tracking"]["mode"])
     sites = _resolve_sites(plain)
     typed = _typed(_with_safeguards(plain["fairseq"]))
-    _check_criterion(plain["task"]["kind"], typed)
+    _check_criterion(plain["task"]["kind"], typed, sites)
     return sites
 
 
@@ -249,18 +250,28 @@ def _typed(node: dict[str, Any]) -> DictConfig:
         raise UserError(f"fairseq: {_first_line(error)}") from None
 
 
-def _check_criterion(kind: str, typed: DictConfig) -> None:
-    adaptive_loss = typed.criterion._name == "adaptive_loss"
+def _check_criterion(kind: str, typed: DictConfig, sites: dict[str, dict[str, Any]]) -> None:
+    name = typed.criterion._name
+    stock = name.removeprefix("normexp_")
+    adaptive_loss = stock == "adaptive_loss"
     adaptive_softmax = typed.model.get("adaptive_softmax_cutoff") is not None
     if adaptive_loss != adaptive_softmax:
         raise UserError(
-            "fairseq.criterion._name=adaptive_loss and fairseq.model.adaptive_softmax_cutoff "
-            "belong together: set both or neither"
+            "fairseq.criterion._name=normexp_adaptive_loss and "
+            "fairseq.model.adaptive_softmax_cutoff belong together: set both or neither"
         )
-    if kind == "language_model" and typed.criterion._name == "label_smoothed_cross_entropy":
+    if kind == "language_model" and stock == "label_smoothed_cross_entropy":
         raise UserError(
             "label smoothing makes perplexities meaningless: use fairseq.criterion._name="
-            "cross_entropy for a language model"
+            "normexp_cross_entropy for a language model"
+        )
+    penalized = [
+        norm["name"] for norm in sites.values() if hasattr(norm_class(norm["name"]), "penalty")
+    ]
+    if penalized and name == stock:
+        raise UserError(
+            f"norm {penalized[0]!r} has a penalty that fairseq.criterion._name={name} would leave "
+            f"out of the loss: use normexp_{name}"
         )
 
 

@@ -8,7 +8,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from normexp.norms import build_norm, norm_options
+from normexp.norms import build_norm, norm_class, norm_options
 
 SITES: dict[str, tuple[str, ...]] = {
     "translation": (
@@ -40,7 +40,8 @@ def resolve_sites(kind: str, model: Mapping[str, Any]) -> dict[str, dict[str, An
     Returns site -> {"name": ..., every option with its value}, in the order of SITES. A site
     that the model lacks (the final ones of a post-norm model, decoder_cross without cross
     attention) is left out. Raises ValueError, naming what is known, for an unknown kind, site,
-    norm or option, for an override of a site that the model lacks, and for bad JSON.
+    norm or option, for an override of a site that the model lacks, for a norm in the decoder that
+    would let a position see later ones, and for bad JSON.
     """
     if kind not in SITES:
         raise ValueError(f"unknown kind of model {kind!r}; known: {', '.join(SITES)}")
@@ -76,7 +77,16 @@ def resolve_sites(kind: str, model: Mapping[str, Any]) -> dict[str, dict[str, An
             resolved[site] = dict(chosen)
         else:
             resolved[site] = {"name": "layer", **norm_options("layer")}
+        _refuse_future(site, resolved[site]["name"])
     return resolved
+
+
+def _refuse_future(site: str, name: str) -> None:
+    if site.startswith("decoder_") and getattr(norm_class(name), "mixes_positions", False):
+        raise ValueError(
+            f"norm {name!r} cannot stand at {site}: it normalizes over a whole sentence, so every "
+            "position would see the later ones that it has to predict"
+        )
 
 
 def _channels(kind: str, model: Mapping[str, Any]) -> dict[str, int]:

@@ -4,7 +4,8 @@
     fairseq-train ... --user-dir normexp/fairseq_plugin --arch ...  # any of fairseq's tools
 
 Registers the models `normexp_transformer` and `normexp_transformer_lm`, one architecture
-`normexp_<stem>` for every configs/model/<stem>.yaml, and the types that checkpoints may hold.
+`normexp_<stem>` for every configs/model/<stem>.yaml, fairseq's criterions with the layers'
+penalties as `normexp_<criterion>`, and the types that checkpoints may hold.
 """
 
 import importlib
@@ -14,7 +15,12 @@ from pathlib import Path
 _NAME = "normexp.fairseq_plugin"
 
 if __name__ == _NAME:
-    from normexp.fairseq_plugin import checkpoint_types, language_model, transformer  # noqa: F401
+    from normexp.fairseq_plugin import (  # noqa: F401
+        checkpoint_types,
+        criterions,
+        language_model,
+        transformer,
+    )
     from normexp.fairseq_plugin.architectures import register_architectures
 
     register_architectures()

@@ -1,10 +1,7 @@
 """fairseq's Transformer layers with a chosen normalization at each of their sites."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
 from typing import Any
 
-import torch
 from fairseq.distributed import fsdp_wrap
 from fairseq.modules.checkpoint_activations import checkpoint_wrapper
 from fairseq.modules.transformer_layer import (
@@ -13,7 +10,7 @@ from fairseq.modules.transformer_layer import (
 )
 from torch import Tensor, nn
 
-from normexp.fairseq_plugin.norm_slots import fill_slot, padding_mask_for, state_kept
+from normexp.fairseq_plugin.norm_slots import fill_slot, padding_mask_for
 
 Norms = dict[str, dict[str, Any]]  # what normexp.sites.resolve_sites returns
 
@@ -31,7 +28,7 @@ class NormEncoderLayer(TransformerEncoderLayerBase):
     ) -> Any:
         """x (T, B, C), encoder_padding_mask (B, T) -> as in fairseq."""
         norms = (self.self_attn_layer_norm, self.final_layer_norm)
-        with _norms_of_layer(self, *norms, padding_mask=encoder_padding_mask):
+        with padding_mask_for(*norms, padding_mask=encoder_padding_mask):
             return super().forward(x, encoder_padding_mask, attn_mask)
 
 
@@ -54,7 +51,7 @@ class NormDecoderLayer(TransformerDecoderLayerBase):
         take the decoder's mask.
         """
         norms = (self.self_attn_layer_norm, self.encoder_attn_layer_norm, self.final_layer_norm)
-        with _norms_of_layer(self, *norms, padding_mask=self_attn_padding_mask):
+        with padding_mask_for(*norms, padding_mask=self_attn_padding_mask):
             return super().forward(
                 x, *args, self_attn_padding_mask=self_attn_padding_mask, **kwargs
             )
@@ -66,22 +63,3 @@ def wrap_layer(layer: nn.Module, cfg: Any) -> nn.Module:
         return fsdp_wrap(layer, min_num_params=cfg.min_params_to_wrap)
     layer = checkpoint_wrapper(layer, offload_to_cpu=cfg.offload_activations)
     return fsdp_wrap(layer, min_num_params=0)  # with checkpointing every layer is wrapped
-
-
-@contextmanager
-def _norms_of_layer(
-    layer: nn.Module, *norms: nn.Module | None, padding_mask: Tensor | None
-) -> Iterator[None]:
-    """Lay down the mask, and let a step of training advance the norms' state once only.
-
-    Activation checkpointing runs a layer twice, first without recording gradients and again in
-    the backward pass. Without this the second run would start from other running statistics
-    than the first, and every statistic would be averaged twice per step.
-    """
-    checkpointed = hasattr(layer, "precheckpoint_forward")  # set by fairseq's checkpoint_wrapper
-    first_run = checkpointed and layer.training and not torch.is_grad_enabled()
-    with (
-        padding_mask_for(*norms, padding_mask=padding_mask),
-        state_kept(*norms) if first_run else nullcontext(),
-    ):
-        yield

@@ -38,16 +38,6 @@ def padding_mask_for(*norms: nn.Module | None, padding_mask: Tensor | None) -> I
             delattr(norm, _MASK)
 
 
-@contextmanager
-def state_kept(*norms: nn.Module | None) -> Iterator[None]:
-    """Within this context the norms may run, and their buffers are as before afterwards."""
-    buffers = [buffer for norm in norms if norm is not None for buffer in norm.buffers()]
-    values = [buffer.clone() for buffer in buffers]
-    yield
-    for buffer, value in zip(buffers, values, strict=True):
-        buffer.copy_(value)
-
-
 def _add_padding_mask(
     norm: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -137,3 +137,12 @@ def test_works_without_fairseq() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "batch\n"
+
+
+@pytest.mark.parametrize("site", ["decoder_attention", "decoder_ffn", "decoder_final"])
+def test_norms_that_see_later_positions_are_refused_in_decoders(site: str) -> None:
+    for kind, model in (("translation", _translation), ("language_model", _language_model)):
+        with pytest.raises(ValueError, match=f"'instance' cannot stand at {site}"):
+            resolve_sites(kind, model(norm_sites=json.dumps({site: "instance"})))
+    names = _names(resolve_sites("translation", _translation(norm="instance")))
+    assert names["encoder_final"] == "instance" and names["decoder_final"] == "layer"

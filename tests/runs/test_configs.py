@@ -34,6 +34,10 @@ def test_every_norm_fits_every_task(task: str, norm: str) -> None:
         with pytest.raises(UserError, match="unknown site 'encoder_final'"):
             config.validate(cfg)
         return
+    if norm == "instance" and cfg.task.kind == "language_model":
+        with pytest.raises(UserError, match="would see the later ones"):
+            config.validate(cfg)
+        return
     sites = config.validate(cfg)
     chosen = cfg.norm.name
     if cfg.task.kind == "translation":
@@ -52,7 +56,7 @@ def test_every_norm_has_a_config() -> None:
 def test_every_model_is_valid(model: str) -> None:
     kind = "translation" if composed(f"model={model}").fairseq.model.get("encoder") else "lm"
     task = {"translation": "toy_translation", "lm": "toy_language_model"}[kind]
-    criterion = ["fairseq.criterion._name=adaptive_loss"] if model == "lm_wikitext103" else []
+    criterion = ["fairseq.criterion._name=normexp_adaptive_loss"] if model == "lm_wikitext103" else []
     assert config.validate(composed(f"task={task}", f"model={model}", *criterion))
 
 
@@ -111,7 +115,7 @@ SET_UPS = {
     "table2_wikitext103": {
         "model.decoder_layers": 6,
         "model.dropout": 0.1,
-        "criterion._name": "adaptive_loss",
+        "criterion._name": "normexp_adaptive_loss",
         "task.tokens_per_sample": 80,
         "dataset.max_tokens": 80 * 60,
         "optimization.max_update": 200000,
@@ -179,6 +183,13 @@ BAD = [
         "layer",
         "belong together",
     ),
+    (
+        ["fairseq.criterion._name=label_smoothed_cross_entropy"],
+        "regularized_batch",
+        "use normexp_label_smoothed_cross_entropy",
+    ),
+    (["norm.options.num_groups=3"], "group", "num_groups=3 does not divide"),
+    (["norm.sites.decoder_ffn=instance"], "layer", "would see the later ones"),
     (["fairseq.optimization.max_update=0"], "layer", "would never end"),
     (["+fairseq.dataset.required_batch_size_multiple=8"], "layer", "drops the last sentences"),
     (["+fairseq.dataset.update_epoch_batch_itr=false"], "layer", "resumed run"),
