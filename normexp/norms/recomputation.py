@@ -13,7 +13,7 @@ _TOLERANCE = 1e-3
 def recomputing() -> bool:
     """Whether this forward runs inside a backward pass, as only a recomputation does."""
     # torch.utils.checkpoint itself asks the same question in the same way.
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+    return torch._C._current_graph_task_id() != -1
 
 
 class RecentForwards:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from normexp.norms import checks
+from normexp.norms.compilation import eager
 from normexp.norms.masking import flatten_tokens
 from normexp.norms.recomputation import RecentForwards
 from normexp.norms.synchronization import several_ranks, warn_of_private_statistics
@@ -35,7 +36,8 @@ class RunningNorm(nn.Module):
     - Data parallel: with sync=True statistics are those of the tokens of all ranks, and gradients
       those of the sum of the ranks' losses; with sync=False each rank keeps its own, and a
       UserWarning says so.
-    - torch.compile: inference compiles without graph breaks.
+    - torch.compile: inference compiles without graph breaks. Training runs the layer outside the
+      graph, with the same results, because compiled code could not tell a repeated forward.
 
     Subclasses offer `_normalize` (training) and `inference_affine`.
     """
@@ -60,12 +62,16 @@ class RunningNorm(nn.Module):
         """
         tokens, real = flatten_tokens(x, padding_mask, self.num_features)
         if self.training:
-            if not self.sync and several_ranks():
-                warn_of_private_statistics()
-            y = self._normalize(tokens, real)
+            y = self._train_step(tokens, real)
         else:
             y = self._infer(tokens, real)
         return y.to(x.dtype).reshape(x.shape)
+
+    @eager
+    def _train_step(self, tokens: Tensor, real: Tensor | None) -> Tensor:
+        if not self.sync and several_ranks():
+            warn_of_private_statistics()
+        return self._normalize(tokens, real)
 
     def _normalize(self, tokens: Tensor, real: Tensor | None) -> Tensor:
         """Training: tokens (T*B, C), real (T*B, 1) bool or None -> (T*B, C)."""

@@ -56,7 +56,8 @@ def test_every_norm_has_a_config() -> None:
 def test_every_model_is_valid(model: str) -> None:
     kind = "translation" if composed(f"model={model}").fairseq.model.get("encoder") else "lm"
     task = {"translation": "toy_translation", "lm": "toy_language_model"}[kind]
-    criterion = ["fairseq.criterion._name=normexp_adaptive_loss"] if model == "lm_wikitext103" else []
+    adaptive = ["fairseq.criterion._name=normexp_adaptive_loss"]
+    criterion = adaptive if model == "lm_wikitext103" else []
     assert config.validate(composed(f"task={task}", f"model={model}", *criterion))
 
 
