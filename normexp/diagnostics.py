@@ -13,8 +13,9 @@ def norm_diagnostics(model: nn.Module) -> dict[str, float]:
     A layer offers them by a method `statistics()` that returns a dict of tensors with one entry
     per channel. Second moments (`psi2`, `var`) give their mean over the channels; every other
     statistic is a signed vector (`nu`, `mean`) and gives its L2 norm. Keys look like
-    `norm/encoder.layers.0.self_attn_layer_norm/psi2_mean` and `.../nu_norm`. A model without such
-    layers gives an empty dict.
+    `norm/encoder.layers.0.self_attn_layer_norm/psi2_mean` and `.../nu_norm`. `.../rejected` counts
+    the passes of this process whose statistics were not finite and therefore left out. A model
+    without such layers gives an empty dict.
     """
     scalars: dict[str, Tensor] = {}
     for site, module in model.named_modules():
@@ -26,6 +27,8 @@ def norm_diagnostics(model: nn.Module) -> dict[str, float]:
                 scalars[f"norm/{site}/{name}_mean"] = value.mean()
             else:
                 scalars[f"norm/{site}/{name}_norm"] = value.norm()
+        if hasattr(module, "rejected"):
+            scalars[f"norm/{site}/rejected"] = module.rejected.double()
     if not scalars:
         return {}
     # One transfer from the device instead of one per scalar.

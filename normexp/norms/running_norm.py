@@ -61,10 +61,7 @@ class RunningNorm(nn.Module):
         or masks.
         """
         tokens, real = flatten_tokens(x, padding_mask, self.num_features)
-        if self.training:
-            y = self._train_step(tokens, real)
-        else:
-            y = self._infer(tokens, real)
+        y = self._train_step(tokens, real) if self.training else self._infer(tokens, real)
         return y.to(x.dtype).reshape(x.shape)
 
     @eager

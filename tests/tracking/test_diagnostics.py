@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from normexp.diagnostics import norm_diagnostics
+from normexp.norms import build_norm
 
 
 class FakeNorm(nn.Module):
@@ -37,6 +38,13 @@ def test_second_moments_are_averaged_and_vectors_give_their_length():
 def test_a_diverging_statistic_is_passed_on():
     scalars = norm_diagnostics(FakeNorm(nu=[math.nan, 1.0], psi2=[math.inf, 1.0]))
     assert math.isnan(scalars["norm//nu_norm"]) and math.isinf(scalars["norm//psi2_mean"])
+
+
+def test_batches_that_were_not_finite_are_counted():
+    norm = build_norm("power_v", 2)
+    for value in (1.0, math.nan, 1.0, math.inf):
+        norm(torch.full((3, 2), value))
+    assert norm_diagnostics(nn.Sequential(norm))["norm/0/rejected"] == 2
 
 
 def test_a_model_without_statistics_gives_nothing():
