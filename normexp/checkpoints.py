@@ -1,6 +1,5 @@
 """Checkpoints: averaging, safe loading, and copies that are whole or absent."""
 
-import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -10,6 +9,7 @@ from typing import Any
 
 import torch
 
+from normexp.atomic import whole_file
 from normexp.errors import UserError
 
 LAST = "checkpoint_last.pt"
@@ -86,12 +86,8 @@ def choose(folder: Path, checkpoint: str, average_last: int) -> tuple[Path, str]
 
 def save(path: Path, state: dict[str, Any]) -> None:
     """Write a checkpoint whole or not at all."""
-    temporary = path.with_name(path.name + ".part")
-    with open(temporary, "wb") as file:
+    with whole_file(path, "wb") as file:
         torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def newest_good(folder: Path) -> Path | None:
@@ -126,9 +122,8 @@ def atomic_copies() -> Iterator[None]:
     from fairseq.file_io import PathManager
 
     def copy(src_path: str, dst_path: str, overwrite: bool = False) -> bool:
-        temporary = f"{dst_path}.part"
-        shutil.copyfile(src_path, temporary)
-        os.replace(temporary, dst_path)
+        with open(src_path, "rb") as source, whole_file(Path(dst_path), "wb") as file:
+            shutil.copyfileobj(source, file)
         return True
 
     original = PathManager.copy

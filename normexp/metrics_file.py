@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Self
 
+from normexp.atomic import whole_file
 from normexp.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -49,10 +50,9 @@ class MetricsFile:
         Raises UserError if a line is not JSON; the file is then left as it is.
         """
         kept = [line for line, at in self._lines() if at <= step]
-        replacement = self._path.with_name(self._path.name + ".tmp")
-        replacement.write_bytes(b"".join(kept))
+        with whole_file(self._path, "wb") as replacement:
+            replacement.writelines(kept)
         self._file.close()
-        os.replace(replacement, self._path)
         self._file = open(self._path, "a+b", buffering=0)  # noqa: SIM115
 
     def values(self, tag: str, name: str) -> list[float]:

@@ -16,10 +16,11 @@ import torch
 from omegaconf import DictConfig
 
 from normexp import checkpoints, config, records
+from normexp.atomic import write_json
 from normexp.corpora import PreparedCorpus, prepare
 from normexp.errors import UserError
 from normexp.records import Record
-from normexp.run_folder import RunFolder, open_run, write_json
+from normexp.run_folder import RunFolder, open_run
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 FULL_DISK_BYTES = 1_000_000

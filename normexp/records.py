@@ -12,7 +12,6 @@ import os
 import platform
 import re
 import subprocess
-import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -21,6 +20,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import ConfigDict, StringConstraints, TypeAdapter, ValidationError
 
+from normexp.atomic import whole_file
 from normexp.errors import UserError
 
 SCHEMA_VERSION = 1
@@ -109,19 +109,8 @@ def write_record(path: Path, record: Record) -> None:
         raise ValueError(f"not a valid record: {_complaints(error)}") from error
     text = json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = tempfile.NamedTemporaryFile(  # noqa: SIM115
-        "w", encoding="utf-8", newline="\n", dir=path.parent, prefix=".", delete=False
-    )
-    try:
-        with partial:
-            partial.write(text + "\n")
-            partial.flush()
-            os.fsync(partial.fileno())
-        os.chmod(partial.name, 0o644)  # a temporary file is private
-        os.replace(partial.name, path)
-    except BaseException:
-        os.unlink(partial.name)
-        raise
+    with whole_file(path) as file:
+        file.write(text + "\n")
 
 
 def read_record(path: Path) -> Record:

@@ -13,8 +13,6 @@ record.json       written last; the committed copy is results/records/<task>/<la
 """
 
 import fcntl
-import json
-import os
 import shlex
 import sys
 from collections.abc import Iterator
@@ -25,6 +23,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from normexp.atomic import whole_file
 from normexp.config import experiment, resolved
 from normexp.errors import UserError
 
@@ -109,24 +108,10 @@ def _claim(folder: RunFolder, cfg: DictConfig) -> None:
                 "choose another label=..."
             )
     else:
-        write_atomically(folder.config, OmegaConf.to_yaml(OmegaConf.create(resolved(cfg))))
+        with whole_file(folder.config) as file:
+            file.write(OmegaConf.to_yaml(OmegaConf.create(resolved(cfg))))
     with open(folder.path / "command.txt", "a", encoding="utf-8") as file:
         file.write(shlex.join(["python", *sys.argv]) + "\n")
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a whole text file or nothing."""
-    temporary = path.with_name(path.name + ".part")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file atomically."""
-    write_atomically(path, json.dumps(value, indent=2, sort_keys=True) + "\n")
 
 
 def _differences(earlier: dict[str, Any], now: dict[str, Any], prefix: str = "") -> str:

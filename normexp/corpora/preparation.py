@@ -19,6 +19,7 @@ from concurrent.futures.process import BrokenProcessPool
 from importlib.metadata import version
 from pathlib import Path
 
+from normexp.atomic import write_json
 from normexp.corpora.binarization import build_binary
 from normexp.corpora.catalogue import CATALOGUE, SPLITS, Corpus, load_catalogue
 from normexp.corpora.download import fetch
@@ -27,7 +28,7 @@ from normexp.corpora.parallel import available_cores
 from normexp.corpora.prepared import PreparedCorpus
 from normexp.corpora.raw_text import FORMATS, open_member
 from normexp.corpora.rows import write_rows, zip_texts
-from normexp.corpora.stages import build_stage, files_intact, locked, read_json, write_json
+from normexp.corpora.stages import build_stage, files_intact, locked, read_json
 from normexp.corpora.text import build_text
 from normexp.errors import UserError
 

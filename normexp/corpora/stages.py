@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from normexp.atomic import write_json
 from normexp.corpora.hashing import file_hash
 
 log = logging.getLogger(__name__)
@@ -29,17 +30,6 @@ def locked(path: Path) -> Iterator[None]:
             log.info("another process is preparing this corpus; waiting for it (%s)", path)
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
-
-
-def write_json(path: Path, value: dict) -> None:
-    """Write `value` so that `path` holds either its old or its whole new content."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as file:
-        json.dump(value, file, indent=1, ensure_ascii=False)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
 
 
 def read_json(path: Path) -> dict | None:

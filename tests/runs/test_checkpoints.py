@@ -3,6 +3,7 @@
 import pickle
 import shutil
 from pathlib import Path
+from typing import IO
 
 import pytest
 import torch
@@ -84,16 +85,16 @@ def test_copy_is_whole_or_absent(tmp_path: Path, monkeypatch) -> None:
     old.write_bytes(b"old and whole")
     new.write_bytes(b"new")
 
-    def cut_off(source: str, target: str) -> None:
-        Path(target).write_bytes(b"ne")
+    def cut_off(source: IO[bytes], target: IO[bytes]) -> None:
+        target.write(source.read(2))
         raise OSError(28, "No space left on device")
 
     with checkpoints.atomic_copies():
         with monkeypatch.context() as patch:
-            patch.setattr(shutil, "copyfile", cut_off)
+            patch.setattr(shutil, "copyfileobj", cut_off)
             with pytest.raises(OSError, match="No space"):
                 PathManager.copy(str(new), str(old), overwrite=True)
-        assert old.read_bytes() == b"old and whole"
+        assert old.read_bytes() == b"old and whole" and len(list(tmp_path.iterdir())) == 2
         assert PathManager.copy(str(new), str(old), overwrite=True)
     assert old.read_bytes() == b"new"
 
