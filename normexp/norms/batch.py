@@ -25,8 +25,8 @@ class BatchNorm(RunningNorm):
     of the batch's. Without padding this is torch's BatchNorm1d over the tokens, gradient and
     running values included.
 
-    Padded positions enter as zeros and influence nothing. With a single real token var_B is 0 and
-    y = b. RunningNorm tells the rules of the state.
+    In training, padded positions are zeros in x and y and influence nothing, nor do gradients
+    there. With a single real token var_B is 0 and y = b. RunningNorm tells the rules of the state.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class BatchNorm(RunningNorm):
             self.step += usable
         self._after_step(mean, var, n)
         scale = self._inverse_std(var) * self.weight
-        return (tokens - mean) * scale + self.bias
+        return only_real((tokens - mean) * scale + self.bias, real)
 
     def inference_affine(self) -> tuple[Tensor, Tensor]:
         scale = self._inverse_std(self.running_var) * self.weight

@@ -34,7 +34,8 @@ class BatchNormReleased(RunningNorm):
 
     def _normalize(self, tokens: Tensor, real: Tensor | None) -> Tensor:
         # Always on copies, so that a recomputed forward saves the same tensors for backward.
-        mean, var = self.running_mean.clone(), self.running_var.clone()
+        mean = self.running_mean.to(tokens.dtype, copy=True)
+        var = self.running_var.to(tokens.dtype, copy=True)
         y = self._batch_norm(tokens, real, mean, var)
         if not recomputing():
             usable = self._usable(num_real(tokens, real), mean, var)
@@ -44,7 +45,8 @@ class BatchNormReleased(RunningNorm):
         return y
 
     def _infer(self, tokens: Tensor, real: Tensor | None) -> Tensor:
-        return self._batch_norm(tokens, real, self.running_mean, self.running_var)
+        mean, var = self.running_mean.to(tokens.dtype), self.running_var.to(tokens.dtype)
+        return self._batch_norm(tokens, real, mean, var)
 
     def _batch_norm(self, tokens: Tensor, real: Tensor | None, mean: Tensor, var: Tensor) -> Tensor:
         tokens = tokens * torch.rsqrt(tokens.square().mean(-1, keepdim=True) + self.eps)
@@ -56,9 +58,8 @@ class BatchNormReleased(RunningNorm):
         return self._torch_batch_norm(tokens, mean, var)
 
     def _torch_batch_norm(self, tokens: Tensor, mean: Tensor, var: Tensor) -> Tensor:
-        return F.batch_norm(
-            tokens, mean, var, self.weight, self.bias, self.training, self.momentum, self.eps
-        )
+        weight, bias = self.weight.to(tokens.dtype), self.bias.to(tokens.dtype)
+        return F.batch_norm(tokens, mean, var, weight, bias, self.training, self.momentum, self.eps)
 
     def statistics(self) -> dict[str, Tensor]:
         return {"mean": self.running_mean, "var": self.running_var}

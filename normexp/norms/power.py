@@ -33,9 +33,10 @@ class PowerNorm(RunningNorm):
     The backward is deliberately not the derivative of the forward, so gradient checkers fail after
     warm-up, and it changes state: it reads nu when it runs, and every backward, also a second one
     through a retained graph, advances nu once. The psi2 it divides by is its own forward's.
-    Padded positions enter as zeros and influence nothing. RunningNorm tells the other rules of
-    the state. nu has the scale of g: a loss scale (fp16) or another reduction of the loss changes
-    the next steps' correction until nu has caught up.
+    In training, padded positions are zeros in x and y and influence nothing, nor do gradients
+    there. RunningNorm tells the other rules of the state. nu has the scale of g: a loss scale
+    (fp16) or another reduction of the loss changes the next steps' correction until nu has caught
+    up.
 
     Why nu can run away: its recursion shrinks nu only while 0 < p Gamma < 2, and
     Gamma = psi2_B / (psi2_(t-1) + eps) has no bound. A batch with Gamma > 2 / p (20 by default)
@@ -71,7 +72,7 @@ class PowerNorm(RunningNorm):
         tokens = only_real(tokens, real)
         psi2, in_warmup, n = self._step(tokens.detach().square().sum(0), num_real(tokens, real))
         x_hat = _Normalize.apply(tokens, psi2, in_warmup, n, self)
-        return x_hat * self.weight + self.bias
+        return only_real(x_hat * self.weight + self.bias, real)
 
     @torch.no_grad()
     def _step(self, squares: Tensor, n: Tensor) -> tuple[Tensor, ...]:

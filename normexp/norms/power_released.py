@@ -72,7 +72,8 @@ class PowerNormReleased(RunningNorm):
         psi2 = torch.where(step <= self.warmup_steps, psi2_batch, running.to(squares.dtype))
         self._recent.remember(squares, psi2, psi2_batch, n)
         usable = self._usable(n, psi2_batch)
-        cumulative = running * ((step - 1) / step) + psi2_batch / step
+        # One division, in the dtype of psi2: (step - 1) / step by itself would be float32.
+        cumulative = (running * (step - 1) + psi2_batch) / step
         running.copy_(torch.where(usable & (step < self.warmup_steps), cumulative, running))
         average_(running, psi2_batch, 1 - self.alpha_fwd, usable)
         self.step += usable

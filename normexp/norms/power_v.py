@@ -22,7 +22,8 @@ class PowerNormV(RunningNorm):
     with the exact gradient dL/dx = (g - x_hat mean_N(g x_hat)) / sqrt(psi2_B + eps), g = w dL/dy,
     which autograd supplies. Inference: y = w x / sqrt(running_psi2 + eps) + b.
 
-    Padded positions enter as zeros and influence nothing. RunningNorm tells the rules of the state.
+    In training, padded positions are zeros in x and y and influence nothing, nor do gradients
+    there. RunningNorm tells the rules of the state.
     """
 
     def __init__(
@@ -40,7 +41,8 @@ class PowerNormV(RunningNorm):
             usable = self._usable(n, psi2)
             average_(self.running_psi2, psi2, 1 - self.alpha, usable)
             self.step += usable
-        return tokens * (torch.rsqrt(psi2 + self.eps) * self.weight) + self.bias
+        y = tokens * (torch.rsqrt(psi2 + self.eps) * self.weight) + self.bias
+        return only_real(y, real)
 
     def inference_affine(self) -> tuple[Tensor, Tensor]:
         return torch.rsqrt(self.running_psi2 + self.eps) * self.weight, self.bias

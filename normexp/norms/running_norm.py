@@ -92,7 +92,9 @@ class RunningNorm(nn.Module):
 
         A bool scalar on the device; counts the batch in `rejected` if it is not finite.
         """
-        finite = torch.stack([value.isfinite().all() for value in statistics]).all()
+        # What is finite in float64 may not be so in the buffers' float32.
+        dtype = next(buffer.dtype for buffer in self.buffers() if buffer.is_floating_point())
+        finite = torch.stack([value.to(dtype).isfinite().all() for value in statistics]).all()
         self.rejected += (n > 0) & ~finite
         return (n > 0) & finite
 
