@@ -47,7 +47,9 @@ class BatchNorm(RunningNorm):
         if not recomputing():
             usable = self._usable(n, mean, var)
             average_(self.running_mean, mean, self.momentum, usable)
-            average_(self.running_var, self._var_to_average(var, n), self.momentum, usable)
+            # Detached: what autograd saves must be the same when the forward is recomputed.
+            new_var = self._var_to_average(var.detach(), n)
+            average_(self.running_var, new_var, self.momentum, usable)
             self.step += usable
         self._after_step(mean, var, n)
         scale = self._inverse_std(var) * self.weight

@@ -26,6 +26,10 @@ def flatten_tokens(
 
 def check_input(x: Tensor, padding_mask: Tensor | None, num_features: int) -> None:
     """Raise ValueError unless x is (T, B, C) or (N, C) and padding_mask, if any, fits it."""
+    if x.is_nested:
+        raise ValueError(
+            "nested tensors; build the TransformerEncoder with enable_nested_tensor=False"
+        )
     if x.dim() not in (2, 3) or x.shape[-1] != num_features:
         raise ValueError(
             f"expected input (T, B, {num_features}) or (N, {num_features}), got {tuple(x.shape)}"

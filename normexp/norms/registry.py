@@ -61,4 +61,15 @@ def build_norm(name: str, num_features: int, **options: object) -> nn.Module:
         )
     if not isinstance(num_features, int) or num_features < 1:
         raise ValueError(f"num_features must be a positive integer, got {num_features!r}")
-    return norm_class(name)(num_features, **options)
+    norm = norm_class(name)(num_features, **options)
+    if not isinstance(norm, nn.LayerNorm):
+        norm.register_forward_pre_hook(_keep_from_being_taken_for_layer_norm)
+    return norm
+
+
+def _keep_from_being_taken_for_layer_norm(norm: nn.Module, args: tuple[object, ...]) -> None:
+    """Do nothing, but be there.
+
+    In eval mode torch's TransformerEncoderLayer takes weight, bias and eps of whatever its norm1
+    and norm2 are and computes LN by itself, unless a hook is attached to one of its modules.
+    """
