@@ -35,7 +35,10 @@ SAFEGUARDS: dict[str, tuple[Any, str]] = {
     "common.wandb_project": ("normexp", "the curves are recorded through it"),
 }
 
-MODELS = {"translation": "normexp_transformer", "language_model": "normexp_transformer_lm"}
+MODELS = {
+    "translation": ("normexp_transformer",),
+    "language_model": ("normexp_transformer_lm", "normexp_tensorized_lm"),
+}
 FAIRSEQ_TASKS = {"translation": "translation", "language_model": "language_modeling"}
 
 # What may differ between two runs of the same experiment.
@@ -117,10 +120,10 @@ def _check_kind(cfg: DictConfig) -> None:
     if kind not in MODELS:
         raise UserError(f"task.kind={kind!r}; known: {', '.join(MODELS)}")
     model, task = cfg.fairseq.model.get("_name"), cfg.fairseq.task.get("_name")
-    if model != MODELS[kind]:
+    if model not in MODELS[kind]:
         raise UserError(
             f"task={cfg.task.name} is a {kind.replace('_', ' ')} task and needs a model of the "
-            f"type {MODELS[kind]}, but the model is {model!r}; choose another model= "
+            f"type {' or '.join(MODELS[kind])}, but the model is {model!r}; choose another model= "
             "(configs/model/)"
         )
     if task != FAIRSEQ_TASKS[kind]:

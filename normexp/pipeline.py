@@ -8,7 +8,7 @@ import signal
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -75,11 +75,18 @@ def describe(record: Record) -> str:
     return head + ", ".join(numbers) + f" ({record.num_updates} updates)"
 
 
-def evaluate_run(
-    cfg: DictConfig, folder: RunFolder, corpus: PreparedCorpus
-) -> tuple[dict[str, dict[str, float | str]], str]:
+@dataclass(frozen=True)
+class Evaluated:
+    """What the evaluation of a run found."""
+
+    metrics: dict[str, dict[str, float | str]]
+    checkpoint: str
+    sees_future_tokens: bool | None  # measured; None for a translation model
+
+
+def evaluate_run(cfg: DictConfig, folder: RunFolder, corpus: PreparedCorpus) -> Evaluated:
     """Evaluate the model of a run folder; metrics per split, and which checkpoint it was."""
-    from normexp import evaluation
+    from normexp import audit, evaluation
 
     plain = config.resolved(cfg)
     settings = plain["evaluation"]
@@ -89,9 +96,10 @@ def evaluate_run(
     loaded = evaluation.load_model(path, corpus.data_bin, plain["fairseq"]["common"]["cpu"])
     if corpus.kind == "translation":
         metrics = evaluation.evaluate_translation(loaded, corpus, settings, folder.hypotheses)
-    else:
-        metrics = evaluation.evaluate_language_model(loaded, corpus, settings)
-    return metrics, chosen
+        return Evaluated(metrics, chosen, None)
+    metrics = evaluation.evaluate_language_model(loaded, corpus, settings)
+    dependence = audit.dependence_on_future(loaded, settings["splits"][0])
+    return Evaluated(metrics, chosen, dependence.sees_future)
 
 
 def _run(
@@ -161,11 +169,12 @@ def _train_and_evaluate(
                 }
         write_json(folder.finished, vars(result))
     finished = json.loads(folder.finished.read_text(encoding="utf-8"))
-    metrics, chosen = evaluate_run(cfg, folder, corpus)
-    logger.info("evaluated: %s", chosen)
+    evaluated = evaluate_run(cfg, folder, corpus)
+    logger.info("evaluated: %s", evaluated.checkpoint)
     return finished | {
         "status": "complete",
-        "metrics": metrics,
+        "metrics": evaluated.metrics,
+        "sees_future_tokens": evaluated.sees_future_tokens,
         "peak_memory_bytes": _peak_memory(),
     }
 
@@ -193,8 +202,7 @@ def _facts(
         "label": str(plain["label"]),
         "seed": plain["seed"],
         "sites": sites,
-        # The causal Transformers of the plugin are masked; the plugin's tests prove it.
-        "sees_future_tokens": False if corpus.kind == "language_model" else None,
+        "sees_future_tokens": None,  # measured when the run is evaluated
         "hardware": records.hardware_facts(),
         "versions": records.package_versions(),
         "code_commit": commit,
@@ -210,7 +218,7 @@ def _facts(
 def _finish(
     folder: RunFolder, plain: dict[str, Any], facts: dict[str, Any], outcome: dict[str, Any]
 ) -> Record:
-    record = Record(**facts, **outcome, finished_at=records.utc_now())
+    record = Record(**(facts | outcome), finished_at=records.utc_now())
     records.write_record(records.record_path(Path(plain["results_dir"]), record), record)
     records.write_record(folder.record, record)  # last: it is the sign of completion
     return record

@@ -22,12 +22,12 @@ def main(path: Path, overrides: list[str]) -> None:
     config.validate(cfg)
     local = Path(cfg.data.local) if cfg.data.local else None
     corpus = prepare(cfg.task.corpus, Path(cfg.data.dir), local)
-    metrics, checkpoint = pipeline.evaluate_run(cfg, folder, corpus)
+    evaluated = pipeline.evaluate_run(cfg, folder, corpus)
     recorded = records.read_record(folder.record).metrics if folder.record.is_file() else {}
-    table = Table(title=f"{path} ({checkpoint})")
+    table = Table(title=f"{path} ({evaluated.checkpoint})")
     for column in ("split", "metric", "now", "record"):
         table.add_column(column, justify="left" if column in ("split", "metric") else "right")
-    for split, values in metrics.items():
+    for split, values in evaluated.metrics.items():
         for name, value in values.items():
             table.add_row(split, name, _shown(value), _shown(recorded.get(split, {}).get(name)))
     Console().print(table)

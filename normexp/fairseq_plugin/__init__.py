@@ -3,9 +3,9 @@
     import normexp.fairseq_plugin                                   # in Python
     fairseq-train ... --user-dir normexp/fairseq_plugin --arch ...  # any of fairseq's tools
 
-Registers the models `normexp_transformer` and `normexp_transformer_lm`, one architecture
-`normexp_<stem>` for every configs/model/<stem>.yaml, fairseq's criterions with the layers'
-penalties as `normexp_<criterion>`, and the types that checkpoints may hold.
+Registers the models `normexp_transformer`, `normexp_transformer_lm` and `normexp_tensorized_lm`,
+one architecture `normexp_<stem>` for every configs/model/<stem>.yaml, fairseq's criterions with
+the layers' penalties as `normexp_<criterion>`, and the types that checkpoints may hold.
 """
 
 import importlib
@@ -19,6 +19,7 @@ if __name__ == _NAME:
         checkpoint_types,
         criterions,
         language_model,
+        tensorized,
         transformer,
     )
     from normexp.fairseq_plugin.architectures import register_architectures

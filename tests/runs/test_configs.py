@@ -57,7 +57,7 @@ def test_every_model_is_valid(model: str) -> None:
     kind = "translation" if composed(f"model={model}").fairseq.model.get("encoder") else "lm"
     task = {"translation": "toy_translation", "lm": "toy_language_model"}[kind]
     adaptive = ["fairseq.criterion._name=normexp_adaptive_loss"]
-    criterion = adaptive if model == "lm_wikitext103" else []
+    criterion = adaptive if model.endswith("wikitext103") else []
     assert config.validate(composed(f"task={task}", f"model={model}", *criterion))
 
 
@@ -113,6 +113,29 @@ SET_UPS = {
         "optimization.lr": [2.5e-4],
         "optimization.max_update": 20000,
     },
+    "table2_ptb_tensorized": {
+        "model._name": "normexp_tensorized_lm",
+        "model.decoder_layers": 3,
+        "model.decoder_embed_dim": 256,
+        "model.decoder_head_dim": 40,
+        "model.decoder_ffn_embed_dim": 2100,
+        "model.decoder_normalize_before": False,
+        "model.dropout": 0.3,
+        "task.tokens_per_sample": 32,
+        "dataset.max_tokens": 32 * 120,
+        "optimization.lr": [2.5e-4],
+        "optimization.max_update": 20000,
+    },
+    "table2_wikitext103_tensorized": {
+        "model._name": "normexp_tensorized_lm",
+        "model.decoder_layers": 6,
+        "model.dropout": 0.1,
+        "criterion._name": "normexp_adaptive_loss",
+        "task.tokens_per_sample": 80,
+        "dataset.max_tokens": 80 * 60,
+        "optimization.lr": [2.5e-4],
+        "optimization.max_update": 200000,
+    },
     "table2_wikitext103": {
         "model.decoder_layers": 6,
         "model.dropout": 0.1,
@@ -128,7 +151,7 @@ EVALUATIONS = {
 }
 
 
-@pytest.mark.parametrize("experiment", names("experiment"))
+@pytest.mark.parametrize("experiment", [name for name in names("experiment") if "table" in name])
 def test_experiment_is_the_papers_set_up(experiment: str) -> None:
     cfg = composed(f"+experiment={experiment}")
     for key, expected in SET_UPS[experiment].items():

@@ -1,0 +1,45 @@
+#!/usr/bin/env python
+"""Does a language model see the tokens that it predicts?
+
+    python scripts/audit.py results/runs/ptb/PN-seed1            # a run of this project
+    python scripts/audit.py checkpoint_best.pt --data data-bin   # any language model of fairseq's
+
+Changes the inputs after random positions and reports whether predictions before them answer, and
+the perplexity with the future visible, replaced at random, and hidden. A causal model answers
+with exactly 0, and its three perplexities are one number. Exit status 2 says that the model sees
+future tokens.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from normexp.errors import UserError
+
+
+def main() -> int:
+    """Parse the command line, audit, print; 2 where the model sees the future."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model", type=Path, help="run folder, or checkpoint of a language model")
+    parser.add_argument("--data", type=Path, help="binarized corpus; needed for a checkpoint")
+    parser.add_argument("--user-dir", type=Path, help="fairseq plugin that the checkpoint needs")
+    parser.add_argument("--split", default="test", help="(%(default)s)")
+    parser.add_argument(
+        "--segments", type=int, default=32, help="blocks drawn from the split (%(default)s)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the draws (%(default)s)")
+    parser.add_argument("--cpu", action="store_true", help="even where there is a GPU")
+    arguments = parser.parse_args()
+
+    from normexp import audit
+
+    return 2 if audit.main(**vars(arguments)).sees_future else 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except UserError as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,161 @@
+"""The audit finds a model that sees the future, and nothing in one that does not."""
+
+import json
+import math
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from small_runs import composed, run_script
+from torch import Tensor, nn
+
+from normexp import audit, pipeline
+from normexp.corpora import prepare
+from normexp.errors import UserError
+from normexp.evaluation import LoadedModel, load_model
+
+WORDS = 8
+
+
+class _Dictionary:
+    nspecial = 4
+
+    def __len__(self) -> int:
+        return self.nspecial + WORDS
+
+    def pad(self) -> int:
+        return 1
+
+
+class _Blocks:
+    """Blocks of a random stream: input i + 1 is target i."""
+
+    def __init__(self, lengths: list[int]):
+        generator = torch.Generator().manual_seed(3)
+        self.blocks = [torch.randint(4, 12, (n + 1,), generator=generator) for n in lengths]
+        self.sizes = lengths
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self.blocks[index]
+
+    def collater(self, blocks: list[Tensor]) -> dict:
+        stacked = torch.stack(blocks)
+        return {"net_input": {"src_tokens": stacked[:, :-1]}, "target": stacked[:, 1:]}
+
+
+class _Model(nn.Module):
+    """Gives log-probabilities by rule: `probability` to the token `offset` places on."""
+
+    def __init__(self, offset: int, probability: float):
+        super().__init__()
+        self.offset, self.probability = offset, probability
+
+    def forward(self, tokens: Tensor, src_lengths: None) -> Tensor:
+        rest = (1 - self.probability) / (WORDS + 3)
+        p = torch.full((*tokens.shape, WORDS + 4), rest)
+        shifted = tokens.roll(-self.offset, dims=1)
+        p.scatter_(2, shifted.unsqueeze(2), self.probability)
+        if self.offset > 0:
+            p[:, -self.offset :] = 1 / (WORDS + 4)
+        return p.log()
+
+    def get_normalized_probs(self, output: Tensor, log_probs: bool) -> Tensor:
+        assert log_probs
+        return output
+
+
+def _loaded(model: nn.Module, lengths: list[int]) -> LoadedModel:
+    task = SimpleNamespace(
+        datasets={"test": None},
+        dataset=lambda split: _Blocks(lengths),
+        source_dictionary=_Dictionary(),
+    )
+    return LoadedModel(model, task, None, torch.device("cpu"))
+
+
+def test_a_model_that_reads_the_answer_is_found_out() -> None:
+    """It gives 0.9 to the very target, which is its input one place on."""
+    loaded = _loaded(_Model(offset=1, probability=0.9), [6] * 10 + [3])
+    dependence = audit.dependence_on_future(loaded, "test", segments=10)
+    assert dependence.sees_future
+    # only the position before the cut can answer, and does unless the random token is the same
+    assert 0 < dependence.changed < 0.5
+    assert dependence.largest == pytest.approx(math.log(0.9 / (0.1 / 11)), rel=1e-5)
+    use = audit.use_of_future(loaded, "test", segments=10)
+    assert use.tokens == 60  # whole blocks only
+    per_block = 5 * -math.log(0.9) + math.log(12)
+    assert use.visible == pytest.approx(math.exp(per_block / 6), rel=1e-5)
+    assert use.masked == pytest.approx(
+        math.exp((5 * -math.log(0.1 / 11) + math.log(12)) / 6), rel=1e-5
+    )
+    assert use.visible < 2 < use.random < use.masked
+
+
+def test_a_model_that_looks_back_is_cleared() -> None:
+    loaded = _loaded(_Model(offset=-1, probability=0.9), [6] * 10)
+    dependence = audit.dependence_on_future(loaded, "test")
+    # roll wraps round: position 0 sees the last one, as an off-by-one in a mask would have it
+    assert dependence.sees_future
+    loaded = _loaded(_Model(offset=0, probability=0.9), [6] * 10)
+    dependence = audit.dependence_on_future(loaded, "test")
+    assert (dependence.largest, dependence.mean, dependence.changed) == (0, 0, 0)
+    use = audit.use_of_future(loaded, "test")
+    assert use.visible == pytest.approx(use.random) == pytest.approx(use.masked)
+
+
+def test_blocks_of_one_token_are_refused() -> None:
+    with pytest.raises(UserError, match="no block of two tokens"):
+        audit.dependence_on_future(_loaded(_Model(0, 0.9), [1, 1]), "test")
+
+
+@pytest.mark.parametrize("attention", ["published", "causal"])
+def test_a_trained_models_sight_is_measured_and_recorded(
+    attention: str, overrides, tmp_path: Path, data_dir: Path
+) -> None:
+    """From training to the record, and the command on the run and on the bare checkpoint."""
+    settings = [
+        *overrides("toy_language_model", "model=tensorized_ptb", "norm=power"),
+        f"fairseq.model.attention={attention}",
+        "fairseq.task.tokens_per_sample=16",
+        "fairseq.optimization.lr=[0.02]",
+        "fairseq.model.decoder_head_dim=8",
+    ]
+    record = pipeline.run(composed(*settings))
+    published = attention == "published"
+    assert record.sees_future_tokens is published
+    folder = next((tmp_path / "results/runs/toy_language_model").iterdir())
+    assert json.loads((folder / "record.json").read_text())["sees_future_tokens"] is published
+
+    corpus = prepare("toy_language_model", data_dir)
+    checkpoint = sorted((folder / "checkpoints").glob("*.pt"))[-1]
+    use = audit.use_of_future(load_model(checkpoint, corpus.data_bin, cpu=True), "valid", 8)
+    if published:
+        assert abs(use.visible - use.masked) > 1e-3 * use.visible
+    else:
+        assert use.visible == pytest.approx(use.random, rel=1e-5)
+        assert use.visible == pytest.approx(use.masked, rel=1e-5)
+
+    shown = run_script("audit.py", str(folder), "--segments", "4", "--cpu")
+    assert shown.returncode == (2 if published else 0), shown.stderr
+    assert f"sees future tokens                              │ {'yes' if published else 'no'}" in (
+        shown.stdout
+    )
+    shown = run_script(
+        "audit.py", str(checkpoint), "--data", str(corpus.data_bin), "--segments", "2", "--cpu"
+    )
+    assert shown.returncode == (2 if published else 0), shown.stderr
+
+
+def test_audit_says_what_it_needs(tmp_path: Path) -> None:
+    shown = run_script("audit.py", str(tmp_path / "no.pt"))
+    assert shown.returncode == 1 and "needs --data" in shown.stderr
+    shown = run_script("audit.py", str(tmp_path / "no.pt"), "--data", str(tmp_path))
+    assert shown.returncode == 1 and "no dict.txt" in shown.stderr
+    (tmp_path / "dict.txt").write_text("a 1\n")
+    shown = run_script("audit.py", str(tmp_path / "no.pt"), "--data", str(tmp_path))
+    assert shown.returncode == 1 and "there is no checkpoint" in shown.stderr
+    assert "Traceback" not in shown.stderr
