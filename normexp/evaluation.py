@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from normexp import checkpoints
+from normexp import bleu, checkpoints
 from normexp.errors import UserError
 
 
@@ -99,41 +99,6 @@ def to_text(loaded: LoadedModel, tokens: torch.Tensor, bpe: str | None, referenc
     return dictionary.string(tokens.int(), bpe, escape_unk=reference)
 
 
-def tokenised_bleu(hypotheses: list[str], references: list[str]) -> float:
-    """fairseq's BLEU of tokenised text: multi-bleu's, but an empty hypothesis counts as one word.
-
-    Words are split at blanks; case counts; no smoothing; one reference.
-    """
-    from fairseq.data import Dictionary
-    from fairseq.scoring.bleu import BleuConfig, Scorer
-
-    dictionary = Dictionary()
-    scorer = Scorer(BleuConfig(pad=dictionary.pad(), eos=dictionary.eos(), unk=dictionary.unk()))
-    for hypothesis, reference in zip(hypotheses, references, strict=True):
-        scorer.add(
-            dictionary.encode_line(reference, add_if_not_exist=True),
-            dictionary.encode_line(hypothesis, add_if_not_exist=True),
-        )
-    return scorer.score()
-
-
-def sacre_bleu(hypotheses: list[str], references: list[str], lowercase: bool) -> tuple[float, str]:
-    """sacreBLEU of detokenised text and its signature."""
-    from sacrebleu.metrics import BLEU
-
-    metric = BLEU(lowercase=lowercase)
-    value = metric.corpus_score(hypotheses, [references]).score
-    return value, metric.get_signature().format()
-
-
-def detokenise(lines: list[str], language: str) -> list[str]:
-    """Undo Moses tokenization, escapes included."""
-    from sacremoses import MosesDetokenizer
-
-    detokenizer = MosesDetokenizer(lang=language)
-    return [detokenizer.detokenize(line.split(" ")) for line in lines]
-
-
 def evaluate_translation(
     loaded: LoadedModel,
     corpus: Any,
@@ -164,7 +129,7 @@ def evaluate_translation(
             to_text(loaded, dataset[i]["target"], corpus.bpe, reference=True)
             for i in range(len(dataset))
         ]
-        detokenised = detokenise(hypotheses, corpus.target_language)
+        detokenised = bleu.detokenise(hypotheses, corpus.target_language)
         raw = _lines(corpus.raw_reference(split))
         if len(raw) != len(detokenised):
             raise UserError(
@@ -174,14 +139,18 @@ def evaluate_translation(
         (hypotheses_dir / f"{split}.txt").write_text(
             "".join(line + "\n" for line in detokenised), encoding="utf-8", newline="\n"
         )
-        sacre, signature = sacre_bleu(detokenised, raw, lowercase=corpus.lowercase)
+        sacre, signature = bleu.sacre_bleu(detokenised, raw, lowercase=corpus.lowercase)
         metrics[split] = {
-            "bleu_tokenised": tokenised_bleu(hypotheses, references),
+            "bleu_tokenised": bleu.tokenised_bleu(hypotheses, references),
             "sacrebleu": sacre,
             "sacrebleu_signature": signature,
             "loss_per_token_nats": nll / tokens,
             "perplexity_per_token": math.exp(nll / tokens),
         }
+        if settings["compound_split"]:
+            metrics[split]["bleu_compound_split"] = bleu.compound_split_bleu(
+                detokenised, raw, corpus.target_language
+            )
     return metrics
 
 

@@ -10,8 +10,9 @@ import pytest
 import torch
 from small_runs import REPOSITORY, composed
 
-from normexp import checkpoints, evaluation, pipeline
+from normexp import bleu, checkpoints, evaluation, pipeline
 from normexp.corpora import prepare
+from normexp.corpora.tokenization import tokenize_aggressive
 from normexp.errors import UserError
 
 
@@ -145,12 +146,12 @@ def test_bleu_rules() -> None:
     hypotheses = ["the cat sat on a mat .", "a man is here now today", "he left the house early"]
     plain = BLEU(tokenize="none", smooth_method="none", force=True)
     expected = plain.corpus_score(hypotheses, [references]).score
-    assert evaluation.tokenised_bleu(hypotheses, references) == pytest.approx(expected, rel=1e-5)
+    assert bleu.tokenised_bleu(hypotheses, references) == pytest.approx(expected, rel=1e-5)
 
     hypotheses[2] = ""
     # by the formula: lengths 7 + 6 + 1 against 7 + 6 + 5
     one_word = plain.corpus_score([*hypotheses[:2], "<empty>"], [references])
-    with_empty = evaluation.tokenised_bleu(hypotheses, references)
+    with_empty = bleu.tokenised_bleu(hypotheses, references)
     assert one_word.sys_len == 14
     assert with_empty == pytest.approx(one_word.score, rel=1e-5)
     assert with_empty != pytest.approx(plain.corpus_score(hypotheses, [references]).score)
@@ -158,8 +159,61 @@ def test_bleu_rules() -> None:
 
 def test_sacrebleu_is_of_detokenised_text() -> None:
     tokenised = "it &apos;s a well @-@ known man , isn &apos;t it ?"
-    (text,) = evaluation.detokenise([tokenised], "en")
+    (text,) = bleu.detokenise([tokenised], "en")
     assert text == "it's a well-known man, isn't it?"
-    value, signature = evaluation.sacre_bleu([text], ["It's a well-known man, isn't it?"], True)
+    value, signature = bleu.sacre_bleu([text], ["It's a well-known man, isn't it?"], True)
     assert value == pytest.approx(100.0)
     assert "case:lc" in signature and "tok:13a" in signature
+
+
+@pytest.mark.parametrize(
+    ("line", "split"),
+    [
+        ("Ost-West", "Ost ##AT##-##AT## West"),
+        ("ein - Strich", "ein - Strich"),
+        ("-vorn und hinten-", "-vorn und hinten-"),
+        # neighbours are consumed, as in the published scripts
+        ("a-b-c", "a ##AT##-##AT## b-c"),
+        ("x--y", "x ##AT##-##AT## -y"),
+        ("1-2-3-4", "1 ##AT##-##AT## 2-3 ##AT##-##AT## 4"),
+    ],
+)
+def test_compounds_are_split_as_the_published_scripts_do(line: str, split: str) -> None:
+    assert bleu.split_compounds(line) == split
+
+
+def test_compound_split_bleu_takes_text_without_marks_of_hyphens() -> None:
+    """The score of text tokenised without -a; the marks of -a would change every count."""
+    references = ["Der Ost-West-Konflikt war lange gut bekannt.", "Das ist ein Test-Satz, oder?"]
+    hypotheses = ["Der Ost-West-Konflikt ist lange gut bekannt.", "Das ist ein Testsatz, oder?"]
+    by_hand = [
+        [
+            f"Der Ost ##AT##-##AT## West-Konflikt {verb} lange gut bekannt .",
+            f"Das ist ein {noun} , oder ?",
+        ]
+        for verb, noun in (("ist", "Testsatz"), ("war", "Test ##AT##-##AT## Satz"))
+    ]
+    # "Ost-West-Konflikt": the hyphens are not neighbours, so both are split
+    by_hand = [
+        [line.replace("West-K", "West ##AT##-##AT## K") for line in text] for text in by_hand
+    ]
+    assert bleu.compound_split_bleu(hypotheses, references, "de") == pytest.approx(
+        bleu.tokenised_bleu(*by_hand)
+    )
+    tokenised = [tokenize_aggressive(line, "de") for line in hypotheses]
+    assert bleu.detokenise(tokenised, "de") == hypotheses
+    trapped = bleu.tokenised_bleu(
+        [bleu.split_compounds(line) for line in tokenised],
+        [bleu.split_compounds(tokenize_aggressive(line, "de")) for line in references],
+    )
+    assert trapped != pytest.approx(bleu.tokenised_bleu(*by_hand), abs=0.1)
+
+
+def test_compound_split_bleu_is_recorded_where_asked_for(trained) -> None:
+    more = ("norm=layer", "evaluation.compound_split=true", "evaluation.splits=[test]")
+    record, folder, corpus = trained("toy_translation", *more)
+    hypotheses = (folder.parent / "hypotheses/test.txt").read_text().split("\n")[:-1]
+    references = corpus.raw_reference("test").read_text().split("\n")[:-1]
+    assert record.metrics["test"]["bleu_compound_split"] == pytest.approx(
+        bleu.compound_split_bleu(hypotheses, references, "en")
+    )

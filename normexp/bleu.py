@@ -1,0 +1,68 @@
+"""BLEU in the conventions of the field; the name of each function says which.
+
+`tokenised_bleu` scores tokenised text as fairseq and multi-bleu do, `compound_split_bleu` is what
+the papers on WMT14 English-German report, `sacre_bleu` scores plain text and says how.
+"""
+
+import re
+
+from sacrebleu.metrics import BLEU
+
+from normexp.corpora.tokenization import tokenize
+
+
+def tokenised_bleu(hypotheses: list[str], references: list[str]) -> float:
+    """fairseq's BLEU of tokenised text: multi-bleu's, but an empty hypothesis counts as one word.
+
+    Words are split at blanks; case counts; no smoothing; one reference.
+    """
+    from fairseq.data import Dictionary
+    from fairseq.scoring.bleu import BleuConfig, Scorer
+
+    dictionary = Dictionary()
+    scorer = Scorer(BleuConfig(pad=dictionary.pad(), eos=dictionary.eos(), unk=dictionary.unk()))
+    for hypothesis, reference in zip(hypotheses, references, strict=True):
+        scorer.add(
+            dictionary.encode_line(reference, add_if_not_exist=True),
+            dictionary.encode_line(hypothesis, add_if_not_exist=True),
+        )
+    return scorer.score()
+
+
+def compound_split_bleu(hypotheses: list[str], references: list[str], language: str) -> float:
+    """tokenised_bleu after both sides were tokenised anew and their compounds split.
+
+    hypotheses and references are plain text. It has to be tokenised anew because fairseq's WMT
+    recipes tokenise with -a, which makes " @-@ " of the hyphens that the split looks for: splitting
+    that text instead would give "@ ##AT##-##AT## @" and another score.
+    """
+    return tokenised_bleu(
+        *(
+            [split_compounds(tokenize(line, language)) for line in lines]
+            for lines in (hypotheses, references)
+        )
+    )
+
+
+def split_compounds(line: str) -> str:
+    """Every hyphen between two characters that are no blanks becomes a word of its own.
+
+    Left to right without overlap, neighbours included, as in the scripts of tensor2tensor and
+    fairseq: of "a-b-c" only the first hyphen is split.
+    """
+    return re.sub(r"(\S)-(\S)", r"\1 ##AT##-##AT## \2", line)
+
+
+def sacre_bleu(hypotheses: list[str], references: list[str], lowercase: bool) -> tuple[float, str]:
+    """sacreBLEU of plain text and its signature."""
+    metric = BLEU(lowercase=lowercase)
+    value = metric.corpus_score(hypotheses, [references]).score
+    return value, metric.get_signature().format()
+
+
+def detokenise(lines: list[str], language: str) -> list[str]:
+    """Undo Moses tokenization, escapes and the hyphens of -a included."""
+    from sacremoses import MosesDetokenizer
+
+    detokenizer = MosesDetokenizer(lang=language)
+    return [detokenizer.detokenize(line.split(" ")) for line in lines]
