@@ -6,7 +6,7 @@ tools leave out what does not fit and report a score all the same.
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,16 @@ def load_model(checkpoint: Path, data_bin: Path, cpu: bool = False) -> LoadedMod
     )
     device = torch.device("cuda" if torch.cuda.is_available() and not cpu else "cpu")
     return LoadedModel(models[0].eval().to(device), task, cfg, device)
+
+
+def folded(loaded: LoadedModel) -> LoadedModel:
+    """The model with its norms merged into linear layers; UserError where that is impossible."""
+    from normexp.fairseq_plugin.folding import fold_norms
+
+    try:
+        return replace(loaded, model=fold_norms(loaded.model))
+    except ValueError as error:
+        raise UserError(str(error)) from None
 
 
 @torch.inference_mode()

@@ -84,8 +84,13 @@ class Evaluated:
     sees_future_tokens: bool | None  # measured; None for a translation model
 
 
-def evaluate_run(cfg: DictConfig, folder: RunFolder, corpus: PreparedCorpus) -> Evaluated:
-    """Evaluate the model of a run folder; metrics per split, and which checkpoint it was."""
+def evaluate_run(
+    cfg: DictConfig, folder: RunFolder, corpus: PreparedCorpus, fold: bool = False
+) -> Evaluated:
+    """Evaluate the model of a run folder; metrics per split, and which checkpoint it was.
+
+    fold: merge its norms into linear layers first. Raises UserError where that is impossible.
+    """
     from normexp import audit, evaluation
 
     plain = config.resolved(cfg)
@@ -94,6 +99,8 @@ def evaluate_run(cfg: DictConfig, folder: RunFolder, corpus: PreparedCorpus) -> 
         folder.checkpoints, settings["checkpoint"], settings["average_last"]
     )
     loaded = evaluation.load_model(path, corpus.data_bin, plain["fairseq"]["common"]["cpu"])
+    if fold:
+        loaded = evaluation.folded(loaded)
     if corpus.kind == "translation":
         metrics = evaluation.evaluate_translation(loaded, corpus, settings, folder.hypotheses)
         return Evaluated(metrics, chosen, None)

@@ -15,16 +15,22 @@ from normexp.run_folder import RunFolder
 CHANGEABLE = ("evaluation.", "data.")
 
 
+FOLD = {"fold=true": True, "fold=false": False}
+
+
 def main(path: Path, overrides: list[str]) -> None:
     """Print the metrics of a run folder. Raises UserError for an unfit folder or override."""
     folder = RunFolder(path.absolute())
+    fold = any(FOLD.get(override, False) for override in overrides)
+    overrides = [override for override in overrides if override not in FOLD]
     cfg = _overridden(folder.read_config(), overrides)
     config.validate(cfg)
     local = Path(cfg.data.local) if cfg.data.local else None
     corpus = prepare(cfg.task.corpus, Path(cfg.data.dir), local)
-    evaluated = pipeline.evaluate_run(cfg, folder, corpus)
+    evaluated = pipeline.evaluate_run(cfg, folder, corpus, fold)
     recorded = records.read_record(folder.record).metrics if folder.record.is_file() else {}
-    table = Table(title=f"{path} ({evaluated.checkpoint})")
+    folded = ", norms folded" if fold else ""
+    table = Table(title=f"{path} ({evaluated.checkpoint}{folded})")
     for column in ("split", "metric", "now", "record"):
         table.add_column(column, justify="left" if column in ("split", "metric") else "right")
     for split, values in evaluated.metrics.items():
@@ -38,8 +44,8 @@ def _overridden(cfg: DictConfig, overrides: list[str]) -> DictConfig:
     for override in overrides:
         if not override.startswith(CHANGEABLE) or "=" not in override:
             raise UserError(
-                f"{override!r}: only evaluation.<key>=<value> and data.<key>=<value> may follow "
-                "the run folder; other settings belong to training"
+                f"{override!r}: only evaluation.<key>=<value>, data.<key>=<value> and fold=true "
+                "may follow the run folder; other settings belong to training"
             )
         try:
             cfg.merge_with_dotlist([override])

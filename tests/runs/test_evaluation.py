@@ -10,7 +10,7 @@ import pytest
 import torch
 from small_runs import REPOSITORY, composed
 
-from normexp import bleu, checkpoints, evaluation, pipeline
+from normexp import bleu, checkpoints, evaluation, pipeline, reevaluation
 from normexp.corpora import prepare
 from normexp.corpora.tokenization import tokenize_aggressive
 from normexp.errors import UserError
@@ -217,3 +217,24 @@ def test_compound_split_bleu_is_recorded_where_asked_for(trained) -> None:
     assert record.metrics["test"]["bleu_compound_split"] == pytest.approx(
         bleu.compound_split_bleu(hypotheses, references, "en")
     )
+
+
+def test_a_folded_model_scores_the_same(trained, capsys) -> None:
+    """`evaluate.py RUN fold=true`, whose table sets now beside the record; refused for LN."""
+    record, folder, _ = trained("toy_language_model", "norm=power", "evaluation.splits=[valid]")
+    capsys.readouterr()
+    reevaluation.main(folder.parent, ["fold=true"])
+    shown = capsys.readouterr().out
+    assert "norms folded" in shown
+    perplexity = record.metrics["valid"]["perplexity_per_word"]
+    now, recorded = re.search(r"perplexity_per_word\s+│\s+([\d.]+)\s+│\s+([\d.]+)", shown).groups()
+    assert float(recorded) == pytest.approx(perplexity, abs=1e-3)
+    assert float(now) == pytest.approx(perplexity, rel=1e-4)
+    with pytest.raises(UserError, match="'fold=maybe': only evaluation.<key>"):
+        reevaluation.main(folder.parent, ["fold=maybe"])
+
+
+def test_folding_of_layer_norms_is_refused(trained) -> None:
+    _, folder, _ = trained("toy_language_model", "norm=layer", "evaluation.splits=[valid]")
+    with pytest.raises(UserError, match="no norm of this model can be folded.*LayerNorm"):
+        reevaluation.main(folder.parent, ["fold=true"])

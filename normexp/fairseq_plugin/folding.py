@@ -1,0 +1,146 @@
+"""Folding of a trained model's norms into its linear layers, for inference."""
+
+import copy
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from torch import nn
+
+from normexp.fairseq_plugin.layers import NormDecoderLayer, NormEncoderLayer
+from normexp.fairseq_plugin.stacks import NormEncoder
+from normexp.norms.folding import fold_into, why_not_foldable
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _Place:
+    """A norm at a site: the layers that read its output, and how to take it away."""
+
+    site: str
+    norm: nn.Module
+    readers: list[nn.Module]
+    remove: Callable[[], None]
+    why_not: str | None  # reason of the architecture against folding
+
+
+def fold_norms(model: nn.Module) -> nn.Module:
+    """Return a copy of a model, in eval mode, with per-channel norms merged into linear layers.
+
+    For models of this plugin. Folded are the sites of pre-norm stacks whose norm is `batch`,
+    `regularized_batch`, `power_v`, `power` or `unified`; outputs equal the unfolded model's in eval
+    mode to rounding (fold in float32, convert to half precision afterwards). Other sites stay, with
+    the reason logged. A final norm before the softmax needs an output projection of its own, where
+    it was tied to the embeddings: C x V more parameters. The copy is for inference: it has no
+    statistics to train with.
+
+    Raises ValueError, naming each reason, if no site can be folded.
+    """
+    folded = copy.deepcopy(model).eval()
+    done: dict[str, str] = {}
+    left: dict[str, str] = {}
+    for place in _places(folded):
+        reason = why_not_foldable(place.norm) or place.why_not
+        if reason is None and not all(isinstance(reader, nn.Linear) for reader in place.readers):
+            reason = "what follows is no plain linear layer"
+        if reason is not None:
+            left[place.site] = reason
+            continue
+        fold_into(place.norm, place.readers)
+        place.remove()
+        done[place.site] = type(place.norm).__name__
+    if not done:
+        reasons = "; ".join(f"{site}: {reason}" for site, reason in left.items())
+        raise ValueError(f"no norm of this model can be folded ({reasons or 'it has none'})")
+    for site, name in done.items():
+        logger.info("folded: %s (%s)", site, name)
+    for site, reason in left.items():
+        logger.info("not folded: %s (%s)", site, reason)
+    return folded
+
+
+def _places(model: nn.Module) -> Iterator[_Place]:
+    for stack in (getattr(model, "encoder", None), getattr(model, "decoder", None)):
+        if stack is None:
+            continue
+        side = "encoder" if isinstance(stack, NormEncoder) else "decoder"
+        for layer in stack.layers:
+            if isinstance(layer, NormEncoderLayer | NormDecoderLayer):
+                yield from _places_of_layer(side, layer)
+        if stack.layer_norm is None:
+            continue
+        if side == "encoder":
+            yield _final_of_encoder(stack, model.decoder)
+        else:
+            yield _final_of_decoder(stack)
+
+
+def _places_of_layer(side: str, layer: nn.Module) -> Iterator[_Place]:
+    post_norm = None
+    if not layer.normalize_before:
+        post_norm = "post-norm: the residual stream carries what the norm gives"
+    attention = layer.self_attn
+    projections = [attention.q_proj, attention.k_proj, attention.v_proj]
+    crossing = "attention over the encoder's states too" if _mixes_states(layer) else None
+    yield _Place(
+        f"{side}_attention",
+        layer.self_attn_layer_norm,
+        projections,
+        _replaced_by_identity(layer, "self_attn_layer_norm"),
+        post_norm or crossing,
+    )
+    if getattr(layer, "encoder_attn", None) is not None:
+        yield _Place(
+            f"{side}_cross",
+            layer.encoder_attn_layer_norm,
+            [layer.encoder_attn.q_proj],
+            _replaced_by_identity(layer, "encoder_attn_layer_norm"),
+            post_norm,
+        )
+    yield _Place(
+        f"{side}_ffn",
+        layer.final_layer_norm,
+        [layer.fc1],
+        _replaced_by_identity(layer, "final_layer_norm"),
+        post_norm,
+    )
+
+
+def _mixes_states(layer: nn.Module) -> bool:
+    # fairseq's cross_self_attention: keys are the encoder's states and the layer's own.
+    return bool(getattr(layer, "cross_self_attention", False))
+
+
+def _final_of_encoder(encoder: nn.Module, decoder: nn.Module) -> _Place:
+    readers, reason = [], None
+    for layer in decoder.layers:
+        if getattr(layer, "encoder_attn", None) is not None:
+            readers += [layer.encoder_attn.k_proj, layer.encoder_attn.v_proj]
+        if _mixes_states(layer):
+            reason = "decoder layers read the encoder's states beside their own"
+    if not readers:
+        reason = "no layer of the decoder reads the encoder's states by a projection of its own"
+
+    def remove() -> None:
+        encoder.layer_norm = None
+
+    return _Place("encoder_final", encoder.layer_norm, readers, remove, reason)
+
+
+def _final_of_decoder(decoder: nn.Module) -> _Place:
+    reader = decoder.project_out_dim or decoder.output_projection
+    adaptive = reader is None and decoder.adaptive_softmax is not None
+    reason = "an adaptive softmax follows, not one linear layer" if adaptive else None
+
+    def remove() -> None:
+        decoder.layer_norm = None
+
+    return _Place("decoder_final", decoder.layer_norm, [reader], remove, reason)
+
+
+def _replaced_by_identity(layer: nn.Module, attribute: str) -> Callable[[], None]:
+    def remove() -> None:
+        setattr(layer, attribute, nn.Identity())  # the stock forward calls it
+
+    return remove
