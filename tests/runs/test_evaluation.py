@@ -230,11 +230,11 @@ def test_a_folded_model_scores_the_same(trained, capsys) -> None:
     now, recorded = re.search(r"perplexity_per_word\s+│\s+([\d.]+)\s+│\s+([\d.]+)", shown).groups()
     assert float(recorded) == pytest.approx(perplexity, abs=1e-3)
     assert float(now) == pytest.approx(perplexity, rel=1e-4)
-    with pytest.raises(UserError, match="'fold=maybe': only evaluation.<key>"):
+    with pytest.raises(UserError, match=r"'fold=maybe': only evaluation.<key>"):
         reevaluation.main(folder.parent, ["fold=maybe"])
 
 
 def test_folding_of_layer_norms_is_refused(trained) -> None:
     _, folder, _ = trained("toy_language_model", "norm=layer", "evaluation.splits=[valid]")
-    with pytest.raises(UserError, match="no norm of this model can be folded.*LayerNorm"):
+    with pytest.raises(UserError, match=r"no norm of this model can be folded.*LayerNorm"):
         reevaluation.main(folder.parent, ["fold=true"])
