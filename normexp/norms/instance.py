@@ -15,8 +15,8 @@ class InstanceNorm(nn.Module):
         x_hat = (x - mean_T) / sqrt(var_T + eps),  y = w x_hat + b, in training and inference
 
     Ulyanov, Vedaldi, Lempitsky, "Instance Normalization" (2016), with a sentence in the place of
-    an image. A list of tokens (N, C) counts as one sentence. Padded positions enter as zeros and
-    influence nothing. Every position sees the others of its sentence, later ones included, so
+    an image. A list of tokens (N, C) counts as one sentence. Padded positions are zeros in x and y
+    and influence nothing, nor do gradients there. Every position sees the others of its sentence, later ones included, so
     the layer fits encoders only.
     """
 
@@ -43,7 +43,10 @@ class InstanceNorm(nn.Module):
             deviations = torch.where(real, values - mean, 0.0)
             var = deviations.square().sum(0, keepdim=True) / n
         x_hat = (values - mean) * torch.rsqrt(var + self.eps)
-        return (x_hat * self.weight + self.bias).to(x.dtype)
+        y = x_hat * self.weight + self.bias
+        if padding_mask is not None:
+            y = torch.where(real, y, 0.0)
+        return y.to(x.dtype)
 
     def extra_repr(self) -> str:
         return f"{self.num_features}, eps={self.eps}"

@@ -1,64 +1,65 @@
-"""The `_released` layers against outputs recorded from the authors' code, in float64."""
+"""Layers and references against outputs recorded from the authors' code, in float64.
 
-import json
-from pathlib import Path
+Equality of the references with the recordings is what makes them an oracle elsewhere.
+"""
 
 import numpy as np
 import pytest
-import torch
-
-from normexp.norms import build_norm
-
-GOLDEN = Path(__file__).parent / "golden"
-TOLERANCE = {"rtol": 1e-9, "atol": 1e-9}
-# their option -> ours, and their buffer -> what of ours equals it
-OPTIONS = {
-    "eps": "eps",
-    "momentum": "momentum",
-    "alpha_fwd": "alpha_fwd",
-    "alpha_bkw": "alpha_bwd",
-    "warmup_iters": "warmup_steps",
-    "group_num": "num_groups",
-}
-BUFFERS = {
-    "running_phi": "running_psi2",
-    "ema_gz": "e",
-    "iters": "step",
-    "running_mean": "running_mean",
-    "running_var": "running_var",
-}
+from norm_steps import LayerSteps
+from recorded import Recording, load, recordings
+from references import Step, build_reference
 
 
-@pytest.mark.parametrize("path", sorted(GOLDEN.glob("*.npz")), ids=lambda path: path.stem)
-def test_released_layer_equals_recorded_outputs(path: Path) -> None:
-    golden = np.load(path, allow_pickle=False)
-    config = json.loads(str(golden["config"]))
+class ReferenceSteps:
+    """A reference behind the same interface as LayerSteps."""
 
-    def tensor(name: str) -> torch.Tensor:
-        return torch.from_numpy(golden[name])
+    def __init__(self, name: str, num_features: int, **options: object):
+        self.reference = build_reference(name, num_features, **options)
+        self.parameters = self.reference.parameters
+        self.train_step, self.infer = self.reference.train_step, self.reference.infer
 
-    options = {ours: config[theirs] for theirs, ours in OPTIONS.items() if theirs in config}
-    norm = build_norm(f"{config['kind']}_released", config["num_features"], **options).double()
-    norm.load_state_dict({"weight": tensor("weight"), "bias": tensor("bias")}, strict=False)
-    checked = 0
-    for s in range(config["steps"]):
-        x = tensor(f"x{s}").requires_grad_()
-        norm.zero_grad()
-        y = norm(x, tensor(f"pad{s}").bool())
-        y.backward(tensor(f"gy{s}"))
-        obtained = {"y": y, "gx": x.grad, "gw": norm.weight.grad, "gb": norm.bias.grad}
-        for theirs, ours in BUFFERS.items():
-            if f"{theirs}{s}" in golden.files:
-                obtained[theirs] = getattr(norm, ours).double().reshape(-1)
-        for name, value in obtained.items():
-            torch.testing.assert_close(
-                value,
-                tensor(f"{name}{s}").double(),
-                msg=lambda m, n=name, s=s: f"{n}{s}: {m}",
-                **TOLERANCE,
-            )
-            checked += 1
-    norm.eval()
-    y_eval = norm(tensor("x_eval"), tensor("pad_eval").bool())
-    torch.testing.assert_close(y_eval, tensor("y_eval"), **TOLERANCE)
-    assert checked == config["steps"] * (7 if config["kind"] == "power" else 6)
+    def state(self) -> dict[str, np.ndarray]:
+        return self.reference.state
+
+
+def compare(recording: Recording, step: int | str, obtained: dict[str, np.ndarray]) -> set[str]:
+    """Assert that everything recorded in a step was obtained; returns the names compared."""
+    real = ~recording.inputs(step)[1].T
+    compared = set()
+    for name, expected in recording.results(step):
+        value = np.asarray(obtained[name], dtype=np.float64)
+        if name in ("y", "gx") and recording.only_real:
+            value, expected = value[real], expected[real]
+        np.testing.assert_allclose(
+            value.reshape(expected.shape),
+            expected,
+            rtol=1e-9,
+            atol=1e-9,
+            err_msg=f"{name}, step {step}",
+        )
+        compared.add(name)
+    return compared
+
+
+@pytest.mark.parametrize("kind", ["layer", "reference"])
+@pytest.mark.parametrize("stem", recordings())
+def test_equals_recorded_outputs(stem: str, kind: str) -> None:
+    recording = load(stem)
+    build = LayerSteps if kind == "layer" else ReferenceSteps
+    twin = build(recording.norm, recording.num_features, **recording.options)
+    for name, value in recording.parameters.items():
+        twin.parameters[name][...] = value
+    for s in range(recording.steps):
+        x, pad, gy = recording.inputs(s)
+        step: Step = twin.train_step(x, pad, gy)
+        everything = {"y": step.y, "gx": step.gx, "penalty": step.penalty} | step.gradients
+        compared = compare(recording, s, everything | twin.state())
+        assert {"y", "gx", "weight", "bias"} < compared, "state or penalty went uncompared"
+    x, pad, _ = recording.inputs("_eval")
+    assert compare(recording, "_eval", {"y": twin.infer(x, pad)}) == {"y"}
+
+
+def test_every_recording_is_there() -> None:
+    recorded = {load(stem).norm for stem in recordings()}
+    assert recorded == {"batch_released", "power_released", "unified", "regularized_batch"}
+    assert len(recordings()) == 10

@@ -1,0 +1,387 @@
+"""Would the tests notice a fault? Put faults into the normalizations, one at a time, and see.
+
+    python tests/norms/check_mutations.py [WORD ...]     # only faults whose file or name has a WORD
+
+Each fault is one line, put into a copy of the package in a temporary folder; the tests named for
+its file run there until the first one fails. Prints which test noticed which fault, and ends with
+status 1 if a fault survived. A run takes some minutes, so it is no test itself; test_mutations.py
+checks that every line to be replaced is still there.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+NORMS = REPOSITORY / "normexp" / "norms"
+
+ORACLE = ("test_golden", "test_references", "test_padding")
+STATE = ("test_broken_batches", "test_precision")
+SYNC = ("test_synchronized",)
+CHECKPOINTING = ("test_slots",)
+
+
+class Fault(NamedTuple):
+    file: str
+    old: str
+    new: str
+    what: str
+    tests: tuple[str, ...] = ORACLE
+
+
+FAULTS = [
+    Fault(
+        "averaging.py",
+        "torch.lerp(running, value.to(running.dtype), pace)",
+        "torch.lerp(value.to(running.dtype), running, pace)",
+        "momentum swapped: past and present",
+    ),
+    Fault(
+        "averaging.py",
+        "running.copy_(torch.where(usable, averaged, running))",
+        "running.copy_(averaged)",
+        "unusable batches averaged",
+        (*STATE, "test_padding"),
+    ),
+    Fault(
+        "masking.py",
+        "tokens = tokens.float()",
+        "tokens = tokens.clone()",
+        "statistics of half-precision input in half precision",
+        STATE,
+    ),
+    Fault(
+        "masking.py",
+        "real = ~(padding_mask.t() if x.dim() == 3 else padding_mask)",
+        "real = ~padding_mask",
+        "mask not transposed to the order of the tokens",
+    ),
+    Fault(
+        "masking.py",
+        "return real.sum().to(tokens.dtype)",
+        "return tokens.new_full((), tokens.shape[0])",
+        "mean over padding: N counts all positions",
+    ),
+    Fault(
+        "masking.py",
+        "return values if real is None else torch.where(real, values, 0.0)",
+        "return values",
+        "padding not masked out of sums",
+    ),
+    Fault(
+        "batch.py",
+        "return var * n / (n - 1).clamp(min=1)",
+        "return var",
+        "biased running variance",
+    ),
+    Fault(
+        "batch.py",
+        "return torch.rsqrt(var + self.eps)",
+        "return 1 / (var.sqrt() + self.eps)",
+        "eps outside the root",
+    ),
+    Fault(
+        "batch.py",
+        "m2 = only_real(tokens - mean, real).square().sum(0)",
+        "m2 = (tokens - mean).square().sum(0)",
+        "padded zeros in the variance",
+    ),
+    Fault(
+        "batch.py",
+        "return only_real((tokens - mean) * scale + self.bias, real)",
+        "return (tokens - mean) * scale + self.bias",
+        "gradients at padding reach real tokens",
+    ),
+    Fault(
+        "batch.py",
+        "average_(self.running_mean, mean, self.momentum, usable)",
+        "average_(self.running_mean, mean, 1 - self.momentum, usable)",
+        "momentum swapped for the mean",
+    ),
+    Fault(
+        "batch.py",
+        "return scale, self.bias - self.running_mean * scale",
+        "return scale, self.bias - self.running_mean",
+        "inference: mean not scaled",
+    ),
+    Fault(
+        "regularized_batch.py",
+        "self.penalty_var * (running_var - var).abs().sum()",
+        "self.penalty_var * (running_var - var).square().sum()",
+        "penalty of the variance squared",
+    ),
+    Fault(
+        "regularized_batch.py",
+        "penalty = self.penalty_mean * (running_mean - mean).square().sum()",
+        "penalty = self.penalty_mean * (running_mean - mean.detach()).square().sum()",
+        "penalty without its gradient",
+    ),
+    Fault(
+        "regularized_batch.py",
+        "return torch.rsqrt(var.clamp(min=self.eps))",
+        "return torch.rsqrt(var + self.eps)",
+        "eps added instead of clamped",
+    ),
+    Fault(
+        "power_v.py",
+        "average_(self.running_psi2, psi2, 1 - self.alpha, usable)",
+        "average_(self.running_psi2, psi2, self.alpha, usable)",
+        "alpha swapped",
+    ),
+    Fault(
+        "power_v.py",
+        "psi2, n = pooled_mean(tokens.square().sum(0), num_real(tokens, real), self.sync)",
+        "psi2, n = pooled_mean(tokens.detach().square().sum(0), num_real(tokens, real), self.sync)",
+        "no gradient through psi2",
+    ),
+    Fault(
+        "power.py",
+        "in_warmup = self.step < self.warmup_steps",
+        "in_warmup = self.step <= self.warmup_steps",
+        "warm-up one step too long",
+    ),
+    Fault(
+        "power.py",
+        "return (g - correction * x_hat) * inverse, None",
+        "return (g + correction * x_hat) * inverse, None",
+        "sign of nu",
+    ),
+    Fault(
+        "power.py",
+        "average_(self.running_psi2, psi2_batch, 1 - self.alpha_fwd, usable)",
+        "average_(self.running_psi2, psi2_batch, 1 - self.alpha_bwd, usable)",
+        "alpha_bwd in the forward",
+    ),
+    Fault(
+        "power.py",
+        "nu = self.nu * (1 - pace * gamma) + pace * lam",
+        "nu = self.nu * (1 - pace) + pace * lam",
+        "Gamma forgotten",
+    ),
+    Fault(
+        "power.py",
+        "pace = torch.minimum(pace, 1 / gamma)",
+        "pace = torch.minimum(pace, 2 / gamma)",
+        "bound of nu twice too wide",
+        ("test_references", "test_runaway_nu"),
+    ),
+    Fault(
+        "power.py",
+        "correction = torch.where(in_warmup, lam, self.nu.to(g.dtype))",
+        "correction = self.nu.to(g.dtype)",
+        "no exact gradient in warm-up",
+    ),
+    Fault(
+        "power_released.py",
+        "psi2 = torch.where(step <= self.warmup_steps, psi2_batch, running.to(squares.dtype))",
+        "psi2 = torch.where(step < self.warmup_steps, psi2_batch, running.to(squares.dtype))",
+        "warm-up one step too short",
+    ),
+    Fault(
+        "power_released.py",
+        "cumulative = (running * (step - 1) + psi2_batch) / step",
+        "cumulative = running * ((step - 1) / step) + psi2_batch / step",
+        "a quotient of integers in float32",
+    ),
+    Fault(
+        "power_released.py",
+        "ctx.save_for_backward(x_hat, torch.rsqrt(psi2_batch + norm.eps), n)",
+        "ctx.save_for_backward(x_hat, torch.rsqrt(psi2 + norm.eps), n)",
+        "backward divides by the running statistic",
+    ),
+    Fault(
+        "power_released.py",
+        "positions = x_hat.new_full((), x_hat.shape[0])",
+        "positions = n",
+        "e averages over real tokens",
+    ),
+    Fault(
+        "power_released.py",
+        "x_tilde = g - (1 - self.alpha_bwd) * self.e.to(g.dtype) * x_hat",
+        "x_tilde = g - self.e.to(g.dtype) * x_hat",
+        "e not scaled by 1 - alpha_bwd",
+    ),
+    Fault(
+        "batch_released.py",
+        "tokens = torch.where(real, tokens, real_mean(tokens, real))",
+        "tokens = torch.where(real, tokens, 0.0)",
+        "padding not replaced by the mean",
+    ),
+    Fault(
+        "batch_released.py",
+        "mean = self.running_mean.to(tokens.dtype, copy=True)",
+        "mean = self.running_mean.to(tokens.dtype)",
+        "statistics averaged before they are checked",
+        (*STATE, "test_padding"),
+    ),
+    Fault(
+        "unified.py",
+        "slot = slots == step % self.window_size",
+        "slot = slots == self.step % self.window_size",
+        "window slot off by one",
+    ),
+    Fault(
+        "unified.py",
+        "geometric = window.log().mean(0).exp()",
+        "geometric = window.mean(0)",
+        "arithmetic mean of the window",
+    ),
+    Fault(
+        "unified.py",
+        "spread = self.psi2_window.sqrt().var(0, correction=0)",
+        "spread = self.psi2_window.sqrt().var(0, correction=1)",
+        "filtration by the unbiased variance",
+    ),
+    Fault(
+        "unified.py",
+        "ratio = torch.sqrt((v + self.eps) / (running + self.eps))",
+        "ratio = torch.sqrt((running + self.eps) / (v + self.eps))",
+        "factor of the gradient inverted",
+    ),
+    Fault(
+        "unified.py",
+        "window = torch.where(slot, torch.where(skip, self.e, lam), self.lambda_window)",
+        "window = torch.where(slot, lam, self.lambda_window)",
+        "skipped batches enter the window of lambda",
+    ),
+    Fault(
+        "instance.py",
+        "var = deviations.square().sum(0, keepdim=True) / n",
+        "var = deviations.square().sum(0, keepdim=True) / (n - 1).clamp(min=1)",
+        "unbiased variance",
+    ),
+    Fault(
+        "adaptive.py",
+        "y = self.scale * (1 - self.k * x_hat).detach() * x_hat",
+        "y = self.scale * (1 - self.k * x_hat) * x_hat",
+        "missing detach",
+    ),
+    Fault(
+        "rms.py",
+        "inverse = torch.rsqrt(tokens.square().mean(-1, keepdim=True) + self.eps)",
+        "inverse = 1 / (tokens.square().mean(-1, keepdim=True).sqrt() + self.eps)",
+        "eps outside the root",
+    ),
+    Fault(
+        "running_norm.py",
+        "self.rejected += (n > 0) & ~finite",
+        "pass",
+        "rejected batches not counted",
+        STATE,
+    ),
+    Fault(
+        "running_norm.py",
+        "return (n > 0) & finite",
+        "return n > 0",
+        "NaN averaged into the state",
+        STATE,
+    ),
+    Fault(
+        "running_norm.py",
+        "value.to(dtype).isfinite().all()",
+        "value.isfinite().all()",
+        "overflow in the dtype of the state",
+        STATE,
+    ),
+    Fault(
+        "running_norm.py",
+        "self._buffers[name] = before[name].to(buffer.device, torch.float32)",
+        "self._buffers[name] = buffer",
+        "state in half precision",
+        STATE,
+    ),
+    Fault(
+        "running_norm.py",
+        "self._rejected_told = rejected",
+        "pass",
+        "warns again of the same batches",
+        STATE,
+    ),
+    Fault(
+        "recomputation.py",
+        "return torch._C._current_graph_task_id() != -1",
+        "return False",
+        "recomputed forwards count as steps",
+        CHECKPOINTING,
+    ),
+    Fault(
+        "synchronization.py",
+        "packed = sum_over_ranks(torch.cat([sums, n[None]]), sync)",
+        "packed = torch.cat([sum_over_ranks(sums, sync), n[None]])",
+        "sums over all ranks by the tokens of one",
+        SYNC,
+    ),
+    Fault(
+        "synchronization.py",
+        "mean = (n_of * mean_of).sum(0) / n.clamp(min=1)",
+        "mean = mean_of.mean(0)",
+        "ranks weighted equally, whatever their tokens",
+        SYNC,
+    ),
+    Fault(
+        "synchronization.py",
+        "return total[dist.get_rank()]",
+        "return gradient[dist.get_rank()]",
+        "gradient of the moments not summed over ranks",
+        SYNC,
+    ),
+]
+
+
+def copy_of_tree(folder: Path) -> None:
+    """What the tests of the normalizations need."""
+    unwanted = shutil.ignore_patterns("__pycache__", ".hypothesis", ".pytest_cache")
+    shutil.copytree(REPOSITORY / "normexp", folder / "normexp", ignore=unwanted)
+    shutil.copytree(REPOSITORY / "tests" / "norms", folder / "tests" / "norms", ignore=unwanted)
+    shutil.copy(REPOSITORY / "tests" / "conftest.py", folder / "tests")
+    shutil.copy(REPOSITORY / "pyproject.toml", folder)
+
+
+def first_failure(folder: Path, tests: tuple[str, ...]) -> str | None:
+    """The first test that fails in the copy, None if all pass."""
+    files = [f"tests/norms/{test}.py" for test in tests]
+    environment = {**os.environ, "PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
+    environment.setdefault("OMP_NUM_THREADS", "1")
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *files],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    if run.returncode == 0:
+        return None
+    failed = re.search(r"^(?:FAILED|ERROR) (\S+)", run.stdout, re.MULTILINE)
+    if run.returncode != 1 or not failed:
+        raise RuntimeError(f"pytest did not get as far as a test:\n{run.stdout}{run.stderr}")
+    return failed[1].removeprefix("tests/norms/")
+
+
+def main(words: list[str]) -> int:
+    faults = [f for f in FAULTS if not words or any(w in f"{f.file} {f.what}" for w in words)]
+    survived = 0
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        copy_of_tree(folder)
+        needed = tuple(dict.fromkeys(test for fault in faults for test in fault.tests))
+        if failure := first_failure(folder, needed):
+            raise SystemExit(f"{failure} fails without any fault; cure that first")
+        for fault in faults:
+            path = folder / "normexp" / "norms" / fault.file
+            sound = path.read_text(encoding="utf-8")
+            path.write_text(sound.replace(fault.old, fault.new), encoding="utf-8", newline="\n")
+            killer = first_failure(folder, fault.tests)
+            path.write_text(sound, encoding="utf-8", newline="\n")
+            survived += killer is None
+            print(f"{fault.file:22} {fault.what:52} {killer or 'SURVIVED'}", flush=True)
+    print(f"{len(faults) - survived} of {len(faults)} faults noticed")
+    return 1 if survived else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))
