@@ -16,8 +16,8 @@ class InstanceNorm(nn.Module):
 
     Ulyanov, Vedaldi, Lempitsky, "Instance Normalization" (2016), with a sentence in the place of
     an image. A list of tokens (N, C) counts as one sentence. Padded positions are zeros in x and y
-    and influence nothing, nor do gradients there. Every position sees the others of its sentence, later ones included, so
-    the layer fits encoders only.
+    and influence nothing, nor do gradients there. Every position sees the others of its sentence,
+    later ones included, so the layer fits encoders only.
     """
 
     mixes_positions = True
