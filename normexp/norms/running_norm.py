@@ -3,6 +3,7 @@
 import inspect
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -119,6 +120,12 @@ class RunningNorm(nn.Module):
             if buffer.dtype in _HALF:
                 self._buffers[name] = before[name].to(buffer.device, torch.float32)
         return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        # Not part of a checkpoint, and without content in a layer that was built on "meta".
+        self.rejected = torch.zeros_like(self.step)
+        self._rejected_told = 0
 
     def extra_repr(self) -> str:
         options = list(inspect.signature(type(self)).parameters)[1:]

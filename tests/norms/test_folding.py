@@ -1,6 +1,7 @@
 """The linear layers that took norm(x) give the same from x."""
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -74,3 +75,22 @@ def test_unfit_layers_are_refused_before_any_is_changed() -> None:
     with pytest.raises(ValueError, match="cannot fold 6 channels into Linear"):
         fold_into(_trained("batch", torch.float32), [fit, unfit])
     assert torch.equal(fit.weight, before)
+
+
+def test_a_layer_named_twice_is_folded_once() -> None:
+    norm, layer = _trained("batch"), nn.Linear(6, 4).double()
+    x = torch.randn(5, 6, dtype=torch.float64)
+    expected = layer(norm(x))
+    fold_into(norm, [layer, layer])
+    torch.testing.assert_close(layer(x), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "normalized", [nn.utils.weight_norm, nn.utils.parametrizations.weight_norm]
+)
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+def test_weights_computed_at_each_call_are_refused(normalized: Callable) -> None:
+    """The computation would undo the folding."""
+    layer = normalized(nn.Linear(6, 4))
+    with pytest.raises(ValueError, match="its weight is computed at each call"):
+        fold_into(_trained("batch", torch.float32), [layer])

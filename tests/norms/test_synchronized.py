@@ -1,0 +1,224 @@
+"""Statistics of data-parallel training: several processes against one with all their tokens."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+import ranks
+import torch
+import torch.distributed as dist
+from ranks import LEARNING_RATE, STEPS, SYNC_CASES, batch_of, concatenated
+from stateful import CASES, CHANGED_IN_BACKWARD, assert_same, forward, no_warnings, state
+from torch import nn
+
+from normexp.norms import pool_statistics
+
+every_case = pytest.mark.parametrize("case", SYNC_CASES)
+TOLERANCE = 1e-9
+
+Results = list[dict[str, dict]]
+
+
+def alone(norm: nn.Module, rank: int, world: int, steps: Sequence[int]) -> list[dict]:
+    """State after each step of a rank that knows of no other."""
+    states = []
+    for step in steps:
+        forward(norm, batch_of(rank, step, world))[1].backward()
+        states.append(state(norm))
+    return states
+
+
+@pytest.fixture(scope="module", params=[2, 3], ids=["2-ranks", "3-ranks"])
+def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Results:
+    """Of every scenario, by rank. Starting processes takes seconds, so they run all of them."""
+    return ranks.run_all(request.param, tmp_path_factory.mktemp("ranks"))
+
+
+def test_every_layer_with_the_option_is_tried() -> None:
+    assert {CASES[case].name for case in SYNC_CASES} == {
+        *("batch", "regularized_batch", "power_v", "power", "power_released", "unified")
+    }
+
+
+@every_case
+def test_equal_to_one_process_with_all_tokens(results: Results, case: str) -> None:
+    """Outputs, gradients, parameter gradients summed over the ranks, state; then inference."""
+    world = len(results)
+    batches, sizes = zip(*(concatenated(world, step) for step in range(STEPS)), strict=True)
+    expected = ranks.train_and_record(CASES[case].build(sync=True), list(batches))
+    obtained = [of_rank["training"][case] for of_rank in results]
+    for step in range(STEPS):
+        one = expected["steps"][step]
+        many = [of_rank["steps"][step] for of_rank in obtained]
+        for what in ("y", "gx"):
+            parts = one[what].split(sizes[step])
+            for rank, part in enumerate(parts):
+                assert_same(many[rank][what], part, TOLERANCE)
+        for name, gradient in one["parameters"].items():
+            total = sum(of_rank["parameters"][name] for of_rank in many)
+            assert_same(total, gradient, TOLERANCE)
+        # The penalty counts once in the sum of the ranks' losses.
+        assert_same(sum(of_rank["loss"] for of_rank in many), one["loss"], TOLERANCE)
+        for of_rank in many:
+            assert_same(of_rank["state"], one["state"], TOLERANCE)
+    parts = expected["y_eval"].split(sizes[-1])
+    assert_same([of_rank["y_eval"] for of_rank in obtained], list(parts), TOLERANCE)
+
+
+@every_case
+def test_state_is_the_same_on_all_ranks_to_the_bit(results: Results, case: str) -> None:
+    for step in range(STEPS):
+        first, *others = [of_rank["training"][case]["steps"][step]["state"] for of_rank in results]
+        for other in others:
+            assert_same(other, first)
+    for other in results[1:]:
+        assert_same(other["half_precision"][case], results[0]["half_precision"][case])
+
+
+@every_case
+def test_one_collective_per_pass(results: Results, case: str) -> None:
+    """None at inference."""
+    for of_rank in results:
+        recorded = of_rank["training"][case]
+        for step in recorded["steps"]:
+            assert step["collectives"] == [1, 1]
+        assert recorded["collectives_eval"] == 0
+
+
+@every_case
+def test_nan_on_one_rank_is_rejected_on_all(results: Results, case: str) -> None:
+    """In a token: no trace in the state. In a gradient: none of the backward pass."""
+    in_backward = CHANGED_IN_BACKWARD.get(CASES[case].name, set())
+    for of_rank in results:
+        recorded = of_rank["not_finite"][case]
+        assert_same(recorded, results[0]["not_finite"][case])
+        before, token, gradient = (recorded[what] for what in ("before", "x", "gy"))
+        assert before["rejected"] == 0
+        assert token["rejected"] == (2 if in_backward else 1)
+        assert gradient["rejected"] == (3 if in_backward else 1)
+        for what in set(before) - {"rejected"}:
+            assert_same(token[what], before[what])
+            if what in in_backward:
+                assert_same(gradient[what], before[what])
+        assert gradient["step"] == before["step"] + 1
+        assert recorded["after"]["step"] == before["step"] + 2
+        for value in recorded["after"].values():
+            assert value.isfinite().all()
+
+
+@every_case
+def test_checkpointing_neither_waits_forever_nor_changes_anything(
+    results: Results, case: str
+) -> None:
+    for of_rank in results:
+        recorded = of_rank["checkpointing"][case]
+        assert_same(recorded["False-True"], recorded["None-True"], 1e-12)
+        assert_same(recorded["True-False"], recorded["None-False"], 1e-12)
+        for kind, of_first in results[0]["checkpointing"][case].items():
+            assert_same(recorded[kind]["state"], of_first["state"])
+
+
+@every_case
+@pytest.mark.parametrize("broadcast", [True, False])
+def test_data_parallel_model_equals_one_process(
+    results: Results, case: str, broadcast: bool
+) -> None:
+    """Parameters and state after every step; broadcasting rank 0's buffers does no harm."""
+    world = len(results)
+    model = ranks.small_model(case, sync=True)
+    batches = [concatenated(world, step)[0] for step in (0, 1, 2, 3, 4, 6)]
+    expected = ranks.descend(model, model, batches, LEARNING_RATE)
+    for of_rank in results:
+        assert_same(of_rank["data_parallel"][f"{case}-{broadcast}"], expected, TOLERANCE)
+
+
+@every_case
+def test_data_parallel_without_sync(results: Results, case: str) -> None:
+    """Each rank by itself; or with broadcast_buffers, torch's default, all start from rank 0's.
+
+    Then a rank's state is that of rank 0 before the step, moved on by the rank's own batch: what
+    ranks other than 0 saw is forgotten with the next forward.
+    """
+    world, steps = len(results), (0, 2, 4)
+    rank0 = [state(CASES[case].build()), *alone(CASES[case].build(), 0, world, steps)]
+    for rank, of_rank in enumerate(results):
+        obtained = of_rank["data_parallel_private"]
+        by_itself = alone(CASES[case].build(), rank, world, steps)
+        assert_same(obtained[f"{case}-False"], by_itself, 1e-12)
+        for i, step in enumerate(steps):
+            norm = CASES[case].build()
+            for name, buffer in norm.named_buffers():
+                buffer.copy_(rank0[i][name])
+            (after,) = alone(norm, rank, world, [step])
+            assert_same(obtained[f"{case}-True"][i], after, 1e-12)
+
+
+def test_private_statistics_are_warned_of_once(results: Results) -> None:
+    """Although many layers ran many times."""
+    for of_rank in results:
+        (message,) = [text for text in of_rank["private"]["told"] if "private" in text]
+        assert "sync=True" in message and "pool_statistics" in message
+
+
+def test_pooling_averages_over_the_ranks(results: Results) -> None:
+    """Running statistics of this package's layers; counters and other modules stay as they are."""
+    before = [of_rank["private"]["before"] for of_rank in results]
+    foreign = f"{len(SYNC_CASES) + 1}."
+    pooled = {
+        name: sum(of_rank[name] for of_rank in before) / len(before)
+        for name, value in before[0].items()
+        if value.is_floating_point() and not name.startswith(foreign)
+    }
+    assert not torch.equal(before[0]["0.running_mean"], before[1]["0.running_mean"])
+    for rank, of_rank in enumerate(results):
+        after = of_rank["private"]["after"]
+        assert_same(after, {**before[rank], **pooled}, 1e-12)
+        for name in pooled:
+            assert_same(after[name], results[0]["private"]["after"][name])
+        assert of_rank["private"]["collectives"] == 1
+
+
+@every_case
+def test_without_sync_each_rank_is_by_itself(results: Results, case: str) -> None:
+    position = SYNC_CASES.index(case)
+    for rank, of_rank in enumerate(results):
+        *_, expected = alone(CASES[case].build(), rank, len(results), range(4))
+        obtained = of_rank["private"]["before"]
+        for name, value in expected.items():
+            assert_same(obtained[f"{position}.{name}"], value, 1e-12)
+
+
+@pytest.fixture
+def group_of_one(tmp_path: Path) -> Iterator[None]:
+    dist.init_process_group(
+        "gloo", init_method=f"file://{tmp_path / 'meeting'}", rank=0, world_size=1
+    )
+    yield
+    dist.destroy_process_group()
+
+
+@every_case
+def test_sync_has_no_effect_without_a_process_group(case: str) -> None:
+    assert not dist.is_initialized()
+    assert_alone_is_alone(case)
+
+
+@every_case
+def test_sync_has_no_effect_on_a_single_rank(case: str, group_of_one: None) -> None:
+    assert_alone_is_alone(case)
+
+
+def assert_alone_is_alone(case: str) -> None:
+    """The same with and without sync, without a warning and without a collective."""
+    recorded = []
+    for sync in (True, False):
+        norm = CASES[case].build(sync=sync)
+        with no_warnings():
+            recorded.append(
+                ranks.train_and_record(norm, [batch_of(0, step, 2) for step in range(STEPS)])
+            )
+            before = {name: buffer.clone() for name, buffer in norm.named_buffers()}
+            pool_statistics(norm)
+            assert_same(dict(norm.named_buffers()), before)
+    assert all(step["collectives"] == [0, 0] for step in recorded[0]["steps"])
+    assert_same(recorded[0], recorded[1])
