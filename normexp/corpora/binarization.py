@@ -1,33 +1,35 @@
-"""The binarized stage, made by the parts fairseq-preprocess itself is made of.
+"""The binarized stage: fairseq's dictionaries and data files, as fairseq-preprocess makes them.
 
-They are called directly rather than through `fairseq_cli.preprocess` because importing that
-module configures the logging of the whole process.
+Its parts are called rather than the program because the program configures the logging of the
+whole process, reads a CR inside a line as a line end, waits for ever when one of its processes is
+killed, and takes five times as long.
 """
 
 import hashlib
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
+import numpy as np
+from tqdm import tqdm
+
 from normexp.corpora.catalogue import SPLITS, Corpus
+from normexp.corpora.parallel import map_rows
+from normexp.corpora.rows import Row, open_text, read_rows
 from normexp.corpora.text import final_text
-from normexp.errors import UserError
-
-# Below this size, starting processes takes longer than reading the file.
-_SMALL_FILE = 32 << 20
 
 
-def build_binary(corpus: Corpus, text: Path, folder: Path, workers: int) -> dict:
+def build_binary(corpus: Corpus, text: Path, folder: Path, workers: int, progress: bool) -> dict:
     """Make fairseq's data folder from the text stage.
 
     The same files as ``fairseq-preprocess --joined-dictionary`` (where the recipe says so) or
     ``--only-source`` with its defaults: mmap files, no frequency threshold, the dictionary padded
     to a multiple of 8. Returns dictionary sizes and, per split, the number of sentences and per
-    language tokens (with one end-of-sentence each) and the hash of the sentence lengths.
-
-    Raises UserError if fairseq finds other line ends than the text stage wrote.
+    language tokens (with one end-of-sentence each), unknown tokens, tokens of the longest
+    sentence, and the hash of the sentence lengths.
     """
-    # Importing fairseq registers its configurations with Hydra, so not before it is needed.
-    from fairseq.tasks.fairseq_task import FairseqTask
-
     dictionaries = {}
     for language in corpus.languages:
         if corpus.joined_dictionary and dictionaries:
@@ -35,56 +37,76 @@ def build_binary(corpus: Corpus, text: Path, folder: Path, workers: int) -> dict
             continue
         trained_on = corpus.languages if corpus.joined_dictionary else [language]
         files = [final_text(corpus, "train", name, text) for name in trained_on]
-        dictionaries[language] = FairseqTask.build_dictionary(
-            list(map(str, files)), min(_workers(file, workers) for file in files), padding_factor=8
-        )
+        dictionaries[language] = _dictionary(files)
     splits = {}
     for language, dictionary in dictionaries.items():
         suffix = f".{language}" if corpus.is_parallel else ""
         dictionary.save(str(folder / f"dict{suffix}.txt"))
         pair = f".{'-'.join(corpus.languages)}{suffix}" if suffix else ""
         for split in SPLITS:
-            counts = _binarize(
-                final_text(corpus, split, language, text), dictionary, folder / f"{split}{pair}",
-                workers,
-            )  # fmt: skip
-            record = splits.setdefault(split, {"tokens": {}, "unknown": {}, "lengths_sha256": {}})
-            record["sentences"] = counts.pop("sentences")
+            source = final_text(corpus, split, language, text)
+            rows = tqdm(
+                read_rows([source]), f"{corpus.name} {source.name} binary", disable=not progress
+            )
+            counts = _binarize(rows, dictionary, folder / f"{split}{pair}", workers)
+            record = splits.setdefault(split, {"sentences": counts.pop("sentences")})
             for quantity, value in counts.items():
-                record[quantity][language] = value
+                record.setdefault(quantity, {})[language] = value
     types = {language: len(dictionary) for language, dictionary in dictionaries.items()}
     return {"dictionary_types": types, "splits": splits}
 
 
-def _workers(source: Path, workers: int) -> int:
-    return workers if source.stat().st_size > _SMALL_FILE else 1
+def _dictionary(files: list[Path]):
+    """fairseq's dictionary of all words of the files."""
+    # Importing fairseq registers its configurations with Hydra, so not before it is needed.
+    from fairseq.data import Dictionary
+
+    counts: Counter[str] = Counter()
+    for file in files:
+        with open_text(file) as lines:
+            counts.update(chain.from_iterable(line.split() for line in lines))
+    dictionary = Dictionary()
+    for word, count in sorted(counts.items()):
+        dictionary.add_symbol(word, count)
+    dictionary.finalize(padding_factor=8)
+    return dictionary
 
 
-def _binarize(source: Path, dictionary, prefix: Path, workers: int) -> dict:
-    from fairseq.binarizer import FileBinarizer, VocabularyDatasetBinarizer
-    from fairseq.data.indexed_dataset import MMapIndexedDataset
+@dataclass(frozen=True)
+class _Encoder:
+    """Turns a line into the bytes of its int32 token numbers, and the number of unknown ones."""
 
-    summary = FileBinarizer.multiprocess_dataset(
-        str(source),
-        "mmap",
-        VocabularyDatasetBinarizer(dictionary, append_eos=True),
-        str(prefix),
-        vocab_size=len(dictionary),
-        num_workers=_workers(source, workers),
-    )
-    dataset = MMapIndexedDataset(str(prefix))
-    lengths = dataset.sizes.astype("<i4")  # a copy: the view dies with the dataset's memory map
-    with source.open("rb") as file:
-        sentences = sum(1 for _ in file)
-    if len(lengths) != sentences:
-        # fairseq reads with universal newlines: a CR inside a line would end it there.
-        raise UserError(
-            f"{source} has {sentences} lines, fairseq made {len(lengths)} sentences of them; "
-            "the text holds carriage returns, remove them with a step of the recipe"
-        )
+    indices: dict[str, int]
+    unknown: int
+    unknown_word: str
+    end: int
+
+    def __call__(self, row: tuple[str]) -> tuple[bytes, int]:
+        words = row[0].split()
+        numbers = [self.indices.get(word, self.unknown) for word in words]
+        replaced = numbers.count(self.unknown) - words.count(self.unknown_word)
+        return np.array([*numbers, self.end], dtype=np.int32).tobytes(), replaced
+
+
+def _binarize(rows: Iterable[Row], dictionary, prefix: Path, workers: int) -> dict:
+    import torch
+    from fairseq.data.indexed_dataset import data_file_path, index_file_path, make_builder
+
+    encoder = _Encoder(dictionary.indices, dictionary.unk(), dictionary.unk_word, dictionary.eos())
+    builder = make_builder(data_file_path(str(prefix)), "mmap", vocab_size=len(dictionary))
+    lengths, unknown = [], 0
+    for numbers, replaced in map_rows(encoder, rows, workers):
+        # A copy, since PyTorch warns of memory that it must not write to.
+        tokens = torch.from_numpy(np.frombuffer(numbers, dtype=np.int32).copy())
+        builder.add_item(tokens)
+        lengths.append(len(tokens))
+        unknown += replaced
+    builder.finalize(index_file_path(str(prefix)))
+    lengths = np.array(lengths, dtype="<i4")
     return {
-        "sentences": sentences,
+        "sentences": len(lengths),
         "tokens": int(lengths.sum()),
-        "unknown": summary.num_replaced,
+        "unknown": unknown,
+        "longest": int(lengths.max()),
         "lengths_sha256": hashlib.sha256(lengths.tobytes()).hexdigest(),
     }

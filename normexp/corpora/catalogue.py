@@ -6,11 +6,19 @@ models below, so a misspelt or missing key is an error that names it.
 
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from normexp.corpora.hashing import ALGORITHMS
 from normexp.corpora.raw_text import FORMATS
@@ -20,6 +28,8 @@ from normexp.errors import UserError
 CATALOGUE = Path(__file__).resolve().parents[2] / "data" / "catalogue.yaml"
 SPLITS = ("train", "valid", "test")
 CLEAN = "clean"
+STEP_TEXTS = "steps"  # folder of the text stage
+HASH = rf"^({'|'.join(ALGORITHMS)}):[0-9a-f]+$"
 
 SplitName = Literal["train", "valid", "test"]
 
@@ -34,7 +44,7 @@ class Archive(_Model):
     file: str
     urls: list[str] = []
     size: int | None = None  # bytes
-    hash: str = Field(pattern=rf"^({'|'.join(ALGORITHMS)}):[0-9a-f]+$")
+    hash: str = Field(pattern=HASH)
     verified: bool = False  # True: recomputed from the bytes; False: as published by hash_source
     hash_source: str = ""
 
@@ -75,7 +85,18 @@ class Expected(_Model):
     enforced: bool = False  # a difference is an error rather than a warning
     splits: dict[SplitName, dict[str, Any]] = {}
     dictionary_types: dict[str, int] = {}
-    hashes: dict[str, str] = {}  # path below the corpus folder -> "algorithm:digest"
+    members: dict[str, dict[str, str]] = {}  # archive -> member read from it -> its hash
+    hashes: dict[str, str] = {}  # path below the corpus folder -> its hash
+
+    @field_validator("members", "hashes")
+    @classmethod
+    def _hashes(cls, found: dict) -> dict:
+        for name, value in found.items():
+            if isinstance(value, dict):
+                cls._hashes(value)
+            elif not re.fullmatch(HASH, value):
+                raise ValueError(f"{name}: {value!r} is not ALGORITHM:DIGEST")
+        return found
 
 
 class KnownDeviation(_Model):
@@ -119,6 +140,11 @@ class Corpus(_Model):
                 "archives": {"__all__": {"__all__": {"urls", "size", "verified", "hash_source"}}},
             },
         )  # fmt: skip
+        used = self.used_archives()
+        recipe["archives"] = {key: recipe["archives"][key] for key in used}
+        # Only where there are some, so that corpora without keep the fingerprint they have had.
+        if self.kept_step_texts:
+            recipe["kept_step_texts"] = sorted(self.kept_step_texts)
         return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()
 
     @model_validator(mode="after")
@@ -159,6 +185,17 @@ class Corpus(_Model):
         """Names of the archives that some split reads."""
         parts = [part for split in self.splits.values() for part in split.parts]
         return {archive for part in parts for archive, _ in part.sources(self.languages)}
+
+    @property
+    def kept_step_texts(self) -> set[str]:
+        """Files ``<split>.<step>.<language>`` with train's text between the steps.
+
+        They are kept for no other reason than that their hashes are known.
+        """
+        prefix = f"text/{STEP_TEXTS}/"
+        return {
+            path.removeprefix(prefix) for path in self.expected.hashes if path.startswith(prefix)
+        }
 
     @property
     def is_parallel(self) -> bool:

@@ -2,6 +2,7 @@
 
 import gzip
 import logging
+import math
 import os
 import shutil
 import zlib
@@ -21,6 +22,7 @@ log = logging.getLogger(__name__)
 # us, since the hash is that of the packed file.
 HEADERS = {"User-Agent": "normexp/0.1 (research)", "Accept-Encoding": "identity"}
 TIMEOUT = 30  # seconds without a byte
+CHUNK = 1 << 16  # bytes; what has come of one when a transfer breaks off is lost
 
 
 def fetch(
@@ -93,28 +95,68 @@ def _unpacked(packed: Path, path: Path, archive: Archive) -> Path:
 
 
 def _download(url: str, path: Path, archive: Archive, progress: bool) -> str | None:
-    """Fetch `url` to `path`; returns what went wrong, or None."""
+    """Fetch `url` to `path`, going on behind what an earlier attempt left, whatever its mirror.
+
+    Returns what went wrong, or None.
+    """
     partial = _partial(path)
     log.info("downloading %s", url)
-    downloader = pooch.HTTPDownloader(
-        progressbar=progress, chunk_size=1 << 20, headers=HEADERS, timeout=TIMEOUT
-    )
-    try:
-        downloader(url, str(partial), None)
+    while True:
+        present = _size(partial)
+        if not present or present != archive.size:
+            try:
+                _transfer(url, partial, progress)
+            except requests.RequestException as error:
+                if present < _size(partial) <= (archive.size or math.inf):
+                    continue  # it broke off, but brought something
+                return _reason(error)
         defect = _defect(partial, archive)
         if defect is None:
             os.replace(partial, path)
-        return defect
-    except requests.HTTPError as error:
+            return None
+        partial.unlink()
+        if not present:
+            return defect
+        # Pieces that do not fit each other, maybe of different files.
+
+
+def _transfer(url: str, partial: Path, progress: bool) -> None:
+    """Append to `partial` what it lacks of `url`. Raises requests.RequestException."""
+    present = _size(partial)
+    headers = HEADERS | ({"Range": f"bytes={present}-"} if present else {})
+    with partial.open("ab") as file:
+
+        def start_anew(response: requests.Response, **_) -> None:
+            if response.status_code == 200:  # the server sends the whole file, not the rest (206)
+                file.truncate(0)
+
+        downloader = pooch.HTTPDownloader(
+            progressbar=progress,
+            chunk_size=CHUNK,
+            headers=headers,
+            timeout=TIMEOUT,
+            hooks={"response": start_anew},
+        )
+        try:
+            downloader(url, file, None)
+        except requests.HTTPError as error:
+            # 416: there is nothing behind what is present, which is complete or too long.
+            if error.response.status_code != 416:
+                raise
+
+
+def _reason(error: requests.RequestException) -> str:
+    if isinstance(error, requests.HTTPError):
         return f"HTTP {error.response.status_code}"
-    except requests.Timeout:
+    if isinstance(error, requests.Timeout):
         return f"no answer within {TIMEOUT} s"
-    except requests.ConnectionError:
+    if isinstance(error, requests.ConnectionError | requests.exceptions.ChunkedEncodingError):
         return "no connection, or it broke off"
-    except requests.RequestException as error:
-        return type(error).__name__
-    finally:
-        partial.unlink(missing_ok=True)
+    return type(error).__name__
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
 
 
 def _partial(path: Path) -> Path:

@@ -33,6 +33,7 @@ def compare(corpus: Corpus, manifest: dict, directory: Path) -> list[Comparison]
     expected = {
         "splits": corpus.expected.splits,
         "dictionary_types": corpus.expected.dictionary_types,
+        "members": corpus.expected.members,
     }
     pairs = [(".".join(keys), value, _at(manifest, keys)) for keys, value in _leaves(expected)]
     for path, value in corpus.expected.hashes.items():

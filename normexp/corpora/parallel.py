@@ -1,14 +1,19 @@
 """An ordered map over rows of text in several processes, in bounded memory."""
 
+import multiprocessing
+import multiprocessing.connection
 import os
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from itertools import islice
+from typing import Any, TypeVar
 
 Row = tuple[str, ...]
+T = TypeVar("T")
 _CHUNK = 1000  # rows per message; sending single rows would cost more than tokenizing them
-_function: Callable[[Row], Row] | None = None  # of a worker process
+_function: Callable[[Row], Any] | None = None  # of a worker process
 
 
 def available_cores() -> int:
@@ -16,7 +21,7 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
-def map_rows(function: Callable[[Row], Row], rows: Iterable[Row], workers: int) -> Iterator[Row]:
+def map_rows(function: Callable[[Row], T], rows: Iterable[Row], workers: int) -> Iterator[T]:
     """``map(function, rows)`` in order; at most ``3 * workers`` chunks are held at a time.
 
     `function` is sent once to every worker, so what it caches lives as long as the map.
@@ -39,10 +44,17 @@ def map_rows(function: Callable[[Row], Row], rows: Iterable[Row], workers: int) 
             yield from pending.popleft().result()
 
 
-def _install(function: Callable[[Row], Row]) -> None:
+def _install(function: Callable[[Row], Any]) -> None:
     global _function
     _function = function
+    threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
-def _apply(chunk: list[Row]) -> list[Row]:
+def _end_with_parent() -> None:
+    """Ends this worker when the process it works for is killed; it would wait for work for ever."""
+    multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
+    os._exit(1)
+
+
+def _apply(chunk: list[Row]) -> list:
     return list(map(_function, chunk))

@@ -26,7 +26,7 @@ from normexp.corpora.download import fetch
 from normexp.corpora.expectations import compare
 from normexp.corpora.parallel import available_cores
 from normexp.corpora.prepared import PreparedCorpus
-from normexp.corpora.raw_text import FORMATS, open_member
+from normexp.corpora.raw_text import FORMATS, member_hash, open_member
 from normexp.corpora.rows import write_rows, zip_texts
 from normexp.corpora.stages import build_stage, files_intact, locked, read_json
 from normexp.corpora.text import build_text
@@ -133,13 +133,15 @@ def _prepare(
     workers = available_cores()
     raw_dir, text_dir, bin_dir = (directory / part for part in ("raw", "text", "data-bin"))
     raw = build_stage(
-        raw_dir, fingerprint, lambda folder: _build_raw(corpus, directory, folder, local, progress)
+        raw_dir, fingerprint, lambda folder: build_raw(corpus, directory, folder, local, progress)
     )
     text = build_stage(
         text_dir, fingerprint, lambda folder: build_text(corpus, raw_dir, folder, workers, progress)
     )
     binary = build_stage(
-        bin_dir, fingerprint, lambda folder: build_binary(corpus, text_dir, folder, workers)
+        bin_dir,
+        fingerprint,
+        lambda folder: build_binary(corpus, text_dir, folder, workers, progress),
     )
     stages = {"raw": raw, "text": text, "data-bin": binary}
     splits = {
@@ -158,6 +160,7 @@ def _prepare(
         | {"python": platform.python_version(), "unicode": unicodedata.unidata_version},
         "splits": splits,
         "dictionary_types": binary["result"]["dictionary_types"],
+        "members": raw["result"].get("members", {}),
         "files": {
             f"{stage}/{path}": record
             for stage, built in stages.items()
@@ -171,7 +174,9 @@ def _prepare(
 
 def _require_space(corpus: Corpus, directory: Path) -> None:
     directory.mkdir(parents=True, exist_ok=True)
-    present = sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
+    folders = {directory, directory.parent / corpus.archive_folder / "archives"}
+    files = {path for folder in folders for path in folder.rglob("*") if path.is_file()}
+    present = sum(path.stat().st_size for path in files)
     free = shutil.disk_usage(directory).free
     if free + present < corpus.disk_space:
         raise UserError(
@@ -180,10 +185,15 @@ def _require_space(corpus: Corpus, directory: Path) -> None:
         )
 
 
-def _build_raw(
+def build_raw(
     corpus: Corpus, directory: Path, folder: Path, local: Path | None, progress: bool
-) -> dict[str, int]:
-    """Write ``folder/<split>.<language>``, the untouched text; returns the lines per split."""
+) -> dict:
+    """Write ``folder/<split>.<language>``, the untouched text.
+
+    Returns the lines per split and, as "members", the hashes of those files inside the archives
+    for which the catalogue has one.
+    """
+    members: dict[str, dict[str, str]] = {}
     if corpus.generator:
         texts = _generator(corpus).generate(corpus.seed, corpus.sizes)
         rows = {
@@ -197,17 +207,24 @@ def _build_raw(
             for name, files in corpus.archives.items()
             if name in corpus.used_archives()
         }
+        for archive, expected in corpus.expected.members.items():
+            members[archive] = {}
+            for member, value in expected.items():
+                algorithm = value.partition(":")[0]
+                digest = member_hash(paths[archive], member, algorithm)
+                members[archive][member] = f"{algorithm}:{digest}"
         rows = {
             split: _rows(corpus, recipe.parts, paths)
             for split, recipe in corpus.splits.items()
             if recipe.parts
         }
-    return {
+    sizes = {
         split: write_rows(
             rows[split], [folder / f"{split}.{language}" for language in corpus.languages]
         )
         for split in rows
     }
+    return sizes | {"members": members}
 
 
 def _rows(corpus: Corpus, parts: list, paths: dict[str, Path]):

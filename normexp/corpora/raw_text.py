@@ -9,10 +9,12 @@ import io
 import re
 import tarfile
 import zipfile
+import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from normexp.corpora.hashing import stream_hash
 from normexp.errors import UserError
 
 # Far above any text used here (the longest has 550 MB); stops a decompression bomb.
@@ -54,15 +56,32 @@ def open_member(path: Path, member: str) -> Iterator[Iterable[str]]:
     `member` is the end of a path inside the archive, from a folder boundary on, and must fit one
     regular file exactly. Raises UserError otherwise, or if the archive is damaged.
     """
+    with _open_bounded(path, member) as binary:
+        try:
+            with io.TextIOWrapper(binary, encoding="utf-8", newline="\n") as text:
+                yield text
+        except UnicodeDecodeError as error:
+            raise UserError(f"{member} in {path} is not UTF-8 text: {error}") from error
+
+
+def member_hash(path: Path, member: str, algorithm: str) -> str:
+    """Hexadecimal digest of a member's bytes. Raises UserError as `open_member` does."""
+    size = 0
+    if algorithm == "git_blob":  # begins with the size
+        with _open_bounded(path, member) as binary:
+            while block := binary.read(1 << 20):
+                size += len(block)
+    with _open_bounded(path, member) as binary:
+        return stream_hash(binary, algorithm, size)
+
+
+@contextmanager
+def _open_bounded(path: Path, member: str) -> Iterator[io.BufferedReader]:
     try:
         with _open_binary(path, member) as binary:
-            bounded = io.BufferedReader(_Bounded(binary, f"{member} in {path}"))
-            with io.TextIOWrapper(bounded, encoding="utf-8", newline="\n") as text:
-                yield text
-    except (tarfile.TarError, zipfile.BadZipFile, gzip.BadGzipFile, EOFError) as error:
+            yield io.BufferedReader(_Bounded(binary, f"{member} in {path}"))
+    except (tarfile.TarError, zipfile.BadZipFile, gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise UserError(f"{path} is damaged ({error}); delete it and prepare again") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{member} in {path} is not UTF-8 text: {error}") from error
 
 
 class _Bounded(io.RawIOBase):

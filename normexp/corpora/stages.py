@@ -24,11 +24,12 @@ def locked(path: Path) -> Iterator[None]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
+        # Not flock: child processes inherit that one, and those of a killed process can outlive it.
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
             log.info("another process is preparing this corpus; waiting for it (%s)", path)
-            fcntl.flock(file, fcntl.LOCK_EX)
+            fcntl.lockf(file, fcntl.LOCK_EX)
         yield
 
 
@@ -52,7 +53,8 @@ def build_stage(directory: Path, fingerprint: str, build: Callable[[Path], dict]
     """The record of a finished stage: what `build` returned, and size and sha256 of every file.
 
     `build(folder)` is called only if `directory` is not a finished stage of the same
-    `fingerprint`; it fills a folder of another name, which takes its place when complete.
+    `fingerprint`; it fills a folder of another name, which takes its place when complete. The
+    caller holds a lock that keeps others from building the same stage.
     """
     record = read_json(directory / RECORD)
     if (
@@ -61,8 +63,10 @@ def build_stage(directory: Path, fingerprint: str, build: Callable[[Path], dict]
         and files_intact(directory, record["files"])
     ):
         return record
-    partial = directory.with_name(directory.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    for abandoned in directory.parent.glob(f"{directory.name}.*.partial"):
+        shutil.rmtree(abandoned)
+    # A name of its own: a killed preparation's child processes may still be writing to theirs.
+    partial = directory.with_name(f"{directory.name}.{os.getpid()}.partial")
     partial.mkdir(parents=True)
     log.info("making %s", directory)
     result = build(partial)

@@ -3,17 +3,17 @@
 import contextlib
 import io
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain, groupby
 from pathlib import Path
 
 from subword_nmt.apply_bpe import BPE
-from subword_nmt.learn_bpe import learn_bpe
 from tqdm import tqdm
 
-from normexp.corpora.catalogue import CLEAN, SPLITS, Corpus
+from normexp.corpora.bpe import learn_codes
+from normexp.corpora.catalogue import CLEAN, SPLITS, STEP_TEXTS, Corpus
 from normexp.corpora.cleaning import clean_rows
 from normexp.corpora.parallel import map_rows
 from normexp.corpora.rows import Row, open_text, read_rows, row_writer, write_rows
@@ -30,21 +30,48 @@ def build_text(corpus: Corpus, raw: Path, folder: Path, workers: int, progress: 
     BPE, ``reference/<split>.<target>`` the untouched target text. All files of one split have the
     same lines in the same order.
     """
+    tokenize_splits(corpus, raw, folder, workers, progress)
+    if corpus.bpe_merges:
+        learn_bpe(corpus, folder, progress)
+        segment_splits(corpus, folder, workers, progress)
+    return {split: _words(corpus, split, folder) for split in SPLITS}
+
+
+def tokenize_splits(corpus: Corpus, raw: Path, folder: Path, workers: int, progress: bool) -> None:
+    """Apply the recipe's steps and hold out the lines that valid or test take from train.
+
+    Where the catalogue has hashes of the text between two steps, that text is kept as
+    ``steps/<split>.<step before>.<language>``. Raises UserError if a split is left without a line.
+    """
     for split in SPLITS:
         if not corpus.splits[split].every:
             paths = [raw / f"{split}.{language}" for language in corpus.languages]
             # The raw target goes along as one more column and shares the fate of its row.
             paths += paths[1:]
             rows = tqdm(read_rows(paths), f"{corpus.name} {split}", disable=not progress)
-            _write_split(corpus, split, _apply_steps(corpus, split, rows, workers), folder)
+            with contextlib.ExitStack() as stack:
+                rows = _apply_steps(corpus, split, rows, workers, folder, stack)
+                _write_split(corpus, split, rows, folder)
     for split in SPLITS:
         if not (folder / TOKENIZED / f"{split}.{corpus.languages[0]}").stat().st_size:
             raise UserError(f"corpus {corpus.name}: the recipe leaves no line in {split}")
-    if corpus.bpe_merges:
-        _learn(corpus, folder, progress)
-        for split in SPLITS:
-            _segment(corpus, split, folder, workers, progress)
-    return {split: _words(corpus, split, folder) for split in SPLITS}
+
+
+def learn_bpe(corpus: Corpus, folder: Path, progress: bool) -> None:
+    """Learn one BPE on the train texts of all languages, in their order."""
+    with contextlib.ExitStack() as stack:
+        texts = [
+            stack.enter_context(open_text(folder / TOKENIZED / f"train.{language}"))
+            for language in corpus.languages
+        ]
+        codes = stack.enter_context(open_text(folder / CODES, "w"))
+        learn_codes(chain(*texts), codes, corpus.bpe_merges, progress)
+
+
+def segment_splits(corpus: Corpus, folder: Path, workers: int, progress: bool) -> None:
+    """Apply the BPE, and what the recipe has `after_bpe`, to every split."""
+    for split in SPLITS:
+        _segment(corpus, split, folder, workers, progress)
 
 
 def final_text(corpus: Corpus, split: str, language: str, folder: Path) -> Path:
@@ -68,6 +95,17 @@ class _Steps:
         return (*texts, *row[len(texts) :])
 
 
+class _BoundedCache(dict):
+    """Forgets everything when it is full; what is frequent is soon there again."""
+
+    MAX_WORDS = 100_000
+
+    def __setitem__(self, word, segments) -> None:
+        if len(self) >= self.MAX_WORDS:
+            self.clear()
+        super().__setitem__(word, segments)
+
+
 @dataclass(frozen=True)
 class _Segmenter:
     """Puts the BPE segmentation of a row's first columns in front of the row."""
@@ -77,20 +115,40 @@ class _Segmenter:
 
     @cached_property
     def _bpe(self) -> BPE:
-        return BPE(io.StringIO(self.codes))
+        bpe = BPE(io.StringIO(self.codes))
+        bpe.cache = _BoundedCache()  # every process has one
+        return bpe
 
     def __call__(self, row: Row) -> Row:
         texts = [self._bpe.process_line(text) for text in row[: self.num_languages]]
         return (*texts, *row)
 
 
-def _apply_steps(corpus: Corpus, split: str, rows: Iterable[Row], workers: int) -> Iterable[Row]:
-    for cleaning, steps in groupby(corpus.splits[split].steps, key=CLEAN.__eq__):
+def _apply_steps(
+    corpus: Corpus,
+    split: str,
+    rows: Iterable[Row],
+    workers: int,
+    folder: Path,
+    stack: contextlib.ExitStack,
+) -> Iterable[Row]:
+    for cleaning, group in groupby(corpus.splits[split].steps, key=CLEAN.__eq__):
+        steps = tuple(group)
         if cleaning:
             rows = clean_rows(rows, **corpus.clean.model_dump())
         else:
-            rows = map_rows(_Steps(tuple(steps), tuple(corpus.languages)), rows, workers)
+            rows = map_rows(_Steps(steps, tuple(corpus.languages)), rows, workers)
+        names = [f"{split}.{steps[-1]}.{language}" for language in corpus.languages]
+        if corpus.kept_step_texts.intersection(names):
+            paths = [folder / STEP_TEXTS / name for name in names]
+            rows = _copied(rows, stack.enter_context(row_writer(paths)), len(paths))
     return rows
+
+
+def _copied(rows: Iterable[Row], write: Callable[[Row], None], columns: int) -> Iterator[Row]:
+    for row in rows:
+        write(row[:columns])
+        yield row
 
 
 def _paths(corpus: Corpus, split: str, folder: Path) -> list[Path]:
@@ -111,19 +169,6 @@ def _write_split(corpus: Corpus, split: str, rows: Iterable[Row], folder: Path) 
         for number, row in enumerate(rows, 1):
             name = next((name for name, n in held_out.items() if number % n == 0), split)
             writers[name](row)
-
-
-def _learn(corpus: Corpus, folder: Path, progress: bool) -> None:
-    """Learn one BPE on the train texts of all languages, in their order."""
-    with contextlib.ExitStack() as stack:
-        if not progress:  # learn_bpe always draws a progress bar
-            stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
-        texts = [
-            stack.enter_context(open_text(folder / TOKENIZED / f"train.{language}"))
-            for language in corpus.languages
-        ]
-        codes = stack.enter_context(open_text(folder / CODES, "w"))
-        learn_bpe(chain(*texts), codes, corpus.bpe_merges)
 
 
 def _segment(corpus: Corpus, split: str, folder: Path, workers: int, progress: bool) -> None:

@@ -20,6 +20,18 @@ class _Tokenizer(MosesTokenizer):
     decides between 160,239 and 160,215 training pairs.
     """
 
+    def __init__(self, language: str) -> None:
+        super().__init__(language)
+        # sacremoses makes these sets anew for every word with a dot, the larger from 10,000
+        # characters.
+        self._lowercase, self._letters = frozenset(self.IsLower), frozenset(self.IsAlpha)
+
+    def islower(self, text: str) -> bool:
+        return self._lowercase.issuperset(text)
+
+    def isanyalpha(self, text: str) -> bool:
+        return not self._letters.isdisjoint(text)
+
     def handles_nonbreaking_prefixes(self, text: str) -> str:
         text = super().handles_nonbreaking_prefixes(text)
         # Runs of dots are placeholders at this point, so "..." is not affected.

@@ -14,12 +14,22 @@ from normexp.corpora.catalogue import CATALOGUE
 
 @dataclass
 class Mirror:
-    """An HTTP server; `files` maps a path to its content, `cut` ends the transfer early."""
+    """An HTTP server.
+
+    `files` maps a path to its content, `moved` to another path. `cut` ends each answer after so
+    many bytes; `held` keeps the connection open then, until the test is over. Paths in `resumable`
+    can be asked for from a byte on, as `Range` says.
+    """
 
     url: str
     files: dict[str, bytes] = field(default_factory=dict)
+    moved: dict[str, str] = field(default_factory=dict)
     cut: dict[str, int] = field(default_factory=dict)
+    held: set[str] = field(default_factory=set)
+    resumable: set[str] = field(default_factory=set)
     requests: list[str] = field(default_factory=list)
+    ranges: list[str | None] = field(default_factory=list)  # of each request
+    over: threading.Event = field(default_factory=threading.Event)
 
 
 @pytest.fixture
@@ -29,17 +39,40 @@ def mirror() -> Iterator[Mirror]:
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             state.requests.append(self.path)
+            state.ranges.append(self.headers.get("Range"))
             agent = self.headers.get("User-Agent", "")
             content = state.files.get(self.path)
             if agent.startswith("python-") or not agent:
                 self.send_error(403)
+            elif self.path in state.moved:
+                self.send_response(302)
+                self.send_header("Location", state.moved[self.path])
+                self.end_headers()
             elif content is None:
                 self.send_error(404)
             else:
+                self._send(content)
+
+        def _send(self, content: bytes) -> None:
+            start = 0
+            if self.path in state.resumable and self.headers.get("Range"):
+                start = int(self.headers["Range"].removeprefix("bytes=").removesuffix("-"))
+                if start >= len(content):
+                    self.send_error(416)
+                    return
+                self.send_response(206)
+                self.send_header(
+                    "Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}"
+                )
+            else:
                 self.send_response(200)
-                self.send_header("Content-Length", str(len(content)))
-                self.end_headers()
-                self.wfile.write(content[: state.cut.get(self.path)])
+            content = content[start:]
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content[: state.cut.get(self.path)])
+            if self.path in state.held:
+                self.wfile.flush()
+                state.over.wait()
 
         def log_message(self, *arguments) -> None:
             pass
@@ -49,6 +82,7 @@ def mirror() -> Iterator[Mirror]:
     thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
     thread.start()
     yield state
+    state.over.set()
     server.shutdown()
     server.server_close()
 

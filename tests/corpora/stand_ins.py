@@ -69,3 +69,28 @@ def ptb_catalogue_archives(urls: dict[str, list[str]] | None = None) -> dict[str
 def gzipped(content: bytes) -> bytes:
     """`content` as gzip, without a time in its header."""
     return gzip.compress(content, mtime=0)
+
+
+IWSLT14_SETS = ("TED.dev2010", "TEDX.dev2012", "TED.tst2010", "TED.tst2011", "TED.tst2012")
+
+
+def iwslt14_members(pairs: list[tuple[str, str]]) -> dict[str, str]:
+    """The files of de-en.tgz, with the given lines of train.tags and two segments per test set."""
+    members = {
+        "de-en/README": "not read\n",
+        "de-en/train.tags.de-en.de": "".join(f"{german}\n" for german, _ in pairs),
+        "de-en/train.tags.de-en.en": "".join(f"{english}\n" for _, english in pairs),
+        "de-en/train.en": "not read\n",
+    }
+    for name in IWSLT14_SETS:
+        for language in ("de", "en"):
+            segments = f'<seg id="1"> {name} It\u2019s A </seg>\n<p>\n<seg id="2">B</seg>\n'
+            members[f"de-en/IWSLT14.{name}.de-en.{language}.xml"] = f"<doc>\n{segments}</doc>\n"
+    return members
+
+
+def served(mirror, file: str, content: bytes) -> list[str]:
+    """Mirrors of a file: a dead one, then one that has moved it."""
+    mirror.files[f"/new/{file}"] = content
+    mirror.moved[f"/old/{file}"] = f"{mirror.url}/new/{file}"
+    return [f"{mirror.url}/dead/{file}", f"{mirror.url}/old/{file}"]

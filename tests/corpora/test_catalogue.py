@@ -1,5 +1,6 @@
 """The catalogue of corpora: every entry is complete, and mistakes in it are named."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ import yaml
 
 from normexp.corpora import available_corpora
 from normexp.corpora.catalogue import CATALOGUE, load_catalogue
+from normexp.corpora.expectations import compare
 from normexp.errors import UserError
 
 CORPORA = load_catalogue()
@@ -47,6 +49,60 @@ def test_expected_counts_agree_with_each_other(corpus) -> None:
         assert counts["valid"]["sentences"] == clean // every
 
 
+def test_expected_members_are_read_by_the_recipe() -> None:
+    for corpus in CORPORA.values():
+        read = {
+            (archive, member)
+            for split in corpus.splits.values()
+            for part in split.parts
+            for archive, member in part.sources(corpus.languages)
+        }
+        for archive, members in corpus.expected.members.items():
+            assert {(archive, member) for member in members} <= read
+
+
+def test_expected_step_texts_are_made_by_the_recipe() -> None:
+    corpus = CORPORA["iwslt14"]
+    assert corpus.kept_step_texts == {
+        f"train.{step}.{language}"
+        for step in corpus.splits["train"].steps
+        for language in corpus.languages
+    }
+
+
+WINDOWS, DOTS = "Windows line ends in Moses's nonbreaking_prefix files", "final dots kept"
+
+
+@pytest.mark.parametrize(
+    ("name", "quantity", "value", "cause"),
+    [
+        ("iwslt14", "splits.train.sentences", 160_250, WINDOWS),
+        ("iwslt14", "splits.valid.sentences", 7_284, WINDOWS),
+        ("iwslt14", "splits.test.words.de", 125_796, WINDOWS),
+        ("iwslt14", "splits.test.words.en", 131_185, WINDOWS),
+        ("iwslt14", "splits.valid.tokens.de", 185_522, WINDOWS),
+        ("iwslt14", "splits.train.sentences", 160_215, DOTS),
+        ("iwslt14", "splits.valid.sentences", 7_282, DOTS),
+        ("iwslt14", "splits.test.words.de", 125_738, DOTS),
+        ("iwslt14", "dictionary_types.en", 6_632, "a dictionary for each language"),
+        ("iwslt14_separate", "splits.train.sentences", 160_250, WINDOWS),
+        ("wikitext103", "splits.valid.tokens.en", 216_347, "blank lines were left out"),
+        ("wmt14_fairseq", "splits.train.sentences", 3_960_793, "March 2018"),
+        ("multi30k", "splits.train.words.de", 360_706, "dot of a line's last word was kept"),
+    ],
+)
+def test_known_differences_are_explained(name, quantity, value, cause, tmp_path) -> None:
+    manifest: dict = {"files": {}}
+    *path, last = quantity.split(".")
+    record = manifest
+    for key in path:
+        record = record.setdefault(key, {})
+    record[last] = value
+    found = {str(c): c for c in compare(CORPORA[name], manifest, tmp_path)}
+    text = next(text for text, c in found.items() if c.quantity == quantity)
+    assert re.fullmatch(rf"{quantity}: {value} instead of \d+ \(.*{cause}.*\)", text), text
+
+
 def changed(tmp_path, change: dict) -> Path:
     """A catalogue whose entry multi30k is changed."""
     entry = yaml.safe_load(CATALOGUE.read_text(encoding="utf-8"))["corpora"]["multi30k"]
@@ -85,6 +141,8 @@ TEST = {"parts": [{"members": {"de": "val.de", "en": "val.en"}}]}
             "archives.val.de.0.hash: .*pattern",
         ),
         ({"archives": {"val.de": []}}, "archives: a list of files is empty"),
+        ({"expected": {"hashes": {"raw/train.de": "sha1"}}}, "expected.hashes: .*raw/train.de"),
+        ({"expected": {"members": {"a": {"b": "md5:x"}}}}, "expected.members: .*b: 'md5:x'"),
     ],
 )
 def test_mistakes_are_named(tmp_path, change: dict, named: str) -> None:

@@ -3,10 +3,10 @@
 import errno
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -43,7 +43,7 @@ def assert_same_data(data_bin: Path, stock: Path) -> None:
         assert (data_bin / name).read_bytes() == (stock / name).read_bytes(), name
 
 
-def test_toy_translation(tmp_path, catalogue_with, monkeypatch) -> None:
+def test_toy_translation(tmp_path, catalogue_with) -> None:
     catalogue = catalogue_with("toy_translation", sizes=SIZES, bpe_merges=200)
     corpus = prepare("toy_translation", tmp_path, progress=False, catalogue=catalogue)
 
@@ -72,12 +72,12 @@ def test_toy_translation(tmp_path, catalogue_with, monkeypatch) -> None:
                   "--joined-dictionary")  # fmt: skip
     assert_same_data(corpus.data_bin, tmp_path / "stock")
 
-    # Large files are read by several processes, with the same result.
-    monkeypatch.setattr(binarization, "_SMALL_FILE", 0)
+    # Any number of processes gives the same result.
     recipe = load_catalogue(catalogue)["toy_translation"]
-    (tmp_path / "parallel").mkdir()
-    binarization.build_binary(recipe, text, tmp_path / "parallel", workers=3)
-    assert_same_data(tmp_path / "parallel", tmp_path / "stock")
+    for workers in (1, 3):
+        (tmp_path / str(workers)).mkdir()
+        binarization.build_binary(recipe, text, tmp_path / str(workers), workers, False)
+        assert_same_data(tmp_path / str(workers), tmp_path / "stock")
 
     codes = tmp_path / "codes"
     both = b"".join(
@@ -158,15 +158,13 @@ def forbid(monkeypatch, *stages: str) -> None:
 
     for stage in stages:
         monkeypatch.setattr(preparation, f"build_{stage}", build)
-    if "raw" in stages:
-        monkeypatch.setattr(preparation, "_build_raw", build)
 
 
 def test_finished_corpus_is_not_touched(ptb, monkeypatch) -> None:
     first = ptb()
     shutil.rmtree(first.directory / "archives")
     forbid(monkeypatch, "text", "binary")
-    monkeypatch.setattr(preparation, "_build_raw", None)
+    monkeypatch.setattr(preparation, "build_raw", None)
     assert ptb(local=Path("/nowhere")) == first
 
 
@@ -199,7 +197,7 @@ def test_goes_on_behind_the_last_finished_stage(ptb, monkeypatch) -> None:
     expected = whole.manifest
     shutil.rmtree(whole.directory)
 
-    def interrupted(corpus, text, folder, workers):
+    def interrupted(corpus, text, folder, workers, progress):
         (folder / "dict.txt").write_text("half")
         raise KeyboardInterrupt
 
@@ -212,7 +210,7 @@ def test_goes_on_behind_the_last_finished_stage(ptb, monkeypatch) -> None:
 
     with monkeypatch.context() as patch:
         patch.setattr(preparation, "build_text", None)
-        patch.setattr(preparation, "_build_raw", None)
+        patch.setattr(preparation, "build_raw", None)
         assert ptb().manifest == expected
     assert not list(whole.directory.glob("*.partial"))
 
@@ -229,30 +227,51 @@ def test_folders_without_record_are_not_taken_for_finished(ptb) -> None:
     assert cut.read_text(encoding="utf-8") == PTB_TEXT["ptb.train.txt"]
 
 
+def processes_below(pid: int) -> list[int]:
+    children = Path(f"/proc/{pid}/task/{pid}/children")
+    return list(map(int, children.read_text().split())) if children.exists() else []
+
+
+def is_running(pid: int) -> bool:
+    """Whether there is such a process and it has not ended; nobody may have asked how it ended."""
+    stat = Path(f"/proc/{pid}/stat")
+    return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
 def test_killed_preparation(tmp_path, catalogue_with) -> None:
-    """SIGKILL in the text stage; the next preparation equals an undisturbed one."""
+    """SIGKILL for the main process only, as when memory runs out, while others work for it.
+
+    Those neither hold the lock nor stay behind; the next preparation equals an undisturbed one.
+    """
     catalogue = catalogue_with("toy_translation", sizes=SIZES | {"train": 3000}, bpe_merges=100)
     script = (
-        "from pathlib import Path; from normexp.corpora import prepare; "
+        "from pathlib import Path; from normexp.corpora import prepare, preparation; "
+        "preparation.available_cores = lambda: 2; "
         f"prepare('toy_translation', Path({str(tmp_path / 'killed')!r}), progress=False, "
         f"catalogue=Path({str(catalogue)!r}))"
     )
-    process = subprocess.Popen([sys.executable, "-c", script], start_new_session=True)
-    partial = tmp_path / "killed" / "toy_translation" / "text.partial"
+    process = subprocess.Popen([sys.executable, "-c", script])
     try:
-        while not partial.exists():
+        workers = []
+        while len(workers) < 2:
             assert process.poll() is None
-            time.sleep(0.01)
+            workers = processes_below(process.pid)
+            time.sleep(0.001)
     finally:
-        os.killpg(process.pid, signal.SIGKILL)
+        process.kill()
         process.wait()
-    assert partial.exists()
+    partial = list((tmp_path / "killed" / "toy_translation").glob("text.*.partial"))
+    assert len(partial) == 1
     corpora = [
         prepare("toy_translation", tmp_path / name, progress=False, catalogue=catalogue)
         for name in ("killed", "undisturbed")
     ]
     assert corpora[0].manifest == corpora[1].manifest
-    assert not partial.exists()
+    assert not partial[0].exists()
+    deadline = time.monotonic() + 10
+    while any(map(is_running, workers)):
+        assert time.monotonic() < deadline, "processes stay behind"
+        time.sleep(0.01)
 
 
 def test_a_second_process_waits_and_then_finds_the_work_done(ptb, tmp_path) -> None:
@@ -290,6 +309,18 @@ def test_too_little_disk_space(ptb, tmp_path) -> None:
     assert not (tmp_path / "data" / "ptb" / "archives").exists()
 
 
+def test_what_is_there_needs_no_space_any_more(ptb, tmp_path, monkeypatch) -> None:
+    """Neither the corpus's own files nor archives in the folder of another corpus."""
+    own, shared = tmp_path / "data" / "ptb" / "raw", tmp_path / "data" / "wmt14" / "archives"
+    for folder, size in ((own, 60), (shared, 30)):
+        folder.mkdir(parents=True)
+        (folder / "file").write_bytes(bytes(size))
+    monkeypatch.setattr(preparation.shutil, "disk_usage", lambda _: types.SimpleNamespace(free=10))
+    with pytest.raises(UserError, match="ptb needs"):
+        ptb(disk_space=101, archives_of="wmt14")
+    ptb(disk_space=100, archives_of="wmt14")
+
+
 def test_texts_of_different_length(tmp_path, catalogue_with) -> None:
     texts = {f"{split}.{language}": b"a\nb\n" for split in ("train", "val", "test_2016_flickr")
              for language in ("de", "en")}  # fmt: skip
@@ -301,14 +332,14 @@ def test_texts_of_different_length(tmp_path, catalogue_with) -> None:
         prepare("multi30k", tmp_path, local, progress=False, catalogue=catalogue)
 
 
-def test_carriage_return_that_fairseq_would_split_at(ptb, tmp_path) -> None:
-    content = b"a b\rc\n" * 3
+def test_carriage_return_at_which_fairseq_preprocess_would_split(ptb, tmp_path) -> None:
+    content = b"a b\rc\r\n" * 3
     (tmp_path / "local" / "ptb.train.txt").write_bytes(content)
     archives = ptb_catalogue_archives() | {
         "ptb.train.txt": [archive_entry("ptb.train.txt", content)]
     }
-    with pytest.raises(UserError, match="has 3 lines, fairseq made 6 sentences"):
-        ptb(archives=archives)
+    corpus = ptb(archives=archives)
+    assert (corpus.sentences("train"), corpus.words("train"), corpus.tokens("train")) == (3, 9, 12)
 
 
 def test_separators_that_end_no_line(ptb, tmp_path) -> None:

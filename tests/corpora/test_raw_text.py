@@ -10,7 +10,7 @@ import pytest
 from stand_ins import tar_gz, zip_file
 
 from normexp.corpora import raw_text
-from normexp.corpora.raw_text import FORMATS, lines, open_member
+from normexp.corpora.raw_text import FORMATS, lines, member_hash, open_member
 from normexp.errors import UserError
 
 # One sentence a line: a lone CR and Unicode's separators are part of it.
@@ -48,12 +48,22 @@ def test_nothing_is_written_where_an_archive_says(tmp_path, name: str) -> None:
     assert sorted(path.name for path in tmp_path.rglob("*") if path.is_file()) == ["a.tgz", "a.zip"]
 
 
-def link_in_tar(kind: bytes, target: str) -> bytes:
+def link_in_tar(kind: bytes, target: str, name: str = "text") -> bytes:
+    return special_in_tar((kind, target, name))
+
+
+def special_in_tar(*special: tuple[bytes, str, str], **regular: str) -> bytes:
+    """A .tgz with members of (type, target, name), and then regular ones."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
-        info = tarfile.TarInfo("text")
-        info.type, info.linkname = kind, target
-        archive.addfile(info)
+        for kind, target, name in special:
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = kind, target
+            archive.addfile(info)
+        for name, text in regular.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(text)
+            archive.addfile(info, io.BytesIO(text.encode()))
     return buffer.getvalue()
 
 
@@ -73,14 +83,42 @@ def link_in_zip(target: str) -> bytes:
         ("a.tgz", link_in_tar(tarfile.LNKTYPE, "/etc/hostname")),
         ("a.tgz", link_in_tar(tarfile.DIRTYPE, "")),
         ("a.tgz", link_in_tar(tarfile.FIFOTYPE, "")),
+        ("a.tgz", link_in_tar(tarfile.CHRTYPE, "")),
+        ("a.tgz", link_in_tar(tarfile.BLKTYPE, "")),
+        ("a.tgz", link_in_tar(tarfile.SYMTYPE, "../../../etc/hostname")),
         ("a.zip", link_in_zip("/etc/hostname")),
     ],
-    ids=["symlink", "hard link", "folder", "pipe", "symlink in zip"],
+    ids=[
+        "symlink",
+        "hard link",
+        "folder",
+        "pipe",
+        "character device",
+        "block device",
+        "relative symlink",
+        "symlink in zip",
+    ],
 )
 def test_only_regular_files_are_read(tmp_path, file: str, content: bytes) -> None:
     (tmp_path / file).write_bytes(content)
     with pytest.raises(UserError, match="regular file"):
         read(tmp_path / file, "text")
+
+
+def test_hostile_members_beside_the_wanted_one(tmp_path) -> None:
+    """A link to a folder outside, and a file to be written through it."""
+    folder, outside = tmp_path / "archives", tmp_path / "outside"
+    folder.mkdir()
+    outside.mkdir()
+    content = special_in_tar(
+        (tarfile.SYMTYPE, str(outside), "x"),
+        (tarfile.LNKTYPE, "/etc/passwd", "passwd"),
+        (tarfile.CHRTYPE, "", "null"),
+        **{"x/evil": "e", "../outside/evil": "e", f"{outside}/evil": "e", "x/text": "a\n"},
+    )
+    (folder / "a.tgz").write_bytes(content)
+    assert read(folder / "a.tgz", "text") == ["a"]
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["a.tgz"]
 
 
 @pytest.mark.parametrize("found", [{}, {"a/text": "1", "b/text": "2"}], ids=["none", "two"])
@@ -97,6 +135,7 @@ def test_a_member_must_be_one_file(tmp_path, found: dict[str, str]) -> None:
         ("a.tgz", b"<html>not found</html>"),
         ("a.zip", zip_file({"text": TEXT})[:40]),
         ("a.gz", gzip.compress(TEXT.encode())[:-9]),
+        ("a.gz", gzip.compress(TEXT.encode())[:10] + bytes([255] * 20)),
         ("a.gz", b"no gzip"),
     ],
 )
@@ -106,13 +145,37 @@ def test_damaged_archives_are_named(tmp_path, file: str, content: bytes) -> None
         read(tmp_path / file, "text")
 
 
-def test_unpacked_size_is_bounded(tmp_path, monkeypatch) -> None:
+@pytest.mark.parametrize(
+    ("file", "pack"),
+    [
+        ("a.gz", lambda text: gzip.compress(text.encode())),
+        ("a.tgz", lambda text: tar_gz({"a": text})),
+        ("a.zip", lambda text: zip_file({"a": text})),
+    ],
+    ids=["gz", "tgz", "zip"],
+)
+def test_unpacked_size_is_bounded(tmp_path, monkeypatch, file: str, pack) -> None:
     monkeypatch.setattr(raw_text, "MAX_MEMBER_BYTES", 100_000)
-    (tmp_path / "a.gz").write_bytes(gzip.compress(b"a" * 100_000))
-    assert len(read(tmp_path / "a.gz", "a")[0]) == 100_000
-    (tmp_path / "a.gz").write_bytes(gzip.compress(b"a" * 100_001))
+    (tmp_path / file).write_bytes(pack("a" * 100_000))
+    assert len(read(tmp_path / file, "a")[0]) == 100_000
+    (tmp_path / file).write_bytes(pack("a" * 100_001))
     with pytest.raises(UserError, match="larger than 100000 bytes"):
-        read(tmp_path / "a.gz", "a")
+        read(tmp_path / file, "a")
+
+
+def test_hash_of_a_member(tmp_path) -> None:
+    """As git hash-object, md5sum and sha256sum print for the line "test"."""
+    (tmp_path / "a.tgz").write_bytes(tar_gz({"x/text": "test\n"}))
+    (tmp_path / "text.gz").write_bytes(gzip.compress(b"test\n"))
+    for file in ("a.tgz", "text.gz"):
+        hashes = [
+            member_hash(tmp_path / file, "text", name) for name in ("git_blob", "md5", "sha256")
+        ]
+        assert hashes == [
+            "9daeafb9864cf43055ae93beb0afd6c7d144bfa4",
+            "d8e8fca2dc0f896fd7cb4cb0031ba249",
+            "f2ca1bb6c7e907d06dafe4687e579fce76b37e4e93b7605022da52e6ccc26fd2",
+        ]
 
 
 def test_text_that_is_not_utf8_is_named(tmp_path) -> None:

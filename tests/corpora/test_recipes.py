@@ -1,26 +1,49 @@
-"""The recipes of the large corpora, on small archives of the real layout."""
+"""Every corpus from URL to data-bin, on small archives of the real layout."""
 
+import hashlib
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
-from stand_ins import archive_entry, local_folder, tar_gz, text_lines, zip_file
+import yaml
+from stand_ins import (
+    IWSLT14_SETS,
+    PTB_ARCHIVES,
+    PTB_TEXT,
+    archive_entry,
+    gzipped,
+    iwslt14_members,
+    served,
+    tar_gz,
+    text_lines,
+    zip_file,
+)
 from subword_nmt.apply_bpe import BPE
 
 from normexp.corpora import PreparedCorpus, prepare
-
-FILES = ("TED.dev2010", "TEDX.dev2012", "TED.tst2010", "TED.tst2011", "TED.tst2012")
+from normexp.corpora.catalogue import CATALOGUE
+from normexp.errors import UserError
 
 
 @pytest.fixture
-def run(tmp_path, catalogue_with):
-    """Prepares a corpus of the catalogue from the given archives, file name to content."""
+def run(tmp_path, catalogue_with, mirror):
+    """Prepares a corpus of the catalogue from archives, name to file and content, on a mirror."""
 
     def run_(name: str, archives: dict[str, tuple[str, bytes]], **replaced) -> PreparedCorpus:
-        files = dict(archives.values())
-        entries = {key: [archive_entry(file, files[file])] for key, (file, _) in archives.items()}
+        entries = {
+            key: [archive_entry(*file, urls=served(mirror, *file))]
+            for key, file in archives.items()
+        }
         catalogue = catalogue_with(name, archives=entries, **replaced)
-        local = local_folder(tmp_path / "local", files)
-        return prepare(name, tmp_path / "data", local, progress=False, catalogue=catalogue)
+        corpus = prepare(name, tmp_path / "data", progress=False, catalogue=catalogue)
+        for split in ("train", "valid", "test"):
+            for language in corpus.manifest["languages"]:
+                tokens = corpus.directory / "text" / ("bpe" if corpus.bpe else "tokenized")
+                lines = text_lines(tokens / f"{split}.{language}")
+                assert corpus.sentences(split) == len(lines)
+                assert corpus.tokens(split, language) == sum(len(x.split()) + 1 for x in lines)
+        return corpus
 
     return run_
 
@@ -48,17 +71,10 @@ def test_iwslt14(run) -> None:
         (long, long, (long.lower(), long.lower())),
         (f"{long} zuviel", long, None),
         ("Es ist\u2019s usw.", "It\u2019s Dr. No.", ("es ist ’ s usw .", "it ’ s dr. no .")),
+        ("a\u2028b c\u0085d e\rf", "g\u2028h i\u0085j k\r", ("a b c d e f", "g h i j k")),
     ]  # fmt: skip
     pairs += [(f"Satz {n} A", f"Line {n} B", (f"satz {n} a", f"line {n} b")) for n in range(60)]
-    members = {
-        "de-en/train.tags.de-en.de": "".join(f"{german}\n" for german, _, _ in pairs),
-        "de-en/train.tags.de-en.en": "".join(f"{english}\n" for _, english, _ in pairs),
-        "de-en/train.en": "not read\n",
-    }
-    for file in FILES:
-        for language in ("de", "en"):
-            segments = f'<seg id="1"> {file} It\u2019s A </seg>\n<p>\n<seg id="2">B</seg>\n'
-            members[f"de-en/IWSLT14.{file}.de-en.{language}.xml"] = f"<doc>\n{segments}</doc>\n"
+    members = iwslt14_members([pair[:2] for pair in pairs])
     corpus = run("iwslt14", {"de-en": ("de-en.tgz", tar_gz(members))}, bpe_merges=50)
 
     clean = [pair for _, _, pair in pairs if pair is not None]
@@ -72,13 +88,121 @@ def test_iwslt14(run) -> None:
 
     test = split_lines(corpus, "text/tokenized", "test")
     assert len(test) == 10
-    for file, (german, english) in zip(FILES, test[::2], strict=True):
+    for file, (german, english) in zip(IWSLT14_SETS, test[::2], strict=True):
         assert german == f"{file.lower()} it &apos; s a"
         assert english == f"{file.lower()} it &apos;s a"
     assert text_lines(corpus.raw_reference("test"))[0] == "TED.dev2010 It\u2019s A"
     dictionaries = [(corpus.data_bin / f"dict.{lang}.txt").read_bytes() for lang in ("de", "en")]
     assert dictionaries[0] == dictionaries[1]
     assert corpus.lowercase
+
+
+def git_blob(content: str) -> str:
+    shown = subprocess.run(
+        ["git", "hash-object", "--stdin"], input=content.encode(), capture_output=True, check=True
+    )
+    return f"git_blob:{shown.stdout.decode().strip()}"
+
+
+def test_iwslt14_is_compared_stage_by_stage(run, caplog) -> None:
+    """Hashes of what the archive holds and of the text behind each step, as git prints them."""
+    pairs = [(f"Satz {n}, usw.", f"Line {n}, \u2019s") for n in range(60)]
+    pairs[7] = ("zu viele Wörter", "Few")
+    members = iwslt14_members(pairs)
+    tokenized = [f"Satz {n} , usw ." for n in range(60)]
+    tokenized[7] = "zu viele Wörter"
+    clean = tokenized[:7] + tokenized[8:]
+    train = "train.tags.de-en.de"
+    texts = {"tokenize": tokenized, "clean": clean, "lowercase": [line.lower() for line in clean]}
+    hashes = {
+        f"text/steps/train.{step}.de": git_blob("".join(f"{line}\n" for line in lines))
+        for step, lines in texts.items()
+    }
+    archives = {"de-en": ("de-en.tgz", tar_gz(members))}
+    wanted = {"enforced": True, "hashes": hashes,
+              "members": {"de-en": {train: git_blob(members[f"de-en/{train}"])}}}  # fmt: skip
+    corpus = run("iwslt14", archives, expected=wanted, bpe_merges=50)
+    assert corpus.manifest["members"]["de-en"].keys() == {train}
+    for step in texts:
+        assert f"text/steps/train.{step}.en" in corpus.manifest["files"]
+
+    shutil.rmtree(corpus.directory)
+    real = yaml.safe_load(CATALOGUE.read_text(encoding="utf-8"))["corpora"]["iwslt14"]["expected"]
+    run("iwslt14", archives, expected=real, bpe_merges=50)
+    xml = "IWSLT14.TED.tst2012.de-en.en.xml"
+    for quantity in (
+        f"members.de-en.{xml}", "text/steps/train.clean.en", "text/bpe.codes",
+        "splits.train.longest.de", "splits.test.unknown.en", "data-bin/valid.de-en.de.bin",
+    ):  # fmt: skip
+        assert f"corpus iwslt14: {quantity}: " in caplog.text
+    assert f"{hashlib.sha256(members[f'de-en/{xml}'].encode()).hexdigest()} instead" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"de-en/train.tags.de-en.en": "one line too few\n" * 49}, "differ in their number of"),
+        ({"de-en/IWSLT14.TED.tst2010.de-en.de.xml": None}, "0 files named IWSLT14.TED.tst2010"),
+        (
+            {f"de-en/train.tags.de-en.{language}": "" for language in ("de", "en")},
+            "the recipe leaves no line in train",
+        ),
+    ],
+    ids=["unequal line counts", "missing member", "empty file"],
+)
+def test_iwslt14_archive_with_a_defect(run, change: dict, message: str) -> None:
+    members = iwslt14_members([(f"Satz {n}", f"Line {n}") for n in range(50)]) | change
+    members = {name: text for name, text in members.items() if text is not None}
+    with pytest.raises(UserError, match=message):
+        run("iwslt14", {"de-en": ("de-en.tgz", tar_gz(members))})
+
+
+def test_iwslt14_with_a_dictionary_for_each_language(run) -> None:
+    pairs = [(f"Satz {n} ß", f"Line {n} w") for n in range(60)]
+    archive = ("de-en.tgz", tar_gz(iwslt14_members(pairs)))
+    corpus = run("iwslt14_separate", {"de-en": archive}, bpe_merges=50)
+    german, english = (
+        (corpus.data_bin / f"dict.{lang}.txt").read_text(encoding="utf-8") for lang in ("de", "en")
+    )
+    assert "ß 58" in german.split("\n") and "ß" not in english  # 60 less every 23rd
+    assert "w 58" not in german.split("\n")
+
+
+def test_multi30k(run) -> None:
+    names = {"train": "train", "valid": "val", "test": "test_2016_flickr"}
+    archives = {}
+    for split, name in names.items():
+        for language, text in (("de", "Der „Dr. X“ läuft\u2028weg."), ("en", "A man\rand Dr. X.")):
+            lines = "".join(f"{text} {split} {n}.\n" for n in range(30)).encode()
+            archives[f"{name}.{language}"] = (f"{name}.{language}.gz", gzipped(lines))
+    corpus = run("multi30k", archives, bpe_merges=40)
+    for split in names:
+        assert split_lines(corpus, "text/tokenized", split)[7] == (
+            # The normalization takes the CR away; a dot before a small letter stays.
+            f"der &quot; dr. x &quot; läuft weg. {split} 7 .",
+            f"a manand dr. x. {split} 7 .",
+        )
+
+
+def test_ptb_from_the_original_archive(tmp_path, catalogue_with, mirror) -> None:
+    """The files one by one are nowhere to be had; the archive is fetched once for all of them."""
+    files = {f"./simple-examples/data/{name}": text for name, text in PTB_TEXT.items()}
+    files["./simple-examples/data/ptb.char.train.txt"] = "not read\n"
+    archive = tar_gz(files)
+    urls = served(mirror, "simple-examples.tgz", archive)
+    archives = {
+        name: [
+            archive_entry(name, content, [f"{mirror.url}/dead/{name}"]),
+            archive_entry("simple-examples.tgz", archive, urls),
+        ]
+        for name, content in PTB_ARCHIVES.items()
+    }
+    catalogue = catalogue_with("ptb", archives=archives)
+    corpus = prepare("ptb", tmp_path / "data", progress=False, catalogue=catalogue)
+    for split in ("train", "valid", "test"):
+        raw = (corpus.directory / "raw" / f"{split}.en").read_text(encoding="utf-8")
+        assert raw == PTB_TEXT[f"ptb.{split}.txt"]
+    assert mirror.requests.count("/new/simple-examples.tgz") == 1
 
 
 def test_wikitext103(run) -> None:
@@ -120,7 +244,8 @@ def wmt_pairs(part: str) -> list[tuple[str, str]]:
     return pairs + [(f"Line {n} of {part}", f"Zeile {n} von {part}") for n in range(143)]
 
 
-def wmt_archives(news: str) -> dict[str, tuple[str, bytes]]:
+def wmt_archives(news: str, suffix: str = "tgz") -> dict[str, tuple[str, bytes]]:
+    pack = {"tgz": tar_gz, "zip": zip_file}[suffix]
     archives = {}
     for part in ("europarl-v7", "commoncrawl", news):
         columns = zip(*wmt_pairs(part), strict=True)
@@ -128,11 +253,11 @@ def wmt_archives(news: str) -> dict[str, tuple[str, bytes]]:
             f"{WMT_PARTS[part]}.{language}": "".join(f"{text}\n" for text in column)
             for language, column in zip(("en", "de"), columns, strict=True)
         }
-        archives[part] = (f"{part}.tgz", tar_gz(members))
+        archives[part] = (f"{part}.{suffix}", pack(members))
     dev = {f"dev/newstest2013.{lang}": f"Dev-Set {lang}\n\n" for lang in ("en", "de")}
     segments = '<refset>\n<seg id="1">It\u2019s \u201eX-Y\u201c &amp; usw.</seg>\n'
     names = ("newstest2014-deen-src.en.sgm", "newstest2014-deen-ref.de.sgm")
-    archives["newstest2013"] = ("dev.tgz", tar_gz(dev))
+    archives["newstest2013"] = (f"dev.{suffix}", pack(dev))
     archives["newstest2014"] = (
         "test-full.tgz",
         tar_gz({f"test-full/{name}": segments for name in names}),
@@ -140,8 +265,9 @@ def wmt_archives(news: str) -> dict[str, tuple[str, bytes]]:
     return archives
 
 
-def test_wmt14_as_the_authors_prepared_it(run) -> None:
-    corpus = run("wmt14", wmt_archives("news-commentary-v12"), bpe_merges=60)
+@pytest.mark.parametrize("suffix", ["tgz", "zip"])
+def test_wmt14_as_the_authors_prepared_it(run, suffix: str) -> None:
+    corpus = run("wmt14", wmt_archives("news-commentary-v12", suffix), bpe_merges=60)
     parts = ("europarl-v7", "commoncrawl", "news-commentary-v12")
     train = split_lines(corpus, "text/tokenized", "train")
     raw = [pair for part in parts for pair in wmt_pairs(part)]

@@ -1,0 +1,81 @@
+"""The benchmark of the preparation, and the text that it prepares."""
+
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from normexp.corpora import benchmark
+from normexp.corpora.catalogue import load_catalogue
+from normexp.corpora.wmt_like import pairs, word
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "benchmark_preparation.py"
+
+
+@pytest.mark.parametrize("language", ["en", "de"])
+def test_ranks_have_words_of_their_own_and_rare_ones_are_longer(language: str) -> None:
+    words = [word(rank, language).lower() for rank in range(40_000)]
+    assert len(set(words)) == len(words)
+    assert max(map(len, words[:100])) < statistics.mean(map(len, words[-100:]))
+
+
+def test_text_has_the_lengths_of_the_real_one() -> None:
+    rows = list(pairs(1, 1500))
+    assert rows == list(pairs(1, 1500)) != list(pairs(2, 1500))
+    for column in zip(*rows, strict=True):
+        lengths = [len(line.split()) for line in column]
+        assert 22 < statistics.mean(lengths) < 30
+        assert 0.005 < sum(length > 80 for length in lengths) / len(rows) < 0.05
+    assert all("\n" not in text for row in rows for text in row)
+
+
+def test_record(tmp_path, monkeypatch) -> None:
+    recipe = load_catalogue()["wmt14"].model_copy(update={"bpe_merges": 100})
+    monkeypatch.setattr(benchmark, "load_catalogue", lambda: {"wmt14": recipe})
+    record = tmp_path / "results" / "record.json"
+    result = benchmark.measure(1200, 5, tmp_path / "work", record, progress=False)
+    assert json.loads(record.read_text(encoding="utf-8")) == result
+    text = tmp_path / "work" / "text"
+    kept = (text / "tokenized" / "train.de").read_bytes().count(b"\n")
+    assert result["pairs_after_the_filter"] == kept < 1200
+    types = set()
+    for language in ("en", "de"):
+        types.update((text / "tokenized" / f"train.{language}").read_text("utf-8").split())
+    assert result["word_types_joint"] == len(types)
+    assert set(result["stages"]) == {
+        "unpack", "normalize, tokenize, clean", "learn BPE", "apply BPE", "binarize",
+    }  # fmt: skip
+    total = sum(stage["seconds"] for stage in result["stages"].values())
+    assert result["total_seconds"] == pytest.approx(total)
+    assert result["real_corpus"]["pairs"] == 4_590_101
+    hours = total * 4_590_101 / 1200 / 3600
+    assert result["real_corpus"]["hours_at_most"] == pytest.approx(hours, abs=0.01)
+    assert result["peak_memory_bytes"] > 50e6  # of a Python with PyTorch
+    assert set(result["lines_per_second_of_one_process"]) == {
+        "normalize_punctuation", "remove_non_printing", "tokenize_aggressive",
+    }  # fmt: skip
+
+
+def test_memory_of_children_counts() -> None:
+    before = benchmark._memory_of_tree()
+    program = "import sys; x = b'1' * 300_000_000; print('ready', flush=True); sys.stdin.read()"
+    child = subprocess.Popen(
+        [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    child.stdout.readline()
+    grown = benchmark._memory_of_tree() - before
+    child.communicate()
+    assert 300e6 <= grown < 350e6
+
+
+def test_help_and_errors() -> None:
+    shown = subprocess.run([sys.executable, SCRIPT, "--help"], capture_output=True, text=True)
+    assert shown.returncode == 0 and "--pairs" in shown.stdout
+    shown = subprocess.run([sys.executable, SCRIPT, "--pairs", "3"], capture_output=True, text=True)
+    assert shown.returncode == 2 and "at least 1000" in shown.stderr
+    huge = [sys.executable, SCRIPT, "--pairs", str(10**15)]
+    shown = subprocess.run(huge, capture_output=True, text=True)
+    assert shown.returncode == 1 and shown.stderr.startswith("error: 2500000000.0 GB are needed")
