@@ -29,8 +29,8 @@ demo: install  ## train LN, BN, PN-V and PN on two toy tasks and print the table
 		wait $$first && exit $$second
 	@$(BIN)/python scripts/report.py --results results/demo --console-only
 
-test: install  ## all tests (about 15 minutes, 2 cores)
-	$(BIN)/python -m pytest
+test: install  ## all tests, on two cores
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: install  ## ruff
 	$(BIN)/ruff check .

@@ -2,16 +2,30 @@
 
 import copy
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 
 from normexp.fairseq_plugin.layers import NormDecoderLayer, NormEncoderLayer
 from normexp.fairseq_plugin.stacks import NormEncoder
+from normexp.fairseq_plugin.tensorized import TensorizedLayer
 from normexp.norms.folding import fold_into, why_not_foldable
 
 logger = logging.getLogger(__name__)
+
+
+class FoldedNorm(nn.Module):
+    """Stands where a norm was: y = x, one after the other in memory.
+
+    fairseq's hidden states (T, B, C) are a view of (B, T, C), which norms happen to put in order.
+    Linear layers are slower on the view, by more than the folding gains.
+    """
+
+    def forward(self, x: Tensor, padding_mask: Tensor | None = None) -> Tensor:
+        """x (T, B, C) -> the same, contiguous; the mask is of no account."""
+        return x.contiguous()
 
 
 @dataclass(frozen=True)
@@ -33,17 +47,24 @@ def fold_norms(model: nn.Module) -> nn.Module:
     mode to rounding (fold in float32, convert to half precision afterwards). Other sites stay, with
     the reason logged. A final norm before the softmax needs an output projection of its own, where
     it was tied to the embeddings: C x V more parameters. The copy is for inference: it has no
-    statistics to train with.
+    statistics to train with, and its parameters take no gradients. What the encoder and
+    extract_features return lacks a final norm that was folded.
 
     Raises ValueError, naming each reason, if no site can be folded.
     """
-    folded = copy.deepcopy(model).eval()
+    folded = copy.deepcopy(model)
+    folded.eval()  # returns None after fairseq's make_generation_fast_
     done: dict[str, str] = {}
     left: dict[str, str] = {}
-    for place in _places(folded):
+    places = list(_places(folded))
+    # Layers that share a projection do not share the norm before it.
+    readings = Counter(reader for place in places for reader in set(place.readers))
+    for place in places:
         reason = why_not_foldable(place.norm) or place.why_not
         if reason is None and not all(isinstance(reader, nn.Linear) for reader in place.readers):
             reason = "what follows is no plain linear layer"
+        if reason is None and any(readings[reader] > 1 for reader in place.readers):
+            reason = "a linear layer that follows also follows another norm"
         if reason is not None:
             left[place.site] = reason
             continue
@@ -57,7 +78,7 @@ def fold_norms(model: nn.Module) -> nn.Module:
         logger.info("folded: %s (%s)", site, name)
     for site, reason in left.items():
         logger.info("not folded: %s (%s)", site, reason)
-    return folded
+    return folded.requires_grad_(False)
 
 
 def _places(model: nn.Module) -> Iterator[_Place]:
@@ -65,10 +86,10 @@ def _places(model: nn.Module) -> Iterator[_Place]:
         if stack is None:
             continue
         side = "encoder" if isinstance(stack, NormEncoder) else "decoder"
-        for layer in stack.layers:
-            if isinstance(layer, NormEncoderLayer | NormDecoderLayer):
+        for layer in stack.layers.children():  # each once, also where a stack repeats a layer
+            if isinstance(layer, NormEncoderLayer | NormDecoderLayer | TensorizedLayer):
                 yield from _places_of_layer(side, layer)
-        if stack.layer_norm is None:
+        if getattr(stack, "layer_norm", None) is None:
             continue
         if side == "encoder":
             yield _final_of_encoder(stack, model.decoder)
@@ -81,13 +102,16 @@ def _places_of_layer(side: str, layer: nn.Module) -> Iterator[_Place]:
     if not layer.normalize_before:
         post_norm = "post-norm: the residual stream carries what the norm gives"
     attention = layer.self_attn
-    projections = [attention.q_proj, attention.k_proj, attention.v_proj]
+    if isinstance(layer, TensorizedLayer):
+        projections = [attention.qkv]
+    else:
+        projections = [attention.q_proj, attention.k_proj, attention.v_proj]
     crossing = "attention over the encoder's states too" if _mixes_states(layer) else None
     yield _Place(
         f"{side}_attention",
         layer.self_attn_layer_norm,
         projections,
-        _replaced_by_identity(layer, "self_attn_layer_norm"),
+        _replaced(layer, "self_attn_layer_norm"),
         post_norm or crossing,
     )
     if getattr(layer, "encoder_attn", None) is not None:
@@ -95,14 +119,14 @@ def _places_of_layer(side: str, layer: nn.Module) -> Iterator[_Place]:
             f"{side}_cross",
             layer.encoder_attn_layer_norm,
             [layer.encoder_attn.q_proj],
-            _replaced_by_identity(layer, "encoder_attn_layer_norm"),
+            _replaced(layer, "encoder_attn_layer_norm"),
             post_norm,
         )
     yield _Place(
         f"{side}_ffn",
         layer.final_layer_norm,
         [layer.fc1],
-        _replaced_by_identity(layer, "final_layer_norm"),
+        _replaced(layer, "final_layer_norm"),
         post_norm,
     )
 
@@ -122,10 +146,9 @@ def _final_of_encoder(encoder: nn.Module, decoder: nn.Module) -> _Place:
     if not readers:
         reason = "no layer of the decoder reads the encoder's states by a projection of its own"
 
-    def remove() -> None:
-        encoder.layer_norm = None
-
-    return _Place("encoder_final", encoder.layer_norm, readers, remove, reason)
+    return _Place(
+        "encoder_final", encoder.layer_norm, readers, _replaced(encoder, "layer_norm"), reason
+    )
 
 
 def _final_of_decoder(decoder: nn.Module) -> _Place:
@@ -139,8 +162,8 @@ def _final_of_decoder(decoder: nn.Module) -> _Place:
     return _Place("decoder_final", decoder.layer_norm, [reader], remove, reason)
 
 
-def _replaced_by_identity(layer: nn.Module, attribute: str) -> Callable[[], None]:
+def _replaced(owner: nn.Module, attribute: str) -> Callable[[], None]:
     def remove() -> None:
-        setattr(layer, attribute, nn.Identity())  # the stock forward calls it
+        setattr(owner, attribute, FoldedNorm())
 
     return remove

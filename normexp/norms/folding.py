@@ -28,18 +28,22 @@ def fold_into(norm: nn.Module, linears: Iterable[nn.Linear]) -> None:
 
         W (x * scale + shift) + c = (W scale) x + (W shift + c)
 
-    linears: every consumer of norm(x) there is; the caller then removes the norm. A layer without
-    bias gets one. Computed in float64 and rounded once to the layer's dtype. The result equals the
-    model in eval mode only: train the unfolded one. Raises ValueError for a norm that cannot be
-    folded, with the reason, and for a layer of another width; nothing is changed then.
+    linears: every consumer of norm(x) there is, and nothing else may pass through them; the caller
+    then removes the norm. A layer without bias gets one. Computed in float64 and rounded once to
+    the layer's dtype. The result equals the model in eval mode only: train the unfolded one. Raises
+    ValueError for a norm that cannot be folded, with the reason, and for a layer of another width
+    or whose weight is computed anew at each call (weight norm, parametrizations); nothing is
+    changed then.
     """
-    linears = list(linears)
+    linears = list(dict.fromkeys(linears))
     reason = why_not_foldable(norm)
     if reason is not None:
         raise ValueError(f"cannot fold: {reason}")
     for linear in linears:
         if not isinstance(linear, nn.Linear) or linear.in_features != norm.num_features:
             raise ValueError(f"cannot fold {norm.num_features} channels into {linear}")
+        if not isinstance(linear.weight, nn.Parameter):
+            raise ValueError(f"cannot fold into {linear}: its weight is computed at each call")
     scale, shift = (vector.double() for vector in norm.inference_affine())
     for linear in linears:
         weight = linear.weight.double()

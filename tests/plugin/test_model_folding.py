@@ -5,10 +5,12 @@ import copy
 import json
 import logging
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from fairseq import models, tasks
 from fairseq.sequence_generator import SequenceGenerator
 from torch import nn
 
@@ -97,7 +99,7 @@ def test_the_default_folds_the_encoder_and_keeps_the_decoders_layer_norms(
     with caplog.at_level(logging.INFO):
         folded = fold_norms(model)
     assert _relative(_logits(folded, sentences), _logits(model, sentences)) < 1e-5
-    assert folded.encoder.layer_norm is None
+    assert not hasattr(folded.encoder.layer_norm, "weight")
     assert len([m for m in folded.modules() if isinstance(m, nn.LayerNorm)]) == 7
     assert "folded: encoder_final (PowerNorm)" in caplog.text
     assert "not folded: decoder_ffn (LayerNorm is no affine map" in caplog.text
@@ -172,3 +174,160 @@ def test_folding_twice_is_refused(build_translation: Callable[..., nn.Module]) -
     folded = fold_norms(build_translation(norm="power"))
     with pytest.raises(ValueError, match="no norm of this model can be folded"):
         fold_norms(folded)
+
+
+def _share_feed_forward(model: nn.Module) -> None:
+    model.encoder.layers[1].fc1 = model.encoder.layers[0].fc1
+
+
+def _share_self_attention(model: nn.Module) -> None:
+    model.decoder.layers[1].self_attn = model.decoder.layers[0].self_attn
+
+
+def _share_cross_attention(model: nn.Module) -> None:
+    model.decoder.layers[1].encoder_attn = model.decoder.layers[0].encoder_attn
+
+
+def _repeat_a_layer(model: nn.Module) -> None:
+    model.encoder.layers[1] = model.encoder.layers[0]
+
+
+def _attend_to_biases(model: nn.Module) -> None:
+    """fairseq's add_bias_kv and add_zero_attn: keys and values that no norm has passed."""
+    for layer in model.encoder.layers:
+        layer.self_attn.bias_k = nn.Parameter(torch.randn(1, 1, 16))
+        layer.self_attn.bias_v = nn.Parameter(torch.randn(1, 1, 16))
+        layer.self_attn.add_zero_attn = True
+
+
+@pytest.mark.parametrize(
+    ("change", "staying"),
+    [
+        (_share_feed_forward, {"encoder_ffn"}),
+        (_share_self_attention, {"decoder_attention"}),
+        # Its keys and values come from one norm all the same, its queries from two.
+        (_share_cross_attention, {"decoder_cross"}),
+        (_repeat_a_layer, set()),
+        (_attend_to_biases, set()),
+        (lambda model: model.make_generation_fast_(), set()),
+        (lambda model: model.train(), set()),
+    ],
+)
+def test_models_that_were_changed_by_hand(
+    change: Callable[[nn.Module], None],
+    staying: set[str],
+    build_translation: Callable[..., nn.Module],
+    sentences: argparse.Namespace,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    model = _with_statistics(build_translation(**_everywhere("translation", "batch"), dropout=0.5))
+    change(model)
+    was_training = model.training
+    with caplog.at_level(logging.INFO):
+        folded = fold_norms(model)
+    assert model.training == was_training and not folded.training
+    model.eval()
+    assert _relative(_logits(folded, sentences), _logits(model, sentences)) < 1e-5
+    said = [message for message in caplog.messages if "folded: " in message]
+    assert {m.split()[2] for m in said if m.startswith("not ")} == staying
+    assert {m.split()[1] for m in said if m.startswith("folded")} == {
+        *SITES["translation"]
+    } - staying
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"checkpoint_activations": True},
+        {"quant_noise": {"pq": 0.1, "pq_block_size": 8}},
+        {"encoder": {"layerdrop": 0.5}, "decoder": {"layerdrop": 0.5}},
+    ],
+)
+def test_what_acts_in_training_only_does_not_disturb(
+    values: dict[str, Any],
+    build_translation: Callable[..., nn.Module],
+    sentences: argparse.Namespace,
+) -> None:
+    model = _with_statistics(build_translation(**_everywhere("translation", "power"), **values))
+    folded = fold_norms(model)
+    logits = _logits(folded, sentences)
+    assert _foldable_norms(folded) == []
+    assert _relative(logits, _logits(model, sentences)) < 1e-5
+    # fairseq's checkpoint wrapper holds the layer's own forward: that of the copy
+    for parameter in model.parameters():
+        parameter.data.zero_()
+    assert torch.equal(_logits(folded, sentences), logits)
+
+
+def test_the_final_norm_of_a_narrow_output_goes_into_the_projection_to_it(
+    build_language_model: Callable[..., nn.Module],
+) -> None:
+    model = build_language_model(norm="batch", decoder_input_dim=8, decoder_output_dim=8)
+    folded = fold_norms(_with_statistics(model))
+    tokens = torch.randint(4, 24, (3, 9), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert _relative(folded(tokens)[0], model(tokens)[0]) < 1e-5
+    assert folded.decoder.layer_norm is None and folded.decoder.output_projection.bias is None
+
+
+def test_the_copy_cannot_be_trained(
+    build_translation: Callable[..., nn.Module], sentences: argparse.Namespace
+) -> None:
+    model = build_translation(norm="power").eval()
+    logits, _ = fold_norms(model)(sentences.source, None, sentences.shifted)
+    with pytest.raises(RuntimeError, match="does not require grad"):
+        logits.sum().backward()
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("pre_norm", [True, False])
+def test_tensorized_language_model(
+    pre_norm: bool, structured_config: Callable[..., Any], language_model_data: Path
+) -> None:
+    shape = {
+        "_name": "normexp_tensorized_lm",
+        "decoder_layers": 2,
+        "decoder_embed_dim": 16,
+        "decoder_head_dim": 6,
+        "decoder_ffn_embed_dim": 24,
+        "decoder_normalize_before": pre_norm,
+        "norm": "batch",
+    }
+    task = {
+        "_name": "language_modeling",
+        "data": str(language_model_data),
+        "tokens_per_sample": 12,
+    }
+    config = structured_config(model=shape, task=task)
+    model = _with_statistics(models.build_model(config.model, tasks.setup_task(config.task)))
+    if not pre_norm:
+        with pytest.raises(ValueError, match="decoder_ffn: post-norm"):
+            fold_norms(model)
+        return
+    for layer in model.decoder.layers:
+        nn.init.normal_(layer.self_attn.out.weight)  # not the tiny start
+        nn.init.normal_(layer.self_attn.cores)
+    folded = fold_norms(model)
+    tokens = torch.randint(4, 24, (3, 12), generator=torch.Generator().manual_seed(0))
+    tokens[0, 8:] = 1  # padding
+    with torch.no_grad():
+        assert _relative(folded(tokens)[0], model(tokens)[0]) < 1e-5
+    assert _foldable_norms(folded) == []
+
+
+def test_folded_layers_get_their_input_in_order(
+    build_translation: Callable[..., nn.Module], sentences: argparse.Namespace
+) -> None:
+    """On a transposed view, as fairseq's residual stream is, linear layers are much slower."""
+    folded = fold_norms(_with_statistics(build_translation(**_everywhere("translation", "power"))))
+    seen = []
+
+    def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        states = args or [kwargs[name] for name in ("query", "key", "value")]
+        seen.extend(x.is_contiguous() for x in states)
+
+    for name, module in folded.named_modules():
+        if name.endswith((".fc1", ".self_attn", ".encoder_attn")):
+            module.register_forward_pre_hook(look, with_kwargs=True)
+    _logits(folded, sentences)
+    assert len(seen) == 4 + 3 * 6 and all(seen)
