@@ -1,5 +1,6 @@
 """One run from configuration to record: corpus, training, averaging, evaluation, record."""
 
+import errno
 import json
 import logging
 import resource
@@ -140,7 +141,7 @@ def _run(
             raise
         except Exception as error:
             logger.info("the run failed", exc_info=True)  # the console gets one line, or the error
-            if shutil.disk_usage(folder.path).free < FULL_DISK_BYTES:
+            if _is_full(folder.path, error):
                 raise UserError(
                     f"no space left on the disk of {folder.path}; free some and give the same "
                     "command again, which goes on from the last checkpoint"
@@ -184,6 +185,15 @@ def _train_and_evaluate(
         "sees_future_tokens": evaluated.sees_future_tokens,
         "peak_memory_bytes": _peak_memory(),
     }
+
+
+def _is_full(path: Path, error: BaseException | None) -> bool:
+    """Whether an error came of a full disk: by its causes, or by the disk as it is now."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            return True
+        error = error.__cause__ or error.__context__
+    return shutil.disk_usage(path).free < FULL_DISK_BYTES
 
 
 def _failure(status: str, reason: str) -> dict[str, Any]:

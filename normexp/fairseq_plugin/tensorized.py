@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Optional
 
 import torch
 import torch.nn.functional as F
@@ -44,7 +44,7 @@ class TensorizedConfig(NormConfig):
         default=True, metadata={"help": "must be true: the published model has no final norm"}
     )
     dropout: float = field(default=0.3, metadata={"help": "dropout probability everywhere"})
-    adaptive_softmax_cutoff: str | None = field(
+    adaptive_softmax_cutoff: Optional[str] = field(  # noqa: UP045 (fairseq's flags need it)
         default=None,
         metadata={"help": "cutoffs of tied adaptive input and softmax, as 20000,60000"},
     )

@@ -57,7 +57,8 @@ class BatchNorm(RunningNorm):
 
     def inference_affine(self) -> tuple[Tensor, Tensor]:
         scale = self._inverse_std(self.running_var) * self.weight
-        return scale, self.bias - self.running_mean * scale
+        # A copy, because autograd keeps it and a later training forward changes the buffer.
+        return scale, self.bias - self.running_mean.clone() * scale
 
     def _after_step(self, mean: Tensor, var: Tensor, n: Tensor) -> None:
         """For subclasses: the batch's statistics, with their gradient, after the state moved on."""

@@ -33,9 +33,7 @@ class BatchNormReleased(RunningNorm):
         self.register_buffer("running_var", torch.ones(num_features))
 
     def _normalize(self, tokens: Tensor, real: Tensor | None) -> Tensor:
-        # Always on copies, so that a recomputed forward saves the same tensors for backward.
-        mean = self.running_mean.to(tokens.dtype, copy=True)
-        var = self.running_var.to(tokens.dtype, copy=True)
+        mean, var = self._copied_statistics(tokens.dtype)
         y = self._batch_norm(tokens, real, mean, var)
         if not recomputing():
             usable = self._usable(num_real(tokens, real), mean, var)
@@ -45,8 +43,11 @@ class BatchNormReleased(RunningNorm):
         return y
 
     def _infer(self, tokens: Tensor, real: Tensor | None) -> Tensor:
-        mean, var = self.running_mean.to(tokens.dtype), self.running_var.to(tokens.dtype)
-        return self._batch_norm(tokens, real, mean, var)
+        return self._batch_norm(tokens, real, *self._copied_statistics(tokens.dtype))
+
+    def _copied_statistics(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        # Copies, because autograd keeps them and a later training forward changes the buffers.
+        return self.running_mean.to(dtype, copy=True), self.running_var.to(dtype, copy=True)
 
     def _batch_norm(self, tokens: Tensor, real: Tensor | None, mean: Tensor, var: Tensor) -> Tensor:
         tokens = tokens * torch.rsqrt(tokens.square().mean(-1, keepdim=True) + self.eps)

@@ -85,7 +85,7 @@ class _Pending:
         self._penalty: tuple[Tensor, bool] | None = None
 
     def put(self, penalty: Tensor) -> None:
-        if self._penalty is not None and torch.is_grad_enabled():
+        if self._penalty is not None and self._penalty[1]:
             warnings.warn(
                 "penalty() of regularized batch normalization was not added to the loss of the "
                 "last batch; with fairseq choose a criterion whose name starts with normexp_",

@@ -55,6 +55,12 @@ class RunningNorm(nn.Module):
         self._recent = RecentForwards()
         self._rejected_told = 0
 
+    def register_buffer(self, name: str, tensor: Tensor, persistent: bool = True) -> None:
+        """As in torch, but in float32 where half precision is torch's default."""
+        super().register_buffer(
+            name, tensor.float() if tensor.dtype in _HALF else tensor, persistent
+        )
+
     def forward(self, x: Tensor, padding_mask: Tensor | None = None) -> Tensor:
         """x (T, B, C) or (N, C), mask (B, T) or (N,) -> y like x.
 

@@ -92,7 +92,7 @@ def test_dynamic_inference_compiles_once(name: str) -> None:
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(stack, backend=counter, fullgraph=True, dynamic=True)
     graphs = []
-    for t, b in SHAPES[:4]:
+    for t, b in SHAPES[::2]:
         seen = []
         for call in (stack, compiled):
             x, pad = inputs(t, b)
