@@ -22,6 +22,11 @@ class RecentForwards:
     Activation checkpointing runs a forward again in the backward pass, when other forwards may
     have moved the state on. Nothing says which forward is being repeated, so it is recognised by
     a statistic of its own batch. Not part of a layer's state: copies and pickles are empty.
+
+    Where several forwards with the very same statistic wait for their backwards at once (the same
+    batch twice; with sync=True also several batches of padding only on one rank), the latest is
+    taken first. That is right for one backward through all of them, and wrong, without notice,
+    where their backwards run one by one in the order of the forwards.
     """
 
     def __init__(self) -> None:
