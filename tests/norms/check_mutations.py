@@ -105,7 +105,7 @@ FAULTS = [
     ),
     Fault(
         "batch.py",
-        "return scale, self.bias - self.running_mean * scale",
+        "return scale, self.bias - self.running_mean.clone() * scale",
         "return scale, self.bias - self.running_mean",
         "inference: mean not scaled",
     ),
@@ -214,8 +214,8 @@ FAULTS = [
     ),
     Fault(
         "batch_released.py",
-        "mean = self.running_mean.to(tokens.dtype, copy=True)",
-        "mean = self.running_mean.to(tokens.dtype)",
+        "return self.running_mean.to(dtype, copy=True), self.running_var.to(dtype, copy=True)",
+        "return self.running_mean.to(dtype), self.running_var.to(dtype, copy=True)",
         "statistics averaged before they are checked",
         (*STATE, "test_padding"),
     ),
