@@ -68,7 +68,9 @@ def test_memory_of_children_counts() -> None:
     child.stdout.readline()
     grown = benchmark._memory_of_tree() - before
     child.communicate()
-    assert 300e6 <= grown < 350e6
+    # Less than the child's: what this process frees meanwhile, and the pages of
+    # libraries that are shared with more processes than before.
+    assert 280e6 <= grown < 350e6
 
 
 def test_help_and_errors() -> None:
