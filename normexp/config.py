@@ -11,6 +11,7 @@ from omegaconf.errors import OmegaConfBaseException
 from normexp.errors import UserError
 from normexp.norms import norm_class
 from normexp.sites import resolve_sites
+from normexp.streaming import stride_for
 
 # Settings of fairseq that corrupt results in silence when they are otherwise (key: value, reason).
 SAFEGUARDS: dict[str, tuple[Any, str]] = {
@@ -74,6 +75,7 @@ def validate(cfg: DictConfig) -> dict[str, dict[str, Any]]:
     plain = resolved(cfg)
     _check_names(plain)
     _check_evaluation(plain["evaluation"])
+    _check_windows(plain)
     _check_stopping(plain["fairseq"])
     _check_hardware(plain["fairseq"])
     _check_tracking(plain["tracking"]["mode"])
@@ -155,6 +157,20 @@ def _check_evaluation(evaluation: dict[str, Any]) -> None:
     unknown = set(evaluation["splits"]) - {"valid", "test"}
     if unknown or not evaluation["splits"]:
         raise UserError(f"evaluation.splits={evaluation['splits']}; known: valid, test")
+
+
+def _check_windows(plain: dict[str, Any]) -> None:
+    context_window, stride = (plain["evaluation"][key] for key in ("context_window", "stride"))
+    for key, value in (("context_window", context_window), ("stride", stride)):
+        optional = key == "stride" and value is None
+        if not optional and (isinstance(value, bool) or not isinstance(value, int)):
+            raise UserError(f"evaluation.{key}={value!r} must be an integer")
+    if context_window == 0 and stride is None:
+        return
+    if plain["task"]["kind"] != "language_model":
+        raise UserError("evaluation.context_window and evaluation.stride are for language models")
+    length = plain["fairseq"]["task"].get("tokens_per_sample", 1024)  # fairseq's default
+    stride_for(length, context_window, stride)
 
 
 def _check_stopping(node: dict[str, Any]) -> None:

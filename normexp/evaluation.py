@@ -4,8 +4,9 @@ Every function checks that it scored exactly the sentences or tokens of the spli
 tools leave out what does not fit and report a score all the same.
 """
 
+import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,10 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from normexp import bleu, checkpoints
+from normexp import bleu, checkpoints, streaming
 from normexp.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -60,9 +63,46 @@ def score(loaded: LoadedModel, split: str, max_tokens: int, progress: bool) -> t
     Sentence ends count as tokens. Language models see the preceding tokens of the same block of
     tokens_per_sample only. Raises UserError when the tokens scored are not those of the split.
     """
+    samples = _batches(loaded, split, max_tokens, f"{split}: perplexity", progress)
+    return _score(loaded, split, samples)
+
+
+@torch.inference_mode()
+def score_stream(
+    loaded: LoadedModel,
+    split: str,
+    context_window: int,
+    stride: int | None,
+    max_tokens: int,
+    progress: bool,
+) -> tuple[float, int]:
+    """Like `score`, for a causal language model, with context carried over from block to block.
+
+    Every token is predicted from at least context_window earlier ones, as far as there are any, in
+    windows that move on by `stride` tokens (None: as far as the model's tokens_per_sample allows).
+    The result does not depend on the size of the batches, nor on how the text is cut into blocks.
+    Raises UserError for impossible windows, too.
+    """
+    stride = streaming.stride_for(loaded.cfg.task.tokens_per_sample, context_window, stride)
+    if split not in loaded.task.datasets:
+        loaded.task.load_dataset(split)
+    batches = streaming.stream_batches(
+        loaded.task.dataset(split),
+        loaded.task.source_dictionary.pad(),
+        context_window,
+        stride,
+        max_tokens,
+    )
+    shown = tqdm(
+        batches, f"{split}: windows", unit="batch", leave=False, disable=not progress or None
+    )
+    return _score(loaded, split, (_on_device(loaded, sample) for sample in shown))
+
+
+def _score(loaded: LoadedModel, split: str, samples: Iterable[Any]) -> tuple[float, int]:
     criterion = loaded.task.build_criterion(loaded.cfg.criterion).eval().to(loaded.device)
     total, tokens = 0.0, 0
-    for sample in _batches(loaded, split, max_tokens, f"{split}: perplexity", progress):
+    for sample in samples:
         _, _, logged = criterion(loaded.model, sample)
         # With label smoothing the loss is not the likelihood; nll_loss is.
         total += float(logged.get("nll_loss", logged["loss"]))
@@ -165,13 +205,22 @@ def evaluate_translation(
 
 
 def evaluate_language_model(
-    loaded: LoadedModel, corpus: Any, settings: dict[str, Any], progress: bool = True
+    loaded: LoadedModel,
+    corpus: Any,
+    settings: dict[str, Any],
+    causal: bool,
+    progress: bool = True,
 ) -> dict[str, dict[str, float | str]]:
     """Perplexity per token and per word of every split asked for.
 
     A token is a unit of the dictionary, a word a unit of the text before BPE; the end of every
-    line counts as one of each.
+    line counts as one of each. With a context_window also `streamed_*`, the same with context
+    carried over (`score_stream`), unless the model is not causal: it then means nothing.
     """
+    streamed = settings["context_window"] > 0
+    if streamed and not causal:
+        logger.warning("the model sees future tokens: no perplexity with context carried over")
+        streamed = False
     metrics = {}
     for split in settings["splits"]:
         nll, tokens = score(loaded, split, settings["max_tokens"], progress)
@@ -186,6 +235,14 @@ def evaluate_language_model(
             "perplexity_per_token": math.exp(nll / tokens),
             "perplexity_per_word": math.exp(nll / words),
         }
+        if streamed:
+            windows = settings["context_window"], settings["stride"], settings["max_tokens"]
+            nll, _ = score_stream(loaded, split, *windows, progress)
+            metrics[split] |= {
+                "streamed_loss_per_token_nats": nll / tokens,
+                "streamed_perplexity_per_token": math.exp(nll / tokens),
+                "streamed_perplexity_per_word": math.exp(nll / words),
+            }
     return metrics
 
 
@@ -207,7 +264,13 @@ def _batches(
         required_batch_size_multiple=1,
     ).next_epoch_itr(shuffle=False)
     for sample in tqdm(iterator, desc=description, leave=False, disable=not progress or None):
-        yield utils.move_to_cuda(sample) if loaded.device.type == "cuda" else sample
+        yield _on_device(loaded, sample)
+
+
+def _on_device(loaded: LoadedModel, sample: Any) -> Any:
+    from fairseq import utils
+
+    return utils.move_to_cuda(sample) if loaded.device.type == "cuda" else sample
 
 
 def _num_target_tokens(dataset: Any) -> int:

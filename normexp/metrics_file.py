@@ -55,11 +55,11 @@ class MetricsFile:
         self._file.close()
         self._file = open(self._path, "a+b", buffering=0)  # noqa: SIM115
 
-    def values(self, tag: str, name: str) -> list[float]:
-        """What was logged under a tag and a name so far, in order, finite values only."""
+    def values(self, tag: str, name: str) -> dict[int, float]:
+        """By step, in order, what was logged under a tag and a name so far; finite values only."""
         entries = (json.loads(line) for line, _ in self._lines())
-        found = (entry.get(name) for entry in entries if entry["tag"] == tag)
-        return [value for value in found if value is not None]
+        found = {entry["step"]: entry.get(name) for entry in entries if entry["tag"] == tag}
+        return {step: value for step, value in found.items() if value is not None}
 
     def close(self) -> None:
         """Close the file; the sink cannot be called afterwards."""

@@ -3,6 +3,7 @@
 import errno
 import json
 import logging
+import math
 import resource
 import shutil
 import signal
@@ -105,9 +106,9 @@ def evaluate_run(
     if corpus.kind == "translation":
         metrics = evaluation.evaluate_translation(loaded, corpus, settings, folder.hypotheses)
         return Evaluated(metrics, chosen, None)
-    metrics = evaluation.evaluate_language_model(loaded, corpus, settings)
-    dependence = audit.dependence_on_future(loaded, settings["splits"][0])
-    return Evaluated(metrics, chosen, dependence.sees_future)
+    sees_future = audit.dependence_on_future(loaded, settings["splits"][0]).sees_future
+    metrics = evaluation.evaluate_language_model(loaded, corpus, settings, not sees_future)
+    return Evaluated(metrics, chosen, sees_future)
 
 
 def _run(
@@ -174,6 +175,7 @@ def _train_and_evaluate(
                 return _failure("diverged", diverged.reason) | {
                     "diverged_at_update": diverged.update,
                     "num_updates": diverged.update - 1,
+                    "curve": _curve(folder),
                 }
         write_json(folder.finished, vars(result))
     finished = json.loads(folder.finished.read_text(encoding="utf-8"))
@@ -182,9 +184,20 @@ def _train_and_evaluate(
     return finished | {
         "status": "complete",
         "metrics": evaluated.metrics,
+        "curve": _curve(folder),
         "sees_future_tokens": evaluated.sees_future_tokens,
         "peak_memory_bytes": _peak_memory(),
     }
+
+
+def _curve(folder: RunFolder) -> list[tuple[int, float]]:
+    """Validation losses as the record has them. fairseq logs bits, and apart from a smoothed loss
+    the likelihood."""
+    from normexp.metrics_file import MetricsFile
+
+    with MetricsFile(folder.metrics) as metrics:
+        bits = metrics.values("valid", "nll_loss") or metrics.values("valid", "loss")
+    return [(step, value * math.log(2)) for step, value in bits.items()]
 
 
 def _is_full(path: Path, error: BaseException | None) -> bool:

@@ -13,7 +13,7 @@ import platform
 import re
 import subprocess
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -40,6 +40,7 @@ class Record:
         status: "complete", "diverged" (see `diverged_at_update`) or "failed"; the last two have a
             `reason`.
         metrics: By split ("valid", "test"), then by name. A name says which convention it follows.
+        curve: (update, validation loss per token in nats) at every validation while training.
         sees_future_tokens: Whether a language model's output depends on the tokens it predicts;
             None for translation.
         config: The resolved configuration without machine-dependent paths.
@@ -64,6 +65,7 @@ class Record:
     reason: str | None = None
     diverged_at_update: int | None = None
     metrics: dict[str, Metrics]
+    curve: list[tuple[int, float]] = field(default_factory=list)
     sees_future_tokens: bool | None
     num_parameters: int | None
     num_updates: int | None

@@ -13,7 +13,7 @@ from normexp.errors import UserError
 from normexp.run_folder import RunFolder
 
 CHANGEABLE = ("evaluation.", "data.")
-
+PRIMARY = Path(__file__).resolve().parents[1] / "configs" / "train.yaml"
 
 FOLD = {"fold=true": True, "fold=false": False}
 
@@ -23,7 +23,7 @@ def main(path: Path, overrides: list[str]) -> None:
     folder = RunFolder(path.absolute())
     fold = any(FOLD.get(override, False) for override in overrides)
     overrides = [override for override in overrides if override not in FOLD]
-    cfg = _overridden(folder.read_config(), overrides)
+    cfg = _overridden(_with_newer_settings(folder.read_config()), overrides)
     config.validate(cfg)
     local = Path(cfg.data.local) if cfg.data.local else None
     corpus = prepare(cfg.task.corpus, Path(cfg.data.dir), local)
@@ -37,6 +37,13 @@ def main(path: Path, overrides: list[str]) -> None:
         for name, value in values.items():
             table.add_row(split, name, _shown(value), _shown(recorded.get(split, {}).get(name)))
     Console().print(table)
+
+
+def _with_newer_settings(cfg: DictConfig) -> DictConfig:
+    """Settings of `evaluation` that came after the run get their defaults."""
+    OmegaConf.set_struct(cfg, False)
+    cfg.evaluation = OmegaConf.merge(OmegaConf.load(PRIMARY).evaluation, cfg.evaluation)
+    return cfg
 
 
 def _overridden(cfg: DictConfig, overrides: list[str]) -> DictConfig:

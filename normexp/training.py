@@ -69,7 +69,8 @@ def train(fairseq_cfg: DictConfig, metrics: MetricsFile, sinks: list[Sink]) -> T
     def resume(step: int) -> None:
         metrics.truncate_after(step)
         # fairseq's count of epochs without a better loss is not in its checkpoints.
-        for loss in metrics.values("valid", fairseq_cfg.checkpoint.best_checkpoint_metric):
+        metric = fairseq_cfg.checkpoint.best_checkpoint_metric
+        for loss in metrics.values("valid", metric).values():
             fairseq_train.should_stop_early(fairseq_cfg, loss)
 
     _forget_earlier_trainings(fairseq_train)

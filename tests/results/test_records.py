@@ -52,6 +52,7 @@ any_record = st.builds(
     metrics=st.dictionaries(
         st.sampled_from(["valid", "test"]), st.dictionaries(names, st.none() | numbers | names)
     ),
+    curve=st.lists(st.tuples(st.integers(0, 2**53), numbers), max_size=3),
     sees_future_tokens=st.none() | st.booleans(),
     num_parameters=counts,
     num_updates=counts,

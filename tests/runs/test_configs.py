@@ -106,7 +106,7 @@ SET_UPS = {
     "table2_ptb": {
         "model.decoder_layers": 3,
         "model.decoder_embed_dim": 256,
-        "model.decoder_ffn_embed_dim": 2100,
+        "model.decoder_ffn_embed_dim": 2184,  # for as many parameters as the baseline
         "model.dropout": 0.3,
         "task.tokens_per_sample": 32,
         "dataset.max_tokens": 32 * 120,

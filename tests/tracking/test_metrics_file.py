@@ -100,5 +100,5 @@ def test_what_was_logged_can_be_asked_for(tmp_path):
         sink("train", 1, {"loss": 9.0})
         sink("valid", 2, {"loss": math.nan, "ppl": 8.0})
         sink("valid", 3, {"loss": 3.25})
-        assert sink.values("valid", "loss") == [3.5, 3.25]
-        assert sink.values("valid", "bleu") == []
+        assert sink.values("valid", "loss") == {1: 3.5, 3: 3.25}
+        assert sink.values("valid", "bleu") == {}
