@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from normexp.corpora import benchmark
+from normexp.benchmarks import preparation as benchmark
+from normexp.benchmarks.wmt_like import pairs, word
 from normexp.corpora.catalogue import load_catalogue
-from normexp.corpora.wmt_like import pairs, word
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "benchmark_preparation.py"
+SCRIPT = Path(__file__).parents[2] / "scripts" / "benchmark.py"
 
 
 @pytest.mark.parametrize("language", ["en", "de"])
@@ -74,10 +74,14 @@ def test_memory_of_children_counts() -> None:
 
 
 def test_help_and_errors() -> None:
-    shown = subprocess.run([sys.executable, SCRIPT, "--help"], capture_output=True, text=True)
+    shown = _run("--help")
     assert shown.returncode == 0 and "--pairs" in shown.stdout
-    shown = subprocess.run([sys.executable, SCRIPT, "--pairs", "3"], capture_output=True, text=True)
+    shown = _run("--pairs", "3")
     assert shown.returncode == 2 and "at least 1000" in shown.stderr
-    huge = [sys.executable, SCRIPT, "--pairs", str(10**15)]
-    shown = subprocess.run(huge, capture_output=True, text=True)
+    shown = _run("--pairs", str(10**15))
     assert shown.returncode == 1 and shown.stderr.startswith("error: 2500000000.0 GB are needed")
+
+
+def _run(*arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, SCRIPT, "preparation", *arguments]
+    return subprocess.run(command, capture_output=True, text=True)

@@ -14,6 +14,7 @@ from typing import Any
 from tqdm import tqdm
 
 from normexp.atomic import write_json
+from normexp.benchmarks.wmt_like import pairs
 from normexp.corpora.binarization import build_binary
 from normexp.corpora.catalogue import CLEAN, SPLITS, Archive, Corpus, Part, load_catalogue
 from normexp.corpora.hashing import file_hash
@@ -22,7 +23,6 @@ from normexp.corpora.preparation import build_raw
 from normexp.corpora.rows import open_text, read_rows
 from normexp.corpora.text import TOKENIZED, learn_bpe, segment_splits, tokenize_splits
 from normexp.corpora.tokenization import STEPS
-from normexp.corpora.wmt_like import pairs
 from normexp.records import code_version, hardware_facts, package_versions, utc_now
 
 CORPUS = "wmt14"
@@ -119,7 +119,7 @@ def measure(number: int, seed: int, folder: Path, record: Path, progress: bool) 
         "versions": package_versions(),
         "code_commit": commit,
         "code_dirty": dirty,
-        "command": f"python scripts/benchmark_preparation.py --pairs {number} --seed {seed}",
+        "command": f"python scripts/benchmark.py preparation --pairs {number} --seed {seed}",
         "measured_at": utc_now(),
     }
     record.parent.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,1 @@
+"""Measurements that leave a record in results/benchmarks/; scripts/benchmark.py runs them."""

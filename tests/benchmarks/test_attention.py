@@ -1,0 +1,70 @@
+"""The benchmark of the attention measures what it says."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from normexp.benchmarks import attention
+from normexp.benchmarks.interleaved import quartiles, ratios, take_turns
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "benchmark.py"
+
+
+def test_competitors_take_turns() -> None:
+    calls: list[str] = []
+    competitors = {name: lambda name=name: calls.append(name) for name in "abc"}
+    seconds = take_turns(competitors, 4, progress=False)
+    assert "".join(calls) == "abc" * 6
+    assert {name: len(times) for name, times in seconds.items()} == {"a": 4, "b": 4, "c": 4}
+
+
+def test_quartiles_and_ratios_by_round() -> None:
+    assert quartiles([5.0, 1.0, 3.0, 2.0, 4.0]) == [2.0, 3.0, 4.0]
+    seconds = {"slow": [2.0, 8.0, 3.0], "fast": [1.0, 2.0, 3.0]}
+    assert ratios(seconds, "slow", "fast") == [1.5, 2.0, 3.0]
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_the_competitor_computes_the_same(causal: bool) -> None:
+    torch.manual_seed(1)
+    layer = attention.TensorizedAttention(10, 6, 7, cores=2, causal=causal).double()
+    nn.init.normal_(layer.cores)
+    x, r = torch.randn(7, 3, 10).double(), torch.randn(7, 10).double()
+    u, t = torch.randn(2, 6).double()
+    torch.testing.assert_close(
+        attention.straightforward(layer, x, r, u, t), layer(x, r, u, t), rtol=1e-10, atol=1e-10
+    )
+
+
+def test_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes = {"small": (8, 64, 32, 10)}
+    monkeypatch.setattr(attention, "SHAPES", shapes)
+    # the process that is started to measure the memory has the real sizes
+    monkeypatch.setattr(attention, "_memory", attention._memory_of_a_step)
+    record = tmp_path / "results" / "attention.json"
+    result = attention.measure(3, record, progress=False)
+    assert json.loads(record.read_text(encoding="utf-8")) == result
+    assert [one["attention"] for one in result["measured"]] == ["published", "causal"]
+    for one in result["measured"]:
+        low, median, high = one["ratio_of_ours_to_einsum"]
+        assert 0 < low <= median <= high
+        assert set(one["memory_bytes"]) == {"ours", "einsum"}
+    assert result["command"].endswith("attention --rounds 3")
+
+
+def test_memory_is_that_of_the_big_tensors() -> None:
+    """The einsum holds M, B x L x L x L numbers, at least twice over; ours never does."""
+    m = 4 * 60 * 80**3
+    assert attention._memory("einsum", "wikitext103", "published") > 2 * m
+    assert attention._memory("ours", "wikitext103", "published") < 2 * m
+
+
+def test_too_few_rounds_are_refused() -> None:
+    command = [sys.executable, SCRIPT, "attention", "--rounds", "1"]
+    shown = subprocess.run(command, capture_output=True, text=True)
+    assert shown.returncode == 2 and "at least 2" in shown.stderr
