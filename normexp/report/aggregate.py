@@ -123,12 +123,18 @@ def rows_by_task(records: Mapping[Path, Record]) -> dict[str, list[Row]]:
 
 
 def differences(rows: Iterable[Row]) -> list[Difference]:
-    """Every row against every baseline row made in the same setting, in the primary metric."""
+    """Every row against every baseline row made in the same setting, in the primary metric.
+
+    "LN-causal" is the baseline of the other labels that end with "-causal".
+    """
     rows = list(rows)
     found = []
-    for baseline in (row for row in rows if row.label == BASELINE):
+    for baseline in (row for row in rows if row.label.split("-")[0] == BASELINE):
+        suffix = baseline.label.removeprefix(BASELINE)
         for row in rows:
-            if row.label == BASELINE or row.setting != baseline.setting:
+            if row.label.split("-")[0] == BASELINE or not row.label.endswith(suffix):
+                continue
+            if row.setting != baseline.setting:
                 continue
             metric = PRIMARY_METRIC[row.first.kind]
             ours, theirs = row.sample("test", metric), baseline.sample("test", metric)

@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 from normexp.report.aggregate import Row
@@ -24,21 +25,36 @@ in [PROTOCOL.md]({{protocol}}); the tables are also in `tables/` as CSV and LaTe
 """
 
 
-def results_page(rows_by_task: dict[str, list[Row]], paper: Paper, page: Path, home: Path) -> str:
-    """The whole page; links are relative to the folder of `page`, PROTOCOL.md is in `home`."""
+def results_page(
+    rows_by_task: dict[str, list[Row]],
+    paper: Paper,
+    page: Path,
+    home: Path,
+    figures: Mapping[str, Path],
+) -> str:
+    """The whole page; links are relative to the folder of `page`, PROTOCOL.md is in `home`.
+
+    figures: the validation curves of the tasks that have any.
+    """
     folder = page.parent
     parts = [HEAD.format(protocol=_relative(home / "PROTOCOL.md", folder))]
     for task in _in_order(rows_by_task, paper):
         rows, published = rows_by_task.get(task, []), paper.task(task)
         parts.append(f"## {task}: {published.title}\n" if published else f"## {task}\n")
         if published:
-            parts.append(f"Setting of the paper: {_escape(published.setting)}.\n")
+            if published.setting:
+                parts.append(f"Setting of the paper: {_escape(published.setting)}.\n")
+            if published.meaning:
+                parts.append(f"{_escape(published.meaning.strip())}\n")
         parts.append(table(results_table(task, rows, paper), folder))
         if not rows:
             continue
         compared = differences_table(task, rows, paper)
         if compared.rows:
             parts.append("Differences on the same seeds:\n\n" + table(compared, folder))
+        if task in figures:
+            link = _relative(figures[task], folder)
+            parts.append(f"![Validation perplexity over updates]({link})\n")
         parts.append("Runs:\n\n" + table(runs_table(rows), folder))
     parts.append("## Published numbers\n")
     parts.append(table(published_table(paper), folder))

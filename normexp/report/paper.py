@@ -39,12 +39,17 @@ class Published:
 
 @dataclass(frozen=True, kw_only=True)
 class PublishedTask:
-    """How the published numbers of a task were obtained; `also`: tasks of ours that share them."""
+    """What is said of a task above its table.
+
+    setting: how the published numbers were obtained, None where there are none; meaning: what a
+    reader must know of the numbers; also: tasks of ours that share the published ones.
+    """
 
     __pydantic_config__: ClassVar[ConfigDict] = _STRICT
 
     title: str
-    setting: str
+    setting: str | None = None
+    meaning: str | None = None
     also: list[str] = field(default_factory=list)
 
 
@@ -75,7 +80,8 @@ class Paper:
 
     def difference(self, task: str, label: str, minus: str, metric: str) -> Published | None:
         """The published difference between what our rows `label` and `minus` stand for."""
-        sought = (self._published_name(task), minus, metric)
+        # A baseline can have a suffix, as LN-published.
+        sought = (self._published_name(task), minus.split("-")[0], metric)
         for entry in self.differences:
             if (entry.task, entry.minus, entry.metric) == sought and label in entry.compare_with:
                 return entry

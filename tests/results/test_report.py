@@ -44,7 +44,8 @@ values:
 differences:
 - {task: iwslt14, norm: PN, minus: LN, compare_with: [PN], metric: bleu_tokenised, value: 0.4,
    verified: true, source: abstract}
-- {task: ptb, norm: PN, minus: LN, compare_with: [PN], metric: perplexity_per_word, value: -5.6,
+- {task: ptb, norm: PN, minus: LN, compare_with: [PN, PN-published],
+   metric: perplexity_per_word, value: -5.6,
    verified: true, sees_future_tokens: true, source: abstract}
 """
 
@@ -367,6 +368,34 @@ def test_a_report_that_does_not_match_its_records_is_told(results, paper):
     (results / "tables" / "gone.csv").touch()
     with pytest.raises(UserError, match=r"made from no record: .*gone\.csv"):
         check_files(files_of(results, paper, page))
+
+
+def test_a_baseline_with_a_suffix_is_compared_with_its_like(runs, paper):
+    """LN-published is the baseline of PN-published, and both stand for what the paper has."""
+    published = lm(task="table2_ptb", budget=None)
+    causal = published | {"sees_future_tokens": False}
+    rows = grouped(
+        *runs("LN-published", {1: 55.0}, **published),
+        *runs("PN-published", {1: 50.0}, **published),
+        *runs("LN-causal", {1: 125.0}, **causal),
+        *runs("PN-causal", {1: 123.0}, **causal),
+    )["table2_ptb"]
+    found = {(d.row.label, d.baseline.label): d.sample.mean for d in differences(rows)}
+    assert found == {("PN-published", "LN-published"): -5.0, ("PN-causal", "LN-causal"): -2.0}
+    table = differences_table("table2_ptb", rows, paper)
+    cells = {row[0].split(" ")[0]: row[-1] for row in table.rows}
+    assert cells["PN-published"].startswith("−5.6")
+    assert cells["PN-causal"] == ""
+
+
+def test_what_the_published_numbers_mean_stands_above_their_table(tmp_path):
+    path = tmp_path / "paper.yaml"
+    path.write_text(PAPER.replace("setting: no mask", "setting: no mask, meaning: No *model*."))
+    page = tmp_path / "README.md"
+    text = report_files({}, load_paper(path), page, tmp_path)[page]
+    section = text[text.index("## ptb") :]
+    assert section.index("Setting of the paper") < section.index("No \\*model\\*.\n")
+    assert section.index("No \\*model") < section.index("| norm |")
 
 
 def test_latex_is_well_formed(results, paper):
