@@ -279,6 +279,11 @@ def _check_criterion(kind: str, typed: DictConfig, sites: dict[str, dict[str, An
             "fairseq.criterion._name=normexp_adaptive_loss and "
             "fairseq.model.adaptive_softmax_cutoff belong together: set both or neither"
         )
+    if name == "adaptive_loss":
+        raise UserError(
+            "fairseq.criterion._name=adaptive_loss leaves words out of the loss: use "
+            "normexp_adaptive_loss"
+        )
     if kind == "language_model" and stock == "label_smoothed_cross_entropy":
         raise UserError(
             "label smoothing makes perplexities meaningless: use fairseq.criterion._name="

@@ -1,13 +1,14 @@
 """fairseq's criterions with the penalties of the normalization layers added to the loss.
 
 Each normexp_<name> is fairseq's criterion <name>; without a layer that has a `penalty()` they are
-the same to the bit.
+the same to the bit, except that normexp_adaptive_loss counts words that fairseq's leaves out.
 """
 
 import math
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from fairseq.criterions import register_criterion
 from fairseq.criterions.adaptive_loss import AdaptiveLoss, AdaptiveLossConfig
 from fairseq.criterions.cross_entropy import CrossEntropyCriterion, CrossEntropyCriterionConfig
@@ -60,6 +61,38 @@ class PenalizedLabelSmoothedCrossEntropy(_WithPenalties, LabelSmoothedCrossEntro
     """Label-smoothed cross entropy and the penalties of the layers."""
 
 
+class _ExactAdaptiveLoss(AdaptiveLoss):
+    """fairseq's passes the padding's index as ignore_index to every band of the softmax.
+
+    In the bands after the first, targets are counted from the band's beginning, so one word of each
+    (the second, where padding is 1) costs its band and nothing within it.
+    """
+
+    def forward(
+        self, model: nn.Module, sample: dict[str, Any], reduce: bool = True
+    ) -> tuple[Tensor, int, dict[str, Any]]:
+        """As in fairseq, but for the words it leaves out. Raises ValueError for reduce=False."""
+        if not reduce:
+            raise ValueError("the adaptive loss is a sum: reduce=False is not possible")
+        features = model(**sample["net_input"])[0]
+        target = model.get_targets(sample, None)
+        real = target != self.padding_idx
+        logits, targets = model.decoder.adaptive_softmax(features[real], target[real])
+        loss = features.new_zeros(())
+        for scores, wanted in zip(logits, targets, strict=True):
+            if wanted is not None:
+                loss = loss + F.cross_entropy(scores, wanted, reduction="sum")
+        tokens, sentences = int(real.sum()), target.shape[0]
+        sample_size = sentences if self.sentence_avg else tokens
+        logged = {
+            "loss": loss.detach(),
+            "ntokens": tokens,
+            "nsentences": sentences,
+            "sample_size": sample_size,
+        }
+        return loss, sample_size, logged
+
+
 @register_criterion("normexp_adaptive_loss", dataclass=AdaptiveLossConfig)
-class PenalizedAdaptiveLoss(_WithPenalties, AdaptiveLoss):
-    """Loss of the adaptive softmax and the penalties of the layers."""
+class PenalizedAdaptiveLoss(_WithPenalties, _ExactAdaptiveLoss):
+    """Loss of the adaptive softmax, of every word, and the penalties of the layers."""

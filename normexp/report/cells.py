@@ -17,6 +17,7 @@ METRIC_NAMES = {
     "sacrebleu": "sacreBLEU",
     "perplexity_per_word": "PPL per word",
     "perplexity_per_token": "PPL per token",
+    "streamed_perplexity_per_word": "streamed PPL per word",
     "loss_per_token_nats": "loss (nats per token)",
 }
 

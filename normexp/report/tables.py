@@ -12,6 +12,7 @@ SHOWN = (
     ("test", "sacrebleu"),
     ("test", "perplexity_per_word"),
     ("test", "perplexity_per_token"),
+    ("test", "streamed_perplexity_per_word"),
     ("valid", "bleu_tokenised"),
     ("valid", "perplexity_per_word"),
     ("valid", "perplexity_per_token"),
@@ -123,7 +124,7 @@ def published_table(paper: Paper) -> Table:
             cells.published(entry),
             "yes" if entry.verified else "no",
             entry.source,
-            entry.setting or paper.tasks[entry.task].setting,
+            entry.setting or paper.tasks[entry.task].setting or "",
         ]
         for entry in [*paper.values, *paper.differences]
     ]

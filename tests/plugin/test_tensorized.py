@@ -3,15 +3,18 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from fairseq import models, tasks
+from fairseq.criterions.adaptive_loss import AdaptiveLoss
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
+from normexp.fairseq_plugin.criterions import PenalizedAdaptiveLoss
 from normexp.fairseq_plugin.tensorized import TensorizedDecoder
 from normexp.fairseq_plugin.tensorized_attention import TensorizedAttention
 from normexp.norms import available_norms
@@ -184,6 +187,61 @@ def test_too_long_a_segment_is_refused(build_tensorized: Callable[..., nn.Module
 def test_final_norm_is_refused(build_tensorized: Callable[..., nn.Module]) -> None:
     with pytest.raises(ValueError, match="no final norm"):
         build_tensorized(no_decoder_final_norm=False)
+
+
+@pytest.mark.parametrize("normalize_before", [False, True])
+def test_adaptive_softmax_is_tied_and_gives_the_loss_of_its_distribution(
+    normalize_before: bool, build_tensorized: Callable[..., nn.Module]
+) -> None:
+    """As WikiText-103 is trained: the criterion's loss against the written-out distribution."""
+    model = build_tensorized(
+        adaptive_softmax_cutoff="8,16",
+        adaptive_softmax_factor=2,
+        decoder_normalize_before=normalize_before,
+    )
+    decoder = model.decoder
+    own = decoder.embed_tokens.embeddings[0][0].weight
+    assert decoder.adaptive_softmax.head.word_proj.weight is own
+    task = SimpleNamespace(target_dictionary=decoder.dictionary)
+    criterion = PenalizedAdaptiveLoss(task, sentence_avg=False)
+    tokens, targets = _tokens((3, 12)), _tokens((3, 12), seed=1)
+    targets[2, 9:] = decoder.padding_idx
+    sample = {
+        "net_input": {"src_tokens": tokens},
+        "target": targets,
+        "ntokens": 33,
+        "nsentences": 3,
+    }
+    loss, sample_size, _ = criterion(model, sample)
+    log_probs = model.get_normalized_probs(model(tokens), log_probs=True)
+    torch.testing.assert_close(log_probs.exp().sum(-1), torch.ones(3, 12))
+    chosen = log_probs.gather(2, targets.unsqueeze(2))[..., 0]
+    expected = -chosen[targets != decoder.padding_idx].sum()
+    assert sample_size == 33
+    torch.testing.assert_close(loss, expected)
+    loss.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_stock_adaptive_loss_leaves_out_a_word_of_each_band(
+    build_tensorized: Callable[..., nn.Module],
+) -> None:
+    """The reason for our own: fairseq takes the second word of a band for padding."""
+    model = build_tensorized(adaptive_softmax_cutoff="8,16", adaptive_softmax_factor=2)
+    task = SimpleNamespace(target_dictionary=model.decoder.dictionary)
+    losses = {}
+    for word in range(4, 24):
+        sample = {
+            "net_input": {"src_tokens": _tokens((1, 12))},
+            "target": torch.full((1, 12), word),
+            "ntokens": 12,
+        }
+        ours, stock = (
+            float(criterion(task, sentence_avg=False)(model, sample)[0])
+            for criterion in (PenalizedAdaptiveLoss, AdaptiveLoss)
+        )
+        losses[word] = stock == pytest.approx(ours, rel=1e-6)
+    assert [word for word, equal in losses.items() if not equal] == [9, 17]
 
 
 @pytest.mark.parametrize("attention", ["published", "causal"])

@@ -81,8 +81,19 @@ def test_bleu_is_stock_fairseqs(trained) -> None:
     assert round(record.metrics["test"]["bleu_tokenised"], 2) == stock
 
 
-def test_perplexity_is_stock_fairseqs(trained) -> None:
-    record, folder, corpus = trained("toy_language_model", "norm=power")
+ADAPTIVE = [
+    "model=tensorized_wikitext103",
+    "fairseq.criterion._name=normexp_adaptive_loss",
+    "+fairseq.distributed_training.ddp_backend=legacy_ddp",
+    "fairseq.model.adaptive_softmax_cutoff='8,60'",
+    "fairseq.model.adaptive_softmax_factor=2",
+]
+
+
+@pytest.mark.parametrize("model", [[], ADAPTIVE], ids=["transformer", "tensorized, adaptive"])
+def test_perplexity_is_stock_fairseqs(model: list[str], trained) -> None:
+    record, folder, corpus = trained("toy_language_model", "norm=power", *model)
+    assert record.sees_future_tokens is False
     shown = fairseq(
         "fairseq-eval-lm",
         str(corpus.data_bin),
