@@ -201,7 +201,18 @@ def _rows_at_a_time(loaded: LoadedModel, length: int) -> int:
 def _randomized(
     loaded: LoadedModel, tokens: Tensor, cut: int, generator: torch.Generator
 ) -> Tensor:
-    noise = _random_tokens(loaded, tokens.shape, generator).to(tokens.device)
+    # Within the bands of an adaptive input: it multiplies each band by a matrix of its own, and the
+    # last bits of such a product depend on how many tokens of the band there are.
+    decoder = getattr(loaded.model, "decoder", None)
+    ends = getattr(getattr(decoder, "embed_tokens", None), "cutoff", None)
+    dictionary = loaded.task.source_dictionary
+    noise = torch.empty_like(tokens)
+    first = dictionary.nspecial
+    lowest = 0
+    for end in ends or [len(dictionary)]:
+        drawn = torch.randint(first, end, tokens.shape, generator=generator).to(tokens.device)
+        noise = torch.where((tokens >= lowest) & (tokens < end), drawn, noise)
+        first = lowest = end
     after = torch.arange(tokens.shape[1], device=tokens.device) > cut
     return torch.where(after, noise, tokens)
 

@@ -95,6 +95,25 @@ def test_a_model_that_reads_the_answer_is_found_out() -> None:
     assert use.visible < 2 < use.random < use.masked
 
 
+def test_tokens_are_replaced_within_the_bands_of_an_adaptive_input() -> None:
+    """Otherwise the size of each band's product changes, and with it the last bits of all."""
+    seen: list[Tensor] = []
+
+    class Recording(_Model):
+        decoder = SimpleNamespace(embed_tokens=SimpleNamespace(cutoff=[7, 9, 12]))
+
+        def forward(self, tokens: Tensor, src_lengths: None) -> Tensor:
+            seen.append(tokens)
+            return super().forward(tokens, src_lengths)
+
+    audit.dependence_on_future(_loaded(Recording(0, 0.9), [40]), "test", cuts=50)
+    before, *changed = (torch.bucketize(tokens, torch.tensor([6, 8])) for tokens in seen)
+    assert len(changed) == 50 and before.unique().tolist() == [0, 1, 2]
+    assert all(torch.equal(before, other) for other in changed)
+    assert len({tuple(tokens[0].tolist()) for tokens in seen}) > 45
+    assert min(int(tokens.min()) for tokens in seen) >= 4
+
+
 def test_a_model_that_looks_back_is_cleared() -> None:
     loaded = _loaded(_Model(offset=-1, probability=0.9), [6] * 10)
     dependence = audit.dependence_on_future(loaded, "test")
