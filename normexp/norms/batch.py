@@ -1,15 +1,17 @@
 """Masked batch normalization with the exact gradient."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from normexp.norms import checks
 from normexp.norms.averaging import average_
-from normexp.norms.masking import num_real, only_real
+from normexp.norms.masking import num_real, only_real, zero_padding_
 from normexp.norms.recomputation import recomputing
 from normexp.norms.registry import register_norm
 from normexp.norms.running_norm import RunningNorm
-from normexp.norms.synchronization import pooled_moments
+from normexp.norms.synchronization import pooled_moments, sum_over_ranks
 
 
 @register_norm("batch")
@@ -21,7 +23,7 @@ class BatchNorm(RunningNorm):
         x_hat = (x - mu_B) / sqrt(var_B + eps),  y = w x_hat + b
         running_mean <- (1 - momentum) running_mean + momentum mu_B
         running_var  <- (1 - momentum) running_var  + momentum var_B N / (N - 1)
-    with the exact gradient, which autograd supplies. Inference: the running values take the place
+    with the exact gradient. Inference: the running values take the place
     of the batch's. Without padding this is torch's BatchNorm1d over the tokens, gradient and
     running values included.
 
@@ -39,21 +41,15 @@ class BatchNorm(RunningNorm):
         self.register_buffer("running_var", torch.ones(num_features))
 
     def _normalize(self, tokens: Tensor, real: Tensor | None) -> Tensor:
-        tokens = only_real(tokens, real)
-        n = num_real(tokens, real)
-        mean = tokens.sum(0) / n.clamp(min=1)
-        m2 = only_real(tokens - mean, real).square().sum(0)
-        n, mean, var = pooled_moments(n, mean, m2, self.sync)
+        y, mean, var, n = _Standardize.apply(tokens, self.weight, self.bias, real, self)
         if not recomputing():
             usable = self._usable(n, mean, var)
-            average_(self.running_mean, mean, self.momentum, usable)
-            # Detached: what autograd saves must be the same when the forward is recomputed.
+            average_(self.running_mean, mean.detach(), self.momentum, usable)
             new_var = self._var_to_average(var.detach(), n)
             average_(self.running_var, new_var, self.momentum, usable)
             self.step += usable
         self._after_step(mean, var, n)
-        scale = self._inverse_std(var) * self.weight
-        return only_real((tokens - mean) * scale + self.bias, real)
+        return y
 
     def inference_affine(self) -> tuple[Tensor, Tensor]:
         scale = self._inverse_std(self.running_var) * self.weight
@@ -69,5 +65,82 @@ class BatchNorm(RunningNorm):
     def _inverse_std(self, var: Tensor) -> Tensor:
         return torch.rsqrt(var + self.eps)
 
+    def _inverse_std_slope(self, var: Tensor) -> Tensor:
+        """Derivative of `_inverse_std`."""
+        return -0.5 * self._inverse_std(var) ** 3
+
     def statistics(self) -> dict[str, Tensor]:
         return {"mean": self.running_mean, "var": self.running_var}
+
+
+class _Standardize(torch.autograd.Function):
+    """x -> y, mu_B, var_B, N; of all ranks where the layer is synchronized.
+
+    Written out because autograd would make and keep a dozen tensors as large as x.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        tokens: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        real: Tensor | None,
+        norm: BatchNorm,
+    ) -> tuple[Tensor, ...]:
+        n = num_real(tokens, real)
+        centered = tokens.clone()
+        mean = zero_padding_(centered, real).sum(0) / n.clamp(min=1)
+        zero_padding_(centered.sub_(mean), real)
+        local_mean, squares = mean, centered.square()
+        n, mean, var = pooled_moments(n, mean, squares.sum(0), norm.sync)
+        if norm.sync:
+            zero_padding_(centered.add_(local_mean - mean), real)
+        scale = norm._inverse_std(var) * weight
+        y = torch.addcmul(bias.to(tokens.dtype), centered, scale, out=squares)
+        ctx.save_for_backward(tokens, centered, weight, real, var, n)
+        ctx.norm = norm
+        ctx.mark_non_differentiable(n)
+        return zero_padding_(y, real), mean, var, n
+
+    @staticmethod
+    def backward(
+        ctx: Any, gradient: Tensor, d_mean: Tensor, d_var: Tensor, _: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        tokens, centered, weight, real, var, n = ctx.saved_tensors
+        norm = ctx.norm
+        if torch.is_grad_enabled():  # this gradient is to be differentiated in turn
+            outputs = _standardize(tokens, weight, real, norm)
+            gradients = only_real(gradient, real), d_mean, d_var
+            d_tokens, d_weight = torch.autograd.grad(
+                outputs, (tokens, weight), gradients, create_graph=True
+            )
+            return d_tokens, d_weight, gradients[0].sum(0), None, None
+        if real is not None:
+            gradient = zero_padding_(gradient.clone(), real)
+        inverse, d_bias = norm._inverse_std(var), gradient.sum(0)
+        values = gradient * centered
+        products = values.sum(0)
+        # What reaches mu_B and var_B, from the tokens of all ranks.
+        d_var = d_var + products * weight * norm._inverse_std_slope(var)
+        d_mean = d_mean - d_bias * weight * inverse
+        sums = sum_over_ranks(torch.cat([d_mean, d_var]), norm.sync) / n.clamp(min=1)
+        d_mean, d_var = sums.chunk(2)
+        torch.addcmul(d_mean, centered, 2 * d_var, out=values)
+        values.addcmul_(gradient, weight * inverse)
+        d_tokens = zero_padding_(values, real)
+        d_weight = products * inverse
+        return d_tokens, d_weight.to(weight.dtype), d_bias.to(weight.dtype), None, None
+
+
+def _standardize(
+    tokens: Tensor, weight: Tensor, real: Tensor | None, norm: BatchNorm
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same in operations that autograd knows, less the bias: y, mu_B, var_B."""
+    tokens = only_real(tokens, real)
+    n = num_real(tokens, real)
+    mean = tokens.sum(0) / n.clamp(min=1)
+    m2 = only_real(tokens - mean, real).square().sum(0)
+    _, mean, var = pooled_moments(n, mean, m2, norm.sync)
+    scale = norm._inverse_std(var) * weight
+    return only_real((tokens - mean) * scale, real), mean, var

@@ -60,6 +60,15 @@ def only_real(values: Tensor, real: Tensor | None) -> Tensor:
     return values if real is None else torch.where(real, values, 0.0)
 
 
+def zero_padding_(values: Tensor, real: Tensor | None) -> Tensor:
+    """`only_real` in place; on a CPU only the padded rows are touched. Returns values."""
+    if real is None:
+        return values
+    if values.device.type == "cpu":  # a GPU would have to be waited for to know the rows
+        return values.index_fill_(0, (~real[:, 0]).nonzero()[:, 0], 0.0)
+    return values.masked_fill_(~real, 0.0)
+
+
 def real_mean(values: Tensor, real: Tensor | None) -> Tensor:
     """Mean over the real tokens: values (T*B, C) -> (C,). Zero where no token is real."""
     return only_real(values, real).sum(0) / num_real(values, real).clamp(min=1)

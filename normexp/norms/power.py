@@ -1,22 +1,18 @@
 """PN: power normalization, the paper's Algorithm 2."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from normexp.norms import checks
 from normexp.norms.averaging import average_
-from normexp.norms.masking import num_real, only_real
+from normexp.norms.quadratic_norm import QuadraticNorm
 from normexp.norms.recomputation import recomputing
 from normexp.norms.registry import register_norm
-from normexp.norms.running_norm import RunningNorm
 from normexp.norms.synchronization import pooled_mean, sum_over_ranks
 
 
 @register_norm("power")
-class PowerNorm(RunningNorm):
+class PowerNorm(QuadraticNorm):
     """PN, Algorithm 2 of the paper, one iteration per forward and backward in training mode.
 
     forward, with the running statistic of before this step:
@@ -68,35 +64,28 @@ class PowerNorm(RunningNorm):
         self.register_buffer("running_psi2", torch.ones(num_features))
         self.register_buffer("nu", torch.zeros(num_features))
 
-    def _normalize(self, tokens: Tensor, real: Tensor | None) -> Tensor:
-        tokens = only_real(tokens, real)
-        psi2, in_warmup, n = self._step(tokens.detach().square().sum(0), num_real(tokens, real))
-        x_hat = _Normalize.apply(tokens, psi2, in_warmup, n, self)
-        return only_real(x_hat * self.weight + self.bias, real)
-
     @torch.no_grad()
     def _step(self, squares: Tensor, n: Tensor) -> tuple[Tensor, ...]:
-        """One iteration's forward: the psi2 to divide by, whether in warm-up, N of all ranks.
-
-        squares (C,): sums of x^2 over the rank's n real tokens.
-        """
+        """One iteration's forward: psi2 to divide by, Gamma, whether in warm-up, N of all ranks."""
         if recomputing():
             return self._recent.recall(squares)
         psi2_batch, n = pooled_mean(squares, n, self.sync)
         in_warmup = self.step < self.warmup_steps
         psi2 = torch.where(in_warmup, psi2_batch, self.running_psi2.to(squares.dtype))
-        self._recent.remember(squares, psi2, in_warmup, n)
+        gamma = psi2_batch / (psi2 + self.eps)
+        self._recent.remember(squares, psi2, gamma, in_warmup, n)
         usable = self._usable(n, psi2_batch)
         average_(self.running_psi2, psi2_batch, 1 - self.alpha_fwd, usable)
         self.step += usable
-        return psi2, in_warmup, n
+        return psi2, gamma, in_warmup, n
 
-    def _step_backward(self, g: Tensor, x_hat: Tensor, in_warmup: Tensor, n: Tensor) -> Tensor:
-        """One iteration's backward: the factor of x_hat in the gradient; advances nu."""
-        sums = torch.cat([x_hat.square().sum(0), (g * x_hat).sum(0)])
-        gamma, lam = (sum_over_ranks(sums, self.sync) / n.clamp(min=1)).chunk(2)
+    def _step_backward(
+        self, products: Tensor, gamma: Tensor, in_warmup: Tensor, n: Tensor
+    ) -> Tensor:
+        """One iteration's backward; advances nu."""
+        lam = sum_over_ranks(products, self.sync) / n.clamp(min=1)
         # During warm-up psi2 is the batch's own and the exact gradient (PN-V's) is at hand.
-        correction = torch.where(in_warmup, lam, self.nu.to(g.dtype))
+        correction = torch.where(in_warmup, lam, self.nu.to(lam.dtype))
         pace = gamma.new_full((), 1 - self.alpha_bwd)
         if self.bound_nu:
             pace = torch.minimum(pace, 1 / gamma)
@@ -109,24 +98,3 @@ class PowerNorm(RunningNorm):
 
     def statistics(self) -> dict[str, Tensor]:
         return {"psi2": self.running_psi2, "nu": self.nu}
-
-
-class _Normalize(torch.autograd.Function):
-    """x -> x_hat with Algorithm 2's backward."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, tokens: Tensor, psi2: Tensor, in_warmup: Tensor, n: Tensor, norm: PowerNorm
-    ) -> Tensor:
-        inverse = torch.rsqrt(psi2 + norm.eps)
-        x_hat = tokens * inverse
-        ctx.save_for_backward(x_hat, inverse, in_warmup, n)
-        ctx.norm = norm
-        return x_hat
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        x_hat, inverse, in_warmup, n = ctx.saved_tensors
-        correction = ctx.norm._step_backward(g, x_hat, in_warmup, n)
-        return (g - correction * x_hat) * inverse, None, None, None, None

@@ -77,6 +77,9 @@ class RegularizedBatchNorm(BatchNorm):
     def _inverse_std(self, var: Tensor) -> Tensor:
         return torch.rsqrt(var.clamp(min=self.eps))
 
+    def _inverse_std_slope(self, var: Tensor) -> Tensor:
+        return torch.where(var < self.eps, 0.0, super()._inverse_std_slope(var))
+
 
 class _Pending:
     """A penalty on its way to the loss; copies and pickles of the layer do not have it."""
