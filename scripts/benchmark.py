@@ -2,7 +2,8 @@
 """Measure, print a table and write the record to results/benchmarks/.
 
     python scripts/benchmark.py preparation     # WMT14's preparation on made-up text: 10 minutes
-    python scripts/benchmark.py attention       # the Tensorized Transformer's attention: 3 minutes
+    python scripts/benchmark.py attention       # the Tensorized Transformer's attention: 5 minutes
+    python scripts/benchmark.py norms           # every layer against nn.LayerNorm: 5 minutes
 
 Numbers are comparable only within one record; leave the machine alone meanwhile.
 """
@@ -43,7 +44,14 @@ def main() -> None:
         "published and causal. Needs Linux where there is no GPU.",
     )
     attention.add_argument("--rounds", type=int, default=15, help="(%(default)s)")
-    for command in (preparation, attention):
+    norms = benchmarks.add_parser(
+        "norms",
+        help="time of the normalization layers against nn.LayerNorm",
+        description="Forward and backward in training, in float32 and bfloat16, all layers in "
+        "turn in one process.",
+    )
+    norms.add_argument("--rounds", type=int, default=40, help="(%(default)s)")
+    for command in (preparation, attention, norms):
         name = command.prog.split()[-1]
         command.add_argument(
             "--output", type=Path, default=RECORDS / f"{name}.json", help="record (%(default)s)"
@@ -55,8 +63,8 @@ def main() -> None:
         _preparation(arguments)
     else:
         if arguments.rounds < 2:
-            attention.error("--rounds: at least 2, for quartiles")
-        _attention(arguments)
+            parser.error("--rounds: at least 2, for quartiles")
+        (_attention if arguments.benchmark == "attention" else _norms)(arguments)
     print(f"Record: {arguments.output}")
 
 
@@ -95,6 +103,19 @@ def _attention(arguments: argparse.Namespace) -> None:
                 f"{one['shape']:<12} {one['attention']:<10} {name:<7} {times[1]:>9.1f} "
                 f"{one['memory_bytes'][name] / 1e6:>7.0f} {ratio:>18}"
             )
+
+
+def _norms(arguments: argparse.Namespace) -> None:
+    from normexp.benchmarks.norms import measure
+
+    result = measure(arguments.rounds, arguments.output, sys.stderr.isatty())
+    print(f"{'shape':<16} {'dtype':<9} {'layer':<22} {'ms':>8} {'x nn.LayerNorm':>20}")
+    for one in result["measured"]:
+        low, median, high = one["ratio_to_layer_norm"]
+        print(
+            f"{one['shape']:<16} {one['dtype']:<9} {one['layer']:<22} {one['milliseconds']:>8.3f} "
+            f"{median:>6.2f} ({low:.2f}-{high:.2f}){' disturbed' * one['disturbed']}"
+        )
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from normexp.atomic import write_json
-from normexp.benchmarks.interleaved import quartiles, ratios, take_turns
+from normexp.benchmarks.interleaved import take_turns
 from normexp.fairseq_plugin.tensorized_attention import TensorizedAttention
 from normexp.records import code_version, hardware_facts, package_versions, utc_now
 
@@ -34,7 +34,7 @@ def measure(rounds: int, record: Path, progress: bool) -> dict[str, Any]:
             steps = {name: _step(name, shape, mask) for name in NAMES}
             _same_result(steps)
             calls = {name: step for name, (step, _) in steps.items()}
-            seconds = take_turns(calls, rounds, progress)
+            turns = take_turns(calls, rounds, progress)
             tokens = length * batch
             measured.append(
                 {
@@ -45,10 +45,12 @@ def measure(rounds: int, record: Path, progress: bool) -> dict[str, Any]:
                     "head_dim": head_dim,
                     "attention": mask,
                     "microseconds_per_token": {
-                        name: _rounded([1e6 * value / tokens for value in quartiles(times)])
-                        for name, times in seconds.items()
+                        name: _rounded([1e6 * s / tokens for s in turns.quartiles(name)])
+                        for name in NAMES
                     },
-                    "ratio_of_ours_to_einsum": _rounded(ratios(seconds, "ours", "einsum")),
+                    "ratio_of_ours_to_einsum": _rounded(turns.ratios("ours", "einsum")),
+                    "rounds_dropped": turns.dropped,
+                    "disturbed": turns.disturbed,
                     "memory_bytes": {name: _memory(name, shape, mask) for name in NAMES},
                 }
             )

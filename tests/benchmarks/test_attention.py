@@ -10,23 +10,8 @@ import torch
 from torch import nn
 
 from normexp.benchmarks import attention
-from normexp.benchmarks.interleaved import quartiles, ratios, take_turns
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "benchmark.py"
-
-
-def test_competitors_take_turns() -> None:
-    calls: list[str] = []
-    competitors = {name: lambda name=name: calls.append(name) for name in "abc"}
-    seconds = take_turns(competitors, 4, progress=False)
-    assert "".join(calls) == "abc" * 6
-    assert {name: len(times) for name, times in seconds.items()} == {"a": 4, "b": 4, "c": 4}
-
-
-def test_quartiles_and_ratios_by_round() -> None:
-    assert quartiles([5.0, 1.0, 3.0, 2.0, 4.0]) == [2.0, 3.0, 4.0]
-    seconds = {"slow": [2.0, 8.0, 3.0], "fast": [1.0, 2.0, 3.0]}
-    assert ratios(seconds, "slow", "fast") == [1.5, 2.0, 3.0]
 
 
 @pytest.mark.parametrize("causal", [True, False])

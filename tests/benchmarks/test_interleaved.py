@@ -1,0 +1,84 @@
+"""Competitors are timed in turn, and rounds that others disturbed are left out."""
+
+from collections.abc import Callable
+
+import pytest
+
+from normexp.benchmarks import interleaved
+from normexp.benchmarks.interleaved import Turns, quartiles, take_turns
+
+
+@pytest.fixture
+def clocks(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
+    """A clock that only calls move, and the share of other processes in each block as told."""
+
+    def set_clocks(others: list[float]) -> dict[str, Callable[[], None]]:
+        now = {"wall": 0.0}
+        shares = iter(others)
+
+        def call(seconds: float) -> None:
+            now["wall"] += seconds
+
+        def block(*arguments: object) -> object:
+            share = next(shares)
+            result, _ = original(*arguments)
+            return result, share
+
+        original = interleaved._block
+        monkeypatch.setattr(interleaved, "_block", block)
+        monkeypatch.setattr(interleaved, "_now", lambda: now["wall"])
+        monkeypatch.setattr(interleaved.time, "perf_counter", lambda: now["wall"])
+        return {"slow": lambda: call(2.0), "fast": lambda: call(1.0)}
+
+    return set_clocks
+
+
+def test_competitors_take_turns(clocks) -> None:
+    calls: list[str] = []
+    competitors = {
+        name: lambda name=name, call=call: (calls.append(name), call())
+        for name, call in clocks([0.0] * 9).items()
+    }
+    turns = take_turns(competitors, 4, progress=False)
+    assert calls == ["slow", "fast"] * 6
+    assert turns == Turns({"slow": [2.0] * 4, "fast": [1.0] * 4}, dropped=0, disturbed=False)
+
+
+def test_disturbed_rounds_are_dropped(clocks) -> None:
+    turns = take_turns(clocks([0.0, 0.5, 0.02, 0.04, 0.0, 0.0]), 4, progress=False)
+    assert (turns.dropped, turns.disturbed, len(turns.seconds["fast"])) == (2, False, 4)
+
+
+def test_a_machine_that_is_never_quiet_is_told(clocks) -> None:
+    turns = take_turns(clocks([0.5] * 99), 4, progress=False)
+    assert (turns.dropped, turns.disturbed, len(turns.seconds["fast"])) == (0, True, 16)
+
+
+def test_time_of_others_is_all_but_our_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two processors for a second: one of them ours, half of the other somebody else's."""
+    monkeypatch.setattr(interleaved.os, "cpu_count", lambda: 2)
+    ticks = {
+        "wall": iter([0.0, 0.1, 1.0, 1.0]),
+        "own": iter([5.0, 6.0]),
+        "busy": iter([100.0, 101.5]),
+    }
+    monkeypatch.setattr(interleaved.time, "perf_counter", lambda: next(ticks["wall"]))
+    monkeypatch.setattr(interleaved, "_now", lambda: 0.0)
+    monkeypatch.setattr(interleaved, "_own_seconds", lambda: next(ticks["own"]))
+    monkeypatch.setattr(interleaved, "_busy_seconds", lambda: next(ticks["busy"]))
+    block, share = interleaved._block({"a": lambda: None}, 5)
+    assert len(block) == 1 and share == pytest.approx(0.25)
+
+
+def test_the_clock_of_the_machine_runs_with_ours() -> None:
+    own, busy = interleaved._own_seconds(), interleaved._busy_seconds()
+    while interleaved._own_seconds() - own < 0.3:
+        sum(range(10_000))
+    assert interleaved._busy_seconds() - busy > 0.25
+
+
+def test_quartiles_and_ratios_by_round() -> None:
+    assert quartiles([5.0, 1.0, 3.0, 2.0, 4.0]) == [2.0, 3.0, 4.0]
+    turns = Turns({"slow": [2.0, 8.0, 3.0], "fast": [1.0, 2.0, 3.0]}, 0, False)
+    assert turns.ratios("slow", "fast") == [1.5, 2.0, 3.0]
+    assert turns.quartiles("fast") == [1.5, 2.0, 2.5]
