@@ -10,17 +10,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from tqdm import tqdm
 
-from normexp import checkpoints, config
+from normexp import checkpoints, config, records
+from normexp.audits import Audit, write_audit
 from normexp.corpora import prepare
 from normexp.errors import UserError
 from normexp.evaluation import LoadedModel, load_model
 from normexp.run_folder import RunFolder
 
+REPOSITORY = Path(__file__).resolve().parents[1]
 _LOG_PROBS_AT_A_TIME = 2**26
 
 
@@ -129,7 +132,8 @@ def main(
     """Audit a run folder, or a checkpoint with its binarized data, and print what was found."""
     if segments < 1:
         raise UserError(f"--segments={segments} must be at least 1")
-    loaded = _of_run(model, cpu) if model.is_dir() else _of_checkpoint(model, data, user_dir, cpu)
+    run = _Run.read(model) if model.is_dir() else None
+    loaded = run.load(cpu) if run else _of_checkpoint(model, data, user_dir, cpu)
     if loaded.cfg.task._name != "language_modeling":
         raise UserError(f"{model} is no language model but a model for {loaded.cfg.task._name}")
     dependence = dependence_on_future(loaded, split, segments, seed=seed)
@@ -146,19 +150,75 @@ def main(
     ):
         table.add_row(name, value)
     Console().print(table)
+    if run and run.folder.record.is_file():
+        options = f" --split {split} --segments {segments} --seed {seed}" + " --cpu" * cpu
+        print("record:", run.write(dependence, use, split, segments, seed, options))
     return dependence
 
 
-def _of_run(path: Path, cpu: bool) -> LoadedModel:
-    folder = RunFolder(path.absolute())
-    cfg = folder.read_config()
-    local = Path(cfg.data.local) if cfg.data.local else None
-    corpus = prepare(cfg.task.corpus, Path(cfg.data.dir), local)
-    settings = config.resolved(cfg)["evaluation"]
-    checkpoint, _ = checkpoints.choose(
-        folder.checkpoints, settings["checkpoint"], settings["average_last"]
-    )
-    return load_model(checkpoint, corpus.data_bin, cpu or cfg.fairseq.common.cpu)
+@dataclass(frozen=True)
+class _Run:
+    """A run folder with the checkpoint that its evaluation took."""
+
+    folder: RunFolder
+    cfg: DictConfig
+    checkpoint: Path
+    chosen: str
+
+    @classmethod
+    def read(cls, path: Path) -> "_Run":
+        folder = RunFolder(path.absolute())
+        cfg = folder.read_config()
+        settings = config.resolved(cfg)["evaluation"]
+        checkpoint, chosen = checkpoints.choose(
+            folder.checkpoints, settings["checkpoint"], settings["average_last"]
+        )
+        return cls(folder, cfg, checkpoint, chosen)
+
+    def load(self, cpu: bool) -> LoadedModel:
+        data = self.cfg.data
+        local = Path(data.local) if data.local else None
+        corpus = prepare(self.cfg.task.corpus, Path(data.dir), local)
+        return load_model(self.checkpoint, corpus.data_bin, cpu or self.cfg.fairseq.common.cpu)
+
+    def write(
+        self,
+        dependence: Dependence,
+        use: FutureUse,
+        split: str,
+        segments: int,
+        seed: int,
+        options: str,
+    ) -> Path:
+        """The audit's record, where the run's record is one; its path."""
+        record = records.read_record(self.folder.record)
+        results = Path(self.cfg.results_dir)
+        of_run = records.record_path(results, record)
+        path = results / "audits" / of_run.relative_to(results / "records")
+        commit, dirty = records.code_version(REPOSITORY)
+        audit = Audit(
+            task=record.task,
+            label=record.label,
+            seed=record.seed,
+            config_hash=record.config_hash,
+            checkpoint=self.chosen,
+            split=split,
+            blocks=segments,
+            draw_seed=seed,
+            sees_future_tokens=dependence.sees_future,
+            changed=dependence.changed,
+            largest_nats=dependence.largest,
+            perplexity_visible=use.visible,
+            perplexity_random=use.random,
+            perplexity_hidden=use.masked,
+            code_commit=commit,
+            code_dirty=dirty,
+            versions=records.package_versions(),
+            command=f"python scripts/audit.py results/runs/{record.task}/{of_run.stem}{options}",
+            finished_at=records.utc_now(),
+        )
+        write_audit(path, audit)
+        return path
 
 
 def _of_checkpoint(path: Path, data: Path | None, user_dir: Path | None, cpu: bool) -> LoadedModel:

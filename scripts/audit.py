@@ -7,7 +7,8 @@
 Changes the inputs after random positions and reports whether predictions before them answer, and
 the perplexity with the future visible, replaced at random, and hidden. A causal model answers
 with exactly 0, and its three perplexities are one number. Exit status 2 says that the model sees
-future tokens.
+future tokens. The audit of a run leaves a record, results/audits/<task>/<label>-seed<k>.json, from
+which scripts/report.py makes a table.
 """
 
 import argparse

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from normexp.audits import load_audits
 from normexp.errors import UserError
 from normexp.records import load_records
 from normexp.report.aggregate import rows_by_task
@@ -36,10 +37,11 @@ def main() -> None:
     if not options.results.is_dir():
         raise UserError(f"no folder {options.results}; train something first, or mend --results")
     rows = rows_by_task(load_records(options.results))
+    audits = load_audits(options.results)
     paper = load_paper(options.paper)
     page = options.output or options.results / "README.md"
     if options.check:
-        check_files(report_files(rows, paper, page, home=options.paper.parent))
+        check_files(report_files(rows, paper, page, options.paper.parent, audits))
         return
     console = Console()
     if not sys.stdout.isatty():
@@ -48,7 +50,7 @@ def main() -> None:
     if not rows:
         console.print(f"no records below {options.results}/records yet")
     if not options.console_only:
-        write_files(report_files(rows, paper, page, home=options.paper.parent))
+        write_files(report_files(rows, paper, page, options.paper.parent, audits))
         console.print(f"written: {page} and {page.parent}/tables")
 
 

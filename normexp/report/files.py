@@ -1,7 +1,9 @@
 """The files of the report, and whether those on disk are up to date."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
+from normexp.audits import Audit
 from normexp.errors import UserError
 from normexp.report.aggregate import Row
 from normexp.report.csv_tables import results_csv, runs_csv
@@ -13,7 +15,11 @@ from normexp.report.tables import results_table
 
 
 def report_files(
-    rows_by_task: dict[str, list[Row]], paper: Paper, page: Path, home: Path
+    rows_by_task: dict[str, list[Row]],
+    paper: Paper,
+    page: Path,
+    home: Path,
+    audits: Mapping[Path, Audit] | None = None,
 ) -> dict[Path, str]:
     """Content by path: the page, CSV and LaTeX in `tables/` and curves in `figures/` beside it.
 
@@ -29,7 +35,7 @@ def report_files(
     }
     figure_of = {task: path for task, (path, _) in curves.items()}
     files = {
-        page: results_page(rows_by_task, paper, page, home, figure_of),
+        page: results_page(rows_by_task, paper, page, home, figure_of, audits or {}),
         tables / "runs.csv": runs_csv(every_row, page.parent),
         **dict(curves.values()),
     }

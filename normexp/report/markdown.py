@@ -5,7 +5,9 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+from normexp.audits import Audit
 from normexp.report.aggregate import Row
+from normexp.report.audits import audits_table
 from normexp.report.cells import BUDGET, FUTURE, UNVERIFIED, Cell, Link, Table
 from normexp.report.paper import Paper
 from normexp.report.tables import differences_table, published_table, results_table, runs_table
@@ -31,6 +33,7 @@ def results_page(
     page: Path,
     home: Path,
     figures: Mapping[str, Path],
+    audits: Mapping[Path, Audit],
 ) -> str:
     """The whole page; links are relative to the folder of `page`, PROTOCOL.md is in `home`.
 
@@ -55,6 +58,9 @@ def results_page(
         if task in figures:
             link = _relative(figures[task], folder)
             parts.append(f"![Validation perplexity over updates]({link})\n")
+        audited = audits_table(task, audits)
+        if audited.rows:
+            parts.append("Without the future tokens:\n\n" + table(audited, folder))
         parts.append("Runs:\n\n" + table(runs_table(rows), folder))
     parts.append("## Published numbers\n")
     parts.append(table(published_table(paper), folder))

@@ -11,6 +11,7 @@ from small_runs import composed, run_script
 from torch import Tensor, nn
 
 from normexp import audit, pipeline
+from normexp.audits import load_audits
 from normexp.corpora import prepare
 from normexp.errors import UserError
 from normexp.evaluation import LoadedModel, load_model
@@ -162,6 +163,15 @@ def test_a_trained_models_sight_is_measured_and_recorded(
     assert shown.returncode == (2 if published else 0), shown.stderr
     assert f"sees future tokens                              │ {'yes' if published else 'no'}" in (
         shown.stdout
+    )
+    (path,) = load_audits(tmp_path / "results")
+    assert path == tmp_path / "results/audits/toy_language_model/PN-seed1.json"
+    audit_record = load_audits(tmp_path / "results")[path]
+    assert audit_record.sees_future_tokens is published
+    assert (audit_record.config_hash, audit_record.blocks) == (record.config_hash, 4)
+    assert audit_record.command == (
+        "python scripts/audit.py results/runs/toy_language_model/PN-seed1 "
+        "--split test --segments 4 --seed 0 --cpu"
     )
     shown = run_script(
         "audit.py", str(checkpoint), "--data", str(corpus.data_bin), "--segments", "2", "--cpu"
