@@ -48,7 +48,7 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     ("change", "cause"),
     [
         ({"blocks": "many"}, "blocks: Input should be a valid integer"),
-        ({"perplexity": 3.0}, "perplexity: Extra inputs are not permitted"),
+        ({"perplexity": 3.0}, "perplexity: Unexpected keyword argument"),
         ({"schema_version": 2}, "schema_version"),
     ],
 )
@@ -60,7 +60,7 @@ def test_a_bad_file_is_named_with_its_fault(tmp_path: Path, change, cause: str) 
         load_audits(tmp_path)
     assert str(path) in str(error.value) and cause in str(error.value)
     path.write_text("{", encoding="utf-8")
-    with pytest.raises(UserError, match="LN-seed1.json"):
+    with pytest.raises(UserError, match=r"LN-seed1\.json"):
         load_audits(tmp_path)
 
 
