@@ -8,7 +8,7 @@ from torch.autograd.function import once_differentiable
 
 from normexp.norms import checks
 from normexp.norms.averaging import average_
-from normexp.norms.masking import num_real, only_real
+from normexp.norms.masking import num_real, zero_padding_
 from normexp.norms.recomputation import recomputing
 from normexp.norms.registry import register_norm
 from normexp.norms.running_norm import RunningNorm
@@ -55,11 +55,7 @@ class PowerNormReleased(RunningNorm):
         self.register_buffer("e", torch.zeros(num_features))
 
     def _normalize(self, tokens: Tensor, real: Tensor | None) -> Tensor:
-        tokens = self._scale_groups(tokens)
-        squares = only_real(tokens.detach(), real).square().sum(0)
-        psi2, psi2_batch, n = self._step(squares, num_real(tokens, real))
-        x_hat = _NormalizeReleased.apply(tokens, psi2, psi2_batch, n, self)
-        return x_hat * self.weight + self.bias
+        return _ScaleReleased.apply(tokens, self.weight, self.bias, real, self)
 
     @torch.no_grad()
     def _step(self, squares: Tensor, n: Tensor) -> tuple[Tensor, ...]:
@@ -79,14 +75,19 @@ class PowerNormReleased(RunningNorm):
         self.step += usable
         return psi2, psi2_batch, n
 
-    def _step_backward(self, g: Tensor, x_hat: Tensor, n: Tensor) -> Tensor:
-        """x_tilde (T*B, C); advances e."""
-        x_tilde = g - (1 - self.alpha_bwd) * self.e.to(g.dtype) * x_hat
-        positions = x_hat.new_full((), x_hat.shape[0])
-        mean, _ = pooled_mean((x_tilde * x_hat).sum(0), positions, self.sync)
+    def _step_backward(
+        self, products: Tensor, squares: Tensor, n: Tensor, positions: int
+    ) -> Tensor:
+        """(1 - alpha_bwd) e, the factor of x_hat in x_tilde; advances e.
+
+        products, squares (C,): sums of g x_hat and x_hat^2 over the rank's positions.
+        """
+        factor = (1 - self.alpha_bwd) * self.e.to(products.dtype)
+        sums = products - factor * squares
+        mean, _ = pooled_mean(sums, sums.new_full((), positions), self.sync)
         e = self.e + mean
         self.e.copy_(torch.where(self._usable(n, e), e, self.e))
-        return x_tilde
+        return factor
 
     def _infer(self, tokens: Tensor, real: Tensor | None) -> Tensor:
         scale = torch.rsqrt(self.running_psi2 + self.eps) * self.weight
@@ -101,25 +102,51 @@ class PowerNormReleased(RunningNorm):
         return {"psi2": self.running_psi2, "nu": (1 - self.alpha_bwd) * self.e}
 
 
-class _NormalizeReleased(torch.autograd.Function):
-    """x -> x_hat; backward divides by the batch's statistic and drives `e` to cancel Lambda."""
+class _ScaleReleased(torch.autograd.Function):
+    """x -> y; backward divides by the batch's statistic and drives `e` to cancel Lambda.
+
+    The gradient of the group scaling xg = x r, r = 1 / sqrt(mean_group(x^2) + eps), is
+    dL/dx = r (d - xg mean_group(d xg)),  d = dL/dxg.
+    """
 
     @staticmethod
     def forward(
         ctx: Any,
         tokens: Tensor,
-        psi2: Tensor,
-        psi2_batch: Tensor,
-        n: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        real: Tensor | None,
         norm: PowerNormReleased,
     ) -> Tensor:
-        x_hat = tokens * torch.rsqrt(psi2 + norm.eps)
-        ctx.save_for_backward(x_hat, torch.rsqrt(psi2_batch + norm.eps), n)
+        values = tokens.square()
+        by_group = values.unflatten(1, (norm.num_groups, -1))
+        r = torch.rsqrt(by_group.mean(-1, keepdim=True) + norm.eps)  # (N, G, 1)
+        scaled = (tokens.unflatten(1, (norm.num_groups, -1)) * r).flatten(1)
+        torch.mul(scaled, scaled, out=values)
+        squares = values.sum(0)
+        real_squares = squares if real is None else zero_padding_(values, real).sum(0)
+        psi2, psi2_batch, n = norm._step(real_squares, num_real(tokens, real))
+        inverse, batch_inverse = (torch.rsqrt(p + norm.eps) for p in (psi2, psi2_batch))
+        ctx.save_for_backward(scaled, r, weight, inverse, batch_inverse, squares, n)
         ctx.norm = norm
-        return x_hat
+        return torch.addcmul(bias.to(tokens.dtype), scaled, inverse * weight, out=values)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        x_hat, inverse, n = ctx.saved_tensors
-        return ctx.norm._step_backward(g, x_hat, n) * inverse, None, None, None, None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        scaled, r, weight, inverse, batch_inverse, squares, n = ctx.saved_tensors
+        values = gradient * scaled
+        d_weight = values.sum(0) * inverse
+        d_bias = gradient.sum(0)
+        factor = ctx.norm._step_backward(
+            d_weight * weight, squares * inverse.square(), n, len(scaled)
+        )
+        d_scaled = gradient * (weight * batch_inverse)
+        d_scaled.addcmul_(scaled, factor * inverse * batch_inverse, value=-1)
+        torch.mul(d_scaled, scaled, out=values)
+        by_group = (ctx.norm.num_groups, -1)
+        mean = values.unflatten(1, by_group).mean(-1, keepdim=True)
+        d_tokens = d_scaled.unflatten(1, by_group)
+        d_tokens.addcmul_(scaled.unflatten(1, by_group), mean, value=-1).mul_(r)
+        types = weight.dtype
+        return d_tokens.flatten(1), d_weight.to(types), d_bias.to(types), None, None

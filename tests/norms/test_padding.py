@@ -164,3 +164,24 @@ def test_batch_without_a_real_token_changes_no_state(name: str) -> None:
             np.testing.assert_array_equal(value, before[what], err_msg=what)
         layer.train_step(batch.x, batch.pad, batch.gy)
     assert np.isfinite(layer.infer(batch.x, nothing_real)).all()
+
+
+@pytest.mark.parametrize("name", ["batch", "regularized_batch", "power_v", "power"])
+def test_padding_is_zero_in_output_and_gradient(name: str) -> None:
+    """In training; and what is handed to backward is left as it is."""
+    generator = torch.Generator().manual_seed(3)
+    norm = build_norm(name, 6)
+    x = torch.randn(5, 4, 6, generator=generator).requires_grad_()
+    gradient = torch.randn(5, 4, 6, generator=generator)
+    kept = gradient.clone()
+    padding_mask = torch.arange(5) >= torch.tensor([5, 2, 4, 0])[:, None]
+    padded = padding_mask.t()
+    for _ in range(2):
+        y = norm(x, padding_mask)
+        (gx,) = torch.autograd.grad(y, x, gradient)
+        assert torch.equal(y[padded], torch.zeros(9, 6))
+        assert torch.equal(gx[padded], torch.zeros(9, 6))
+        assert (gx[~padded] != 0).all() and (y[~padded] != 0).all()
+        assert torch.equal(gradient, kept)
+        if name == "regularized_batch":
+            norm.penalty()
