@@ -2,8 +2,8 @@
 """Measure, print a table and write the record to results/benchmarks/.
 
     python scripts/benchmark.py preparation     # WMT14's preparation on made-up text: 10 minutes
-    python scripts/benchmark.py attention       # the Tensorized Transformer's attention: 5 minutes
-    python scripts/benchmark.py norms           # every layer against nn.LayerNorm: 5 minutes
+    python scripts/benchmark.py attention       # the Tensorized Transformer's attention: 2 minutes
+    python scripts/benchmark.py norms           # every layer against nn.LayerNorm: 3 minutes
 
 Numbers are comparable only within one record; leave the machine alone meanwhile.
 """
