@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from subword_nmt.apply_bpe import BPE
 
+from normexp.benchmarks.wmt_like import pairs
 from normexp.corpora import text
 from normexp.corpora.bpe import _Words, learn_codes
-from normexp.corpora.wmt_like import pairs
 
 # Few letters and long words: the same string then arises from different merges, and pairs repeat
 # within words, which is where the library's bookkeeping has peculiarities.
