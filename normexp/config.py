@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -76,6 +77,7 @@ def validate(cfg: DictConfig) -> dict[str, dict[str, Any]]:
     _check_names(plain)
     _check_evaluation(plain["evaluation"])
     _check_windows(plain)
+    _check_blocks(plain["fairseq"]["task"])
     _check_stopping(plain["fairseq"])
     _check_hardware(plain["fairseq"])
     _check_tracking(plain["tracking"]["mode"])
@@ -171,6 +173,14 @@ def _check_windows(plain: dict[str, Any]) -> None:
         raise UserError("evaluation.context_window and evaluation.stride are for language models")
     length = plain["fairseq"]["task"].get("tokens_per_sample", 1024)  # fairseq's default
     stride_for(length, context_window, stride)
+
+
+def _check_blocks(task: dict[str, Any]) -> None:
+    if task.get("sample_break_mode") == "eos" and not hasattr(np, "compat"):
+        raise UserError(
+            "fairseq.task.sample_break_mode=eos fails in fairseq-fixed with NumPy "
+            f"{np.__version__}; use complete or none, or an older NumPy (1.26)"
+        )
 
 
 def _check_stopping(node: dict[str, Any]) -> None:

@@ -269,3 +269,14 @@ def test_unwritable_results_are_named(tmp_path: Path) -> None:
         open_run(composed(f"results_dir={tmp_path / 'file'}")),
     ):
         pass
+
+
+def test_blocks_that_fairseq_cannot_make_with_this_numpy_are_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cfg = composed("task=toy_language_model", "fairseq.task.sample_break_mode=eos")
+    monkeypatch.delattr("numpy.compat", raising=False)
+    with pytest.raises(UserError, match="use complete or none"):
+        config.validate(cfg)
+    monkeypatch.setattr("numpy.compat", object(), raising=False)
+    config.validate(cfg)
