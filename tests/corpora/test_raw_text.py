@@ -138,6 +138,7 @@ def test_a_member_must_be_one_file(tmp_path, found: dict[str, str]) -> None:
         ("a.gz", gzip.compress(TEXT.encode())[:10] + bytes([255] * 20)),
         ("a.gz", b"no gzip"),
     ],
+    ids=["tgz cut", "tgz is html", "zip cut", "gz cut", "gz garbled", "gz is text"],
 )
 def test_damaged_archives_are_named(tmp_path, file: str, content: bytes) -> None:
     (tmp_path / file).write_bytes(content)
