@@ -9,12 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from normexp.atomic import write_json
+from normexp.benchmarks.circumstances import write_record
 from normexp.benchmarks.interleaved import take_turns
 from normexp.fairseq_plugin.tensorized_attention import TensorizedAttention
-from normexp.records import code_version, hardware_facts, package_versions, utc_now
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 # segment length, batch, width, d_head: the publication's, WikiText-103 with PTB's widths
 SHAPES = {"ptb": (32, 120, 256, 40), "wikitext103": (80, 60, 256, 40)}
 MASKS = ("published", "causal")
@@ -54,22 +52,13 @@ def measure(rounds: int, record: Path, progress: bool) -> dict[str, Any]:
                     "memory_bytes": {name: _memory(name, shape, mask) for name in NAMES},
                 }
             )
-    commit, dirty = code_version(REPOSITORY)
     result = {
         "what": "attention of the Tensorized Transformer, forward and backward, float32",
         "quartiles": "lower, median, upper",
         "rounds": rounds,
         "measured": measured,
-        "hardware": hardware_facts(),
-        "versions": package_versions(),
-        "code_commit": commit,
-        "code_dirty": dirty,
-        "command": f"python scripts/benchmark.py attention --rounds {rounds}",
-        "measured_at": utc_now(),
     }
-    record.parent.mkdir(parents=True, exist_ok=True)
-    write_json(record, result)
-    return result
+    return write_record(record, "attention", {"rounds": rounds}, result)
 
 
 def straightforward(

@@ -1,6 +1,5 @@
 """Time of the normalization layers, forward and backward, as multiples of nn.LayerNorm's."""
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,12 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from normexp.atomic import write_json
+from normexp.benchmarks.circumstances import write_record
 from normexp.benchmarks.interleaved import take_turns
 from normexp.norms import build_norm
-from normexp.records import code_version, hardware_facts, package_versions, utc_now
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 SHAPES = {"(40, 100, 512)": (40, 100, 512), "(8, 64, 256)": (8, 64, 256),
           "(128, 256, 512)": (128, 256, 512)}  # fmt: skip
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -29,7 +26,6 @@ LAYERS: dict[str, tuple[str, dict[str, Any]]] = {
     "unified": ("unified", {"warmup_steps": 0}),
 }
 BASELINE = "nn.LayerNorm"
-_MALLOC = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_", "LD_PRELOAD")
 
 
 def measure(rounds: int, record: Path, progress: bool) -> dict[str, Any]:
@@ -56,28 +52,23 @@ def measure(rounds: int, record: Path, progress: bool) -> dict[str, Any]:
                         "disturbed": turns.disturbed,
                     }
                 )
-    commit, dirty = code_version(REPOSITORY)
     result = {
         "what": "forward and backward of a normalization layer in training, x (T, B, C)",
         "quartiles": "lower, median, upper",
-        "malloc": {name: os.environ[name] for name in _MALLOC if name in os.environ} or "default",
         "measured": measured,
-        "hardware": hardware_facts(),
-        "versions": package_versions(),
-        "code_commit": commit,
-        "code_dirty": dirty,
-        "command": f"python scripts/benchmark.py norms --rounds {rounds}",
-        "measured_at": utc_now(),
     }
-    record.parent.mkdir(parents=True, exist_ok=True)
-    write_json(record, result)
-    return result
+    return write_record(record, "norms", {"rounds": rounds}, result)
 
 
 def competitors(
-    shape: tuple[int, int, int], dtype: torch.dtype
+    shape: tuple[int, int, int],
+    dtype: torch.dtype,
+    layers: dict[str, tuple[str, dict[str, Any]]] | None = None,
 ) -> dict[str, Callable[[], list[Tensor]]]:
-    """By name a call that computes y and the gradients of x and of the parameters."""
+    """By name a call that computes y and the gradients of x and of the parameters.
+
+    layers: ours, by name what build_norm takes; LAYERS if not given.
+    """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     generator = torch.Generator().manual_seed(1)
     times, batch, channels = shape
@@ -99,7 +90,7 @@ def competitors(
             lambda: batch_norm(x.view(-1, channels)).view(shape), list(batch_norm.parameters())
         ),
     }
-    for name, (norm_name, options) in LAYERS.items():
+    for name, (norm_name, options) in (LAYERS if layers is None else layers).items():
         norm = build_norm(norm_name, channels, **options).to(device)
         calls[name] = lambda norm=norm: _step_with_penalty(step, norm, x, padding_mask)
     return calls

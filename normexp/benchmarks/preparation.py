@@ -13,7 +13,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from normexp.atomic import write_json
+from normexp.benchmarks.circumstances import write_record
 from normexp.benchmarks.wmt_like import pairs
 from normexp.corpora.binarization import build_binary
 from normexp.corpora.catalogue import CLEAN, SPLITS, Archive, Corpus, Part, load_catalogue
@@ -23,10 +23,8 @@ from normexp.corpora.preparation import build_raw
 from normexp.corpora.rows import open_text, read_rows
 from normexp.corpora.text import TOKENIZED, learn_bpe, segment_splits, tokenize_splits
 from normexp.corpora.tokenization import STEPS
-from normexp.records import code_version, hardware_facts, package_versions, utc_now
 
 CORPUS = "wmt14"
-REPOSITORY = Path(__file__).resolve().parents[2]
 _EVALUATION_PAIRS = 3000  # of valid and of test, as in newstest2013
 _SAMPLE = 5000  # lines on which the steps are timed one by one
 _INTERVAL = 0.25  # seconds between two looks at the memory
@@ -88,7 +86,6 @@ def measure(number: int, seed: int, folder: Path, record: Path, progress: bool) 
     # Learning BPE holds the different words, everything else a bounded number of lines.
     unpacking, learning = (stages[name]["peak_memory_bytes"] for name in ("unpack", "learn BPE"))
     bytes_per_type = (learning - unpacking) / types
-    commit, dirty = code_version(REPOSITORY)
     result = {
         "corpus": f"generated, with the recipe of {CORPUS}",
         "pairs": number,
@@ -115,16 +112,8 @@ def measure(number: int, seed: int, folder: Path, record: Path, progress: bool) 
             "learn_bpe_bytes_per_word_type": round(bytes_per_type),
             "word_types_that_fit_into_4_gb": round((4e9 - unpacking) / bytes_per_type),
         },
-        "hardware": hardware_facts(),
-        "versions": package_versions(),
-        "code_commit": commit,
-        "code_dirty": dirty,
-        "command": f"python scripts/benchmark.py preparation --pairs {number} --seed {seed}",
-        "measured_at": utc_now(),
     }
-    record.parent.mkdir(parents=True, exist_ok=True)
-    write_json(record, result)
-    return result
+    return write_record(record, "preparation", {"pairs": number, "seed": seed}, result)
 
 
 def _generate(number: int, seed: int, folder: Path, progress: bool) -> None:
