@@ -129,8 +129,10 @@ def translate(
     """
     from fairseq.dataclass.configs import GenerationConfig
 
+    from normexp.beam_search import LeanEnsemble
+
     generator = loaded.task.build_generator(
-        [loaded.model], GenerationConfig(beam=beam, lenpen=length_penalty)
+        LeanEnsemble([loaded.model]), GenerationConfig(beam=beam, lenpen=length_penalty)
     )
     hypotheses: dict[int, torch.Tensor] = {}
     for sample in _batches(loaded, split, max_tokens, f"{split}: beam search", progress):

@@ -1,19 +1,21 @@
 #!/usr/bin/env python
-"""Measure, print a table and write the record to results/benchmarks/.
+"""Measure, print the tables and write the record to results/benchmarks/.
 
-    python scripts/benchmark.py preparation     # WMT14's preparation on made-up text: 10 minutes
-    python scripts/benchmark.py attention       # the Tensorized Transformer's attention: 2 minutes
-    python scripts/benchmark.py norms           # every layer against nn.LayerNorm: 3 minutes
+    python scripts/benchmark.py norms           # every layer against nn.LayerNorm
+    python scripts/report.py                    # results/benchmarks/README.md from the records
 
 Numbers are comparable only within one record; leave the machine alone meanwhile.
 """
 
 import argparse
+import importlib
 import logging
 import shutil
 import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from normexp.errors import UserError
 
@@ -21,56 +23,106 @@ RECORDS = Path(__file__).resolve().parents[1] / "results" / "benchmarks"
 _BYTES_PER_PAIR = 2500
 
 
+@dataclass(frozen=True)
+class Benchmark:
+    """What --help says of a benchmark, and how many rounds it takes; None: it has none."""
+
+    summary: str
+    description: str
+    rounds: int | None
+
+
+# Names of modules in normexp.benchmarks.
+BENCHMARKS = {
+    "norms": Benchmark(
+        "the normalization layers against nn.LayerNorm: 3 minutes",
+        "Forward and backward in training, in float32 and bfloat16, all layers in turn in one "
+        "process.",
+        40,
+    ),
+    "scaling": Benchmark(
+        "the same over the number of tokens, channels and groups: 3 minutes",
+        "Forward and backward in training, in float32 and bfloat16.",
+        15,
+    ),
+    "training": Benchmark(
+        "whole training steps against stock fairseq",
+        "Training steps of a translation model in several configurations, in turn in one process.",
+        9,
+    ),
+    "inference": Benchmark(
+        "an encoder with its norms folded, and beam search against stock fairseq: 5 minutes",
+        "Forward of an encoder with LN, PN and PN folded, in float32 and bfloat16; translation of "
+        "the toy corpus by an untrained model.",
+        20,
+    ),
+    "data": Benchmark(
+        "how long a training step waits for its batch: 1 minute",
+        "Batches of the toy corpus as a training reads them, alone and with the steps.",
+        9,
+    ),
+    "attention": Benchmark(
+        "the Tensorized Transformer's attention against the straightforward einsum: 2 minutes",
+        "Forward and backward of one layer, and its memory, at the sizes of PTB and WikiText-103, "
+        "published and causal. Needs Linux where there is no GPU.",
+        15,
+    ),
+    "preparation": Benchmark(
+        "time and memory of every stage of WMT14's preparation: 10 minutes",
+        "Generates text with WMT14's lengths of sentences and words and prepares it as "
+        "scripts/download.py prepares wmt14. Needs Linux and 2.5 GB of disk space per million "
+        "pairs, which are freed at the end.",
+        None,
+    ),
+}
+
+
 def main() -> None:
     """Parse the command line, measure, print."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    benchmarks = parser.add_subparsers(dest="benchmark", required=True)
-    preparation = benchmarks.add_parser(
-        "preparation",
-        help="time and memory of every stage of WMT14's preparation",
-        description="Generates text with WMT14's lengths of sentences and words and prepares it as "
-        "scripts/download.py prepares wmt14. Needs Linux and 2.5 GB of disk space per million "
-        "pairs, which are freed at the end.",
-    )
-    preparation.add_argument("--pairs", type=int, default=1_000_000, help="(%(default)s)")
-    preparation.add_argument("--seed", type=int, default=1, help="of the text (%(default)s)")
-    preparation.add_argument("--folder", type=Path, help="for the text (a temporary folder)")
-    attention = benchmarks.add_parser(
-        "attention",
-        help="time and memory per token against the straightforward einsum",
-        description="Forward and backward of one layer at the sizes of PTB and WikiText-103, "
-        "published and causal. Needs Linux where there is no GPU.",
-    )
-    attention.add_argument("--rounds", type=int, default=15, help="(%(default)s)")
-    norms = benchmarks.add_parser(
-        "norms",
-        help="time of the normalization layers against nn.LayerNorm",
-        description="Forward and backward in training, in float32 and bfloat16, all layers in "
-        "turn in one process.",
-    )
-    norms.add_argument("--rounds", type=int, default=40, help="(%(default)s)")
-    for command in (preparation, attention, norms):
-        name = command.prog.split()[-1]
+    commands = parser.add_subparsers(dest="benchmark", required=True)
+    for name, benchmark in BENCHMARKS.items():
+        command = commands.add_parser(
+            name, help=benchmark.summary, description=benchmark.description
+        )
+        if benchmark.rounds is not None:
+            command.add_argument(
+                "--rounds", type=int, default=benchmark.rounds, help="(%(default)s)"
+            )
+        command.add_argument("--threads", type=int, help="of torch (as many as it takes itself)")
         command.add_argument(
             "--output", type=Path, default=RECORDS / f"{name}.json", help="record (%(default)s)"
         )
+    preparation = commands.choices["preparation"]
+    preparation.add_argument("--pairs", type=int, default=1_000_000, help="(%(default)s)")
+    preparation.add_argument("--seed", type=int, default=1, help="of the text (%(default)s)")
+    preparation.add_argument("--folder", type=Path, help="for the text (a temporary folder)")
     arguments = parser.parse_args()
-    if arguments.benchmark == "preparation":
-        if arguments.pairs < 1000:
-            preparation.error("--pairs: at least 1000, or starting processes is all one measures")
-        _preparation(arguments)
-    else:
-        if arguments.rounds < 2:
-            parser.error("--rounds: at least 2, for quartiles")
-        (_attention if arguments.benchmark == "attention" else _norms)(arguments)
+    command = commands.choices[arguments.benchmark]
+    for option, least, reason in (
+        ("rounds", 2, "for quartiles"),
+        ("pairs", 1000, "or starting processes is all one measures"),
+        ("threads", 1, "to compute with"),
+    ):
+        value = getattr(arguments, option, None)
+        if value is not None and value < least:
+            command.error(f"--{option}: at least {least}, {reason}")
+    _show(arguments.benchmark, _measured(arguments))
     print(f"Record: {arguments.output}")
 
 
-def _preparation(arguments: argparse.Namespace) -> None:
-    from normexp.benchmarks.preparation import measure
+def _measured(arguments: argparse.Namespace) -> dict[str, Any]:
+    # Here, because torch takes a second to load, and --help should not.
+    import torch
 
+    if arguments.threads is not None:
+        torch.set_num_threads(arguments.threads)
+    measure = importlib.import_module(f"normexp.benchmarks.{arguments.benchmark}").measure
+    progress = sys.stderr.isatty()
+    if arguments.benchmark != "preparation":
+        return measure(arguments.rounds, arguments.output, progress)
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("normexp.benchmarks.preparation").setLevel(logging.INFO)
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
@@ -80,42 +132,18 @@ def _preparation(arguments: argparse.Namespace) -> None:
                 f"{needed / 1e9:.1f} GB are needed in {folder}, {free / 1e9:.1f} GB are free; "
                 "make room, choose another --folder or fewer --pairs"
             )
-        result = measure(
-            arguments.pairs, arguments.seed, Path(folder), arguments.output, sys.stderr.isatty()
-        )
-    real = result["real_corpus"]
-    print(
-        f"{result['total_seconds']:.0f} s in all, at most {result['peak_memory_bytes'] / 1e9:.2f} "
-        f"GB; {real['pairs']:,} pairs would take at most {real['hours_at_most']:.1f} hours."
-    )
+        return measure(arguments.pairs, arguments.seed, Path(folder), arguments.output, progress)
 
 
-def _attention(arguments: argparse.Namespace) -> None:
-    from normexp.benchmarks.attention import measure
+def _show(benchmark: str, record: dict[str, Any]) -> None:
+    from normexp.report.benchmarks import tables
+    from rich.console import Console
 
-    result = measure(arguments.rounds, arguments.output, sys.stderr.isatty())
-    print(f"{'shape':<12} {'attention':<10} {'':<7} {'µs/token':>9} {'MB':>7} {'ours/einsum':>18}")
-    for one in result["measured"]:
-        low, median, high = one["ratio_of_ours_to_einsum"]
-        for name, times in one["microseconds_per_token"].items():
-            ratio = f"{median:.2f} ({low:.2f}-{high:.2f})" if name == "ours" else ""
-            print(
-                f"{one['shape']:<12} {one['attention']:<10} {name:<7} {times[1]:>9.1f} "
-                f"{one['memory_bytes'][name] / 1e6:>7.0f} {ratio:>18}"
-            )
+    from normexp.report.console import print_table
 
-
-def _norms(arguments: argparse.Namespace) -> None:
-    from normexp.benchmarks.norms import measure
-
-    result = measure(arguments.rounds, arguments.output, sys.stderr.isatty())
-    print(f"{'shape':<16} {'dtype':<9} {'layer':<22} {'ms':>8} {'x nn.LayerNorm':>20}")
-    for one in result["measured"]:
-        low, median, high = one["ratio_to_layer_norm"]
-        print(
-            f"{one['shape']:<16} {one['dtype']:<9} {one['layer']:<22} {one['milliseconds']:>8.3f} "
-            f"{median:>6.2f} ({low:.2f}-{high:.2f}){' disturbed' * one['disturbed']}"
-        )
+    console = Console() if sys.stdout.isatty() else Console(width=200)
+    for title, table in tables(benchmark, record):
+        print_table(title, table, console)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from normexp.audits import load_audits
 from normexp.errors import UserError
 from normexp.records import load_records
 from normexp.report.aggregate import rows_by_task
+from normexp.report.benchmarks import load_benchmarks
 from normexp.report.console import print_results
 from normexp.report.files import check_files, report_files, write_files
 from normexp.report.paper import load_paper
@@ -38,10 +39,11 @@ def main() -> None:
         raise UserError(f"no folder {options.results}; train something first, or mend --results")
     rows = rows_by_task(load_records(options.results))
     audits = load_audits(options.results)
+    benchmarks = load_benchmarks(options.results)
     paper = load_paper(options.paper)
     page = options.output or options.results / "README.md"
     if options.check:
-        check_files(report_files(rows, paper, page, options.paper.parent, audits))
+        check_files(report_files(rows, paper, page, options.paper.parent, audits, benchmarks))
         return
     console = Console()
     if not sys.stdout.isatty():
@@ -50,7 +52,7 @@ def main() -> None:
     if not rows:
         console.print(f"no records below {options.results}/records yet")
     if not options.console_only:
-        write_files(report_files(rows, paper, page, options.paper.parent, audits))
+        write_files(report_files(rows, paper, page, options.paper.parent, audits, benchmarks))
         console.print(f"written: {page} and {page.parent}/tables")
 
 

@@ -16,13 +16,14 @@ from normexp.report.tables import differences_table, results_table
 def print_results(rows_by_task: dict[str, list[Row]], paper: Paper, console: Console) -> None:
     """Print results and differences of every task that has records."""
     for task, rows in rows_by_task.items():
-        _print(task, results_table(task, rows, paper), console)
+        print_table(task, results_table(task, rows, paper), console)
         compared = differences_table(task, rows, paper)
         if compared.rows:
-            _print(f"{task}: differences on the same seeds", compared, console)
+            print_table(f"{task}: differences on the same seeds", compared, console)
 
 
-def _print(title: str, content: Table, console: Console) -> None:
+def print_table(title: str, content: Table, console: Console) -> None:
+    """Print one table, without the links to its records, and its notes."""
     shown = [i for i, name in enumerate(content.header) if name != "records"]
     table = RichTable(title=title, title_justify="left", box=box.SIMPLE_HEAD)
     for i in shown:

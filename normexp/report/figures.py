@@ -1,4 +1,4 @@
-"""Validation curves as SVG.
+"""Figures as SVG: validation curves, and what benchmarks found.
 
 Other versions of matplotlib draw the same curves with other bytes. So that a figure can be told to
 be up to date all the same, it carries the SHA-256 of what it shows.
@@ -9,6 +9,8 @@ import io
 import json
 import math
 import re
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from normexp.report.aggregate import Row, row_name
 
@@ -37,12 +39,8 @@ def curves_svg(rows: list[Row]) -> str | None:
     ]
     if not curves:
         return None
-    # here, because a report without curves needs no matplotlib, which takes a second to load
-    import matplotlib.figure
 
-    shown = json.dumps(curves).encode()
-    with matplotlib.rc_context(_STYLE):
-        figure = matplotlib.figure.Figure(figsize=(6.4, 4.0), layout="constrained")
+    def draw(figure: Any) -> None:
         axes = figure.add_subplot()
         named: set[str] = set()
         for name, sees_future, number, curve in curves:
@@ -61,14 +59,122 @@ def curves_svg(rows: list[Row]) -> str | None:
         axes.set_xlabel("updates")
         axes.set_ylabel("validation perplexity per token")
         axes.legend(frameon=False)
+
+    return _svg(curves, (6.4, 4.0), draw)
+
+
+def norms_svg(rows: list[dict[str, Any]]) -> str:
+    """Bars of the ratio to nn.LayerNorm from the rows of the benchmark `norms`, with quartiles.
+
+    One panel per type, one group of bars per layer, one bar per shape.
+    """
+    shapes, layers, dtypes = (_values(rows, key) for key in ("shape", "layer", "dtype"))
+    height = 0.8 / len(shapes)
+    bars = [
+        (dtype, layers.index(row["layer"]) + height * number, shape, row["ratio_to_layer_norm"])
+        for dtype in dtypes
+        for number, shape in enumerate(shapes)
+        for row in rows
+        if (row["dtype"], row["shape"]) == (dtype, shape)
+    ]
+
+    def draw(figure: Any) -> None:
+        every = figure.subplots(1, len(dtypes), sharey=True, squeeze=False)[0]
+        for axes, dtype in zip(every, dtypes, strict=True):
+            for number, shape in enumerate(shapes):
+                own = [(at, ratio) for d, at, s, ratio in bars if (d, s) == (dtype, shape)]
+                places, ratios = zip(*own, strict=True)
+                low, median, high = zip(*ratios, strict=True)
+                axes.barh(
+                    places,
+                    median,
+                    height,
+                    xerr=[_differences(median, low), _differences(high, median)],
+                    error_kw={"linewidth": 0.8},
+                    color=f"C{number % 10}",
+                    label=shape,
+                )
+            axes.axvline(1, color="black", linewidth=0.8)
+            axes.set_xscale("log")
+            axes.xaxis.set_major_formatter("{x:.3g}")
+            axes.set_title(dtype)
+            axes.set_xlabel("time as a multiple of nn.LayerNorm's")
+        every[0].set_yticks([n + 0.4 - height / 2 for n in range(len(layers))], layers)
+        every[0].invert_yaxis()
+        every[-1].legend(frameon=False, title="(T, B, C)")
+
+    return _svg(bars, (8.0, 0.45 * len(layers) + 1.2), draw)
+
+
+def scaling_svg(rows: list[dict[str, Any]]) -> str:
+    """Ratio to nn.LayerNorm over size, from the rows of the benchmark `scaling`.
+
+    One column of panels per quantity that is varied, one row per type; bands span the quartiles.
+    """
+    curves = [
+        (sweep, dtype, layer, [(row[sweep], row["ratio_to_layer_norm"]) for row in own])
+        for sweep in _values(rows, "sweep")
+        for dtype in _values(rows, "dtype")
+        for layer, own in _by_layer(rows, sweep, dtype).items()
+    ]
+    sweeps, dtypes = _values(rows, "sweep"), _values(rows, "dtype")
+    colors = {layer: f"C{n % 10}" for n, layer in enumerate(dict.fromkeys(c[2] for c in curves))}
+
+    def draw(figure: Any) -> None:
+        panels = figure.subplots(len(dtypes), len(sweeps), sharey="row", squeeze=False)
+        for sweep, dtype, layer, curve in curves:
+            axes = panels[dtypes.index(dtype)][sweeps.index(sweep)]
+            sizes, ratios = zip(*curve, strict=True)
+            low, median, high = zip(*ratios, strict=True)
+            axes.plot(sizes, median, marker=".", color=colors[layer], label=layer)
+            axes.fill_between(sizes, low, high, color=colors[layer], alpha=0.2, linewidth=0)
+            axes.set_xscale("log", base=2)
+            axes.xaxis.set_major_formatter("{x:g}")
+            axes.set_title(dtype)
+            axes.set_xlabel(sweep)
+        for line in panels:
+            line[0].set_ylabel("multiple of nn.LayerNorm's time")
+        panels[0][0].legend(frameon=False)
+
+    return _svg(curves, (3.0 * len(sweeps), 2.8 * len(dtypes)), draw)
+
+
+def digest_of(svg: str) -> str | None:
+    """The SHA-256 that a figure of this module carries; None for another text."""
+    found = _DIGEST.search(svg)
+    return found[1] if found else None
+
+
+def _svg(shown: object, inches: tuple[float, float], draw: Callable[[Any], None]) -> str:
+    """What `draw` makes of an empty figure; `shown` is everything that it shows."""
+    # here, because a report without figures needs no matplotlib, which takes a second to load
+    import matplotlib.figure
+
+    with matplotlib.rc_context(_STYLE):
+        figure = matplotlib.figure.Figure(figsize=inches, layout="constrained")
+        draw(figure)
         file = io.StringIO()
-        digest = hashlib.sha256(shown).hexdigest()
+        digest = hashlib.sha256(json.dumps(shown).encode()).hexdigest()
         figure.savefig(file, format="svg", metadata={"Date": None, "Description": digest})
     # matplotlib leaves blanks at line ends
     return "\n".join(line.rstrip() for line in file.getvalue().splitlines()) + "\n"
 
 
-def digest_of(svg: str) -> str | None:
-    """The SHA-256 that a figure of `curves_svg` carries; None for another text."""
-    found = _DIGEST.search(svg)
-    return found[1] if found else None
+def _by_layer(
+    rows: list[dict[str, Any]], sweep: str, dtype: str
+) -> dict[str, list[dict[str, Any]]]:
+    """Rows of our layers by the name in the legend; over groups a layer is one curve."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        ours = row["ratio_to_layer_norm"] != [1, 1, 1]
+        if ours and (row["sweep"], row["dtype"]) == (sweep, dtype):
+            found.setdefault(row["layer"].split(",")[0], []).append(row)
+    return found
+
+
+def _values(rows: list[dict[str, Any]], key: str) -> list[Any]:
+    return list(dict.fromkeys(row[key] for row in rows))
+
+
+def _differences(of: Sequence[float], less: Sequence[float]) -> list[float]:
+    return [a - b for a, b in zip(of, less, strict=True)]

@@ -6,10 +6,11 @@ from pathlib import Path
 from normexp.audits import Audit
 from normexp.errors import UserError
 from normexp.report.aggregate import Row
+from normexp.report.benchmarks import Benchmarks
 from normexp.report.csv_tables import results_csv, runs_csv
-from normexp.report.figures import curves_svg, digest_of
+from normexp.report.figures import curves_svg, digest_of, norms_svg, scaling_svg
 from normexp.report.latex import results_tex
-from normexp.report.markdown import results_page
+from normexp.report.markdown import benchmarks_page, results_page
 from normexp.report.paper import Paper
 from normexp.report.tables import results_table
 
@@ -20,11 +21,13 @@ def report_files(
     page: Path,
     home: Path,
     audits: Mapping[Path, Audit] | None = None,
+    benchmarks: Benchmarks | None = None,
 ) -> dict[Path, str]:
-    """Content by path: the page, CSV and LaTeX in `tables/` and curves in `figures/` beside it.
+    """Content by path: the page, and beside it CSV and LaTeX in `tables/`, `figures/` and, where
+    there are records of benchmarks, `benchmarks/README.md`.
 
     The same records give the same bytes on every machine, figures apart. `home` is the folder of
-    PROTOCOL.md.
+    PROTOCOL.md and of the records of benchmarks, `benchmarks/`.
     """
     tables, figures = page.parent / "tables", page.parent / "figures"
     every_row = [row for rows in rows_by_task.values() for row in rows]
@@ -34,10 +37,13 @@ def report_files(
         if (svg := curves_svg(rows))
     }
     figure_of = {task: path for task, (path, _) in curves.items()}
+    speed = _benchmark_files(benchmarks, page, home) if benchmarks and benchmarks.records else {}
+    speed_page = next(iter(speed), None)
     files = {
-        page: results_page(rows_by_task, paper, page, home, figure_of, audits or {}),
+        page: results_page(rows_by_task, paper, page, home, figure_of, audits or {}, speed_page),
         tables / "runs.csv": runs_csv(every_row, page.parent),
         **dict(curves.values()),
+        **speed,
     }
     for task, rows in rows_by_task.items():
         published = paper.task(task)
@@ -46,6 +52,19 @@ def report_files(
         files[tables / f"{task}.csv"] = results_csv(rows, paper, page.parent)
         files[tables / f"{task}.tex"] = results_tex(content, title, f"tab:{task}")
     return files
+
+
+def _benchmark_files(benchmarks: Benchmarks, page: Path, home: Path) -> dict[Path, str]:
+    """The page of the benchmarks first, then its figures."""
+    drawn = {
+        name: (page.parent / "figures" / f"benchmark_{name}.svg", draw(record["measured"]))
+        for name, draw in (("norms", norms_svg), ("scaling", scaling_svg))
+        if (record := benchmarks.records.get(name))
+    }
+    figures = {name: path for name, (path, _) in drawn.items()}
+    own = page.parent / "benchmarks" / "README.md"
+    text = benchmarks_page(benchmarks, own, home / "benchmarks", figures)
+    return {own: text, **dict(drawn.values())}
 
 
 def write_files(files: dict[Path, str]) -> None:

@@ -1,4 +1,4 @@
-"""`results/README.md`."""
+"""`results/README.md` and `results/benchmarks/README.md`."""
 
 import os
 import re
@@ -8,6 +8,7 @@ from pathlib import Path
 from normexp.audits import Audit
 from normexp.report.aggregate import Row
 from normexp.report.audits import audits_table
+from normexp.report.benchmarks import TITLES, Benchmarks, authors_table, circumstances, tables
 from normexp.report.cells import BUDGET, FUTURE, UNVERIFIED, Cell, Link, Table
 from normexp.report.paper import Paper
 from normexp.report.tables import differences_table, published_table, results_table, runs_table
@@ -26,6 +27,14 @@ in [PROTOCOL.md]({{protocol}}); the tables are also in `tables/` as CSV and LaTe
   perplexity is not the perplexity of a language model, and comparable only with its like
 """
 
+BENCHMARKS_HEAD = """# Benchmarks
+
+<!-- Made by `python scripts/report.py` from the records; do not edit. -->
+
+Competitors take turns in one process. A ratio is the median (lower–upper quartile) of the ratios
+taken round by round; times beside it are medians. Numbers are comparable within one record only.
+"""
+
 
 def results_page(
     rows_by_task: dict[str, list[Row]],
@@ -34,13 +43,17 @@ def results_page(
     home: Path,
     figures: Mapping[str, Path],
     audits: Mapping[Path, Audit],
+    benchmarks: Path | None,
 ) -> str:
     """The whole page; links are relative to the folder of `page`, PROTOCOL.md is in `home`.
 
-    figures: the validation curves of the tasks that have any.
+    figures: the validation curves of the tasks that have any; benchmarks: the page on speed.
     """
     folder = page.parent
     parts = [HEAD.format(protocol=_relative(home / "PROTOCOL.md", folder))]
+    if benchmarks:
+        link = _relative(benchmarks, folder)
+        parts.append(f"Times of layers, training and inference are in [{link}]({link}).\n")
     for task in _in_order(rows_by_task, paper):
         rows, published = rows_by_task.get(task, []), paper.task(task)
         parts.append(f"## {task}: {published.title}\n" if published else f"## {task}\n")
@@ -64,6 +77,37 @@ def results_page(
         parts.append("Runs:\n\n" + table(runs_table(rows), folder))
     parts.append("## Published numbers\n")
     parts.append(table(published_table(paper), folder))
+    return "\n".join(parts)
+
+
+def benchmarks_page(
+    benchmarks: Benchmarks, page: Path, home: Path, figures: Mapping[str, Path]
+) -> str:
+    """The page of the benchmarks; links are relative to its folder, records lie in `home`.
+
+    figures: those there are, by the name of the benchmark.
+    """
+    folder = page.parent
+    parts = [BENCHMARKS_HEAD]
+    for name, record in benchmarks.records.items():
+        parts.append(f"## {TITLES[name]}\n")
+        if "what" in record:
+            parts.append(f"{_escape(record['what'])}:\n")
+        parts.append(f"```sh\n{record['command']}\n```\n")
+        link = _link(Link("record", home / f"{name}.json"), folder)
+        parts.append(f"{_escape(circumstances(record))}; {link}\n")
+        if name in figures:
+            parts.append(f"![{TITLES[name]}]({_relative(figures[name], folder)})\n")
+        for title, content in tables(name, record):
+            parts.append((f"{_escape(title)}:\n\n" if title else "") + table(content, folder))
+        if name == "norms" and benchmarks.authors is not None:
+            authors = benchmarks.authors
+            parts.append(
+                f"The authors' layers for comparison, quoted: {_escape(authors.what.strip())}; "
+                f"{_escape(authors.source)}, on {_escape(authors.machine)}. That is another "
+                "machine than ours, so only multiples of the nn.LayerNorm measured beside them "
+                "can be compared.\n\n" + table(authors_table(authors), folder)
+            )
     return "\n".join(parts)
 
 

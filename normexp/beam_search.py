@@ -1,0 +1,26 @@
+"""fairseq's beam search without the work that no hypothesis depends on."""
+
+from typing import Any
+
+from fairseq.sequence_generator import EnsembleModel
+from torch import Tensor
+
+
+class LeanEnsemble(EnsembleModel):
+    """Takes the place of the models in fairseq's SequenceGenerator; hypotheses have no alignment.
+
+    fairseq records the attention of every step, and rearranges encoder outputs with the beams,
+    although the beams of a sentence share theirs.
+    """
+
+    def forward_decoder(self, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+        """As in fairseq, without the attention."""
+        return super().forward_decoder(*args, **kwargs)[0], None
+
+    def reorder_encoder_out(
+        self, encoder_outs: list[dict[str, list[Tensor]]], new_order: Tensor
+    ) -> list[dict[str, list[Tensor]]]:
+        """As in fairseq, where a sentence has left the batch or beams are made of sentences."""
+        if encoder_outs[0]["encoder_padding_mask"][0].size(0) == new_order.numel():
+            return encoder_outs
+        return super().reorder_encoder_out(encoder_outs, new_order)

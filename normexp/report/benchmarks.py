@@ -1,0 +1,314 @@
+"""`results/benchmarks/README.md`: the records of scripts/benchmark.py as tables."""
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import yaml
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from normexp.errors import UserError
+from normexp.report import cells
+from normexp.report.cells import Cell, Note, Table
+
+Content = dict[str, Any]  # of a record
+_DISTURBED = "≈"
+_NOT_QUIET = Note(f"{_DISTURBED} other processes ran meanwhile; all rounds are kept.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quoted:
+    """Times of the authors' layers in milliseconds: one number, or the least and the most."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", strict=True)
+
+    software: str
+    malloc: str
+    layer_norm: list[float]
+    power: list[float]
+    batch: list[float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Authors:
+    """What is quoted of measurements of the authors' code."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", strict=True)
+
+    what: str
+    source: str
+    machine: str
+    measured: list[Quoted]
+
+
+@dataclass(frozen=True)
+class Benchmarks:
+    """records: by the name of the benchmark, in the order of the page; authors: None if absent."""
+
+    records: dict[str, Content]
+    authors: Authors | None = None
+
+
+def load_benchmarks(results: Path) -> Benchmarks:
+    """Read `results`/benchmarks. UserError names the file that is not as it should be."""
+    folder = results / "benchmarks"
+    records = {}
+    for path in sorted(folder.glob("*.json")):
+        if path.stem not in TITLES:
+            raise UserError(f"{path}: no such benchmark; known: {', '.join(TITLES)}")
+        try:
+            records[path.stem] = json.loads(path.read_text(encoding="utf-8"))
+            tables(path.stem, records[path.stem])
+            circumstances(records[path.stem])
+        except KeyError as error:
+            raise UserError(f"{path}: {error} is missing; measure again") from None
+        except (ValueError, TypeError, AttributeError) as error:
+            raise UserError(f"{path}: not a record of this benchmark ({error})") from None
+    path = folder / "authors.yaml"
+    authors = None
+    if path.is_file():
+        try:
+            content = yaml.safe_load(path.read_text(encoding="utf-8"))
+            authors = TypeAdapter(Authors).validate_json(json.dumps(content))
+        except (yaml.YAMLError, ValidationError) as error:
+            raise UserError(f"{path}: {' '.join(str(error).split())}") from None
+    return Benchmarks({name: records[name] for name in TITLES if name in records}, authors)
+
+
+def tables(benchmark: str, record: Content) -> list[tuple[str, Table]]:
+    """Title and table of everything that a record holds. KeyError where something is missing."""
+    return _TABLES[benchmark](record)
+
+
+def authors_table(authors: Authors) -> Table:
+    """The times of the authors' layers and how many times nn.LayerNorm's they are."""
+    lines: list[list[Cell]] = [
+        [
+            one.software,
+            one.malloc,
+            *(_range(times) for times in (one.layer_norm, one.power, one.batch)),
+            *(_times(times, one.layer_norm) for times in (one.power, one.batch)),
+        ]
+        for one in authors.measured
+    ]
+    header = ["software", "malloc", "LN, ms", "power, ms", "batch, ms", "power / LN", "batch / LN"]
+    return Table(header, lines)
+
+
+def circumstances(record: Content) -> str:
+    """Machine, threads, malloc, versions, commit and day on one line."""
+    facts, versions, malloc = record["hardware"], record["versions"], record.get("malloc")
+    if isinstance(malloc, Mapping):
+        malloc = " ".join(f"{name}={value}" for name, value in malloc.items())
+    changed = " with changes" if record["code_dirty"] else ""
+    return "; ".join(
+        [
+            cells.hardware(facts),
+            f"{facts['num_threads']} threads",
+            f"malloc {malloc or 'not recorded'}",
+            f"Python {versions['python']}, torch {versions['torch']}, "
+            f"fairseq-fixed {versions['fairseq-fixed']}",
+            f"commit {record['code_commit'][:7]}{changed}",
+            record["measured_at"][:10],
+        ]
+    )
+
+
+def _norms(record: Content) -> list[tuple[str, Table]]:
+    return [
+        (
+            f"Forward and backward in {dtype}, as multiples of nn.LayerNorm's",
+            _pivot(rows, "layer", "shape", _norm_cell),
+        )
+        for dtype, rows in _grouped(record["measured"], "dtype")
+    ]
+
+
+def _norm_cell(row: Content) -> str:
+    return f"{_ratio(row, 'ratio_to_layer_norm')} · {row['milliseconds']:.3g} ms"
+
+
+def _scaling(record: Content) -> list[tuple[str, Table]]:
+    found = []
+    for sweep, rows in _grouped(record["measured"], "sweep"):
+        if sweep == "groups":
+            found.append(("Over groups", _pivot(rows, "layer", "dtype", _scaling_cell)))
+            continue
+        for dtype, same in _grouped(rows, "dtype"):
+            title = f"Over {sweep}, {dtype}"
+            found.append((title, _pivot(same, "layer", sweep, _scaling_cell)))
+    return found
+
+
+def _scaling_cell(row: Content) -> str:
+    nanoseconds = row["nanoseconds_per_element"][1]
+    return f"{_ratio(row, 'ratio_to_layer_norm')} · {nanoseconds:.3g} ns"
+
+
+def _training(record: Content) -> list[tuple[str, Table]]:
+    columns = {
+        "configuration": lambda row: row["configuration"],
+        "ms per update": lambda row: f"{row['milliseconds']:.1f}",
+        "times faster than fairseq": lambda row: _ratio(row, "speedup_over_stock"),
+        "tokens per second": lambda row: cells.count(row["tokens_per_second"]),
+        "loss, nats per token": lambda row: f"{row['loss']:.4f}",
+    }
+    profile = {
+        "operator": lambda row: row["what"],
+        "share": lambda row: f"{100 * row['share']:.1f} %",
+        "ms": lambda row: f"{row['ms']:.1f}",
+    }
+    return [
+        ("", _listed(record["measured"], columns)),
+        *(
+            (f"Where an update of “{name}” spends its time", _listed(rows, profile))
+            for name, rows in record["profiles"].items()
+        ),
+    ]
+
+
+def _inference(record: Content) -> list[tuple[str, Table]]:
+    columns = {
+        "beam search": lambda row: row["search"],
+        "beam": lambda row: str(row["beam"]),
+        "sentences": lambda row: cells.count(row["sentences"]),
+        "sentences per second": lambda row: f"{row['sentences_per_second']:.1f}",
+        "time / fairseq's": lambda row: _ratio(row, "ratio_to_fairseq"),
+    }
+    return [
+        *(
+            (
+                f"Encoder in {dtype}, sentences x tokens, as multiples of LN's",
+                _pivot(rows, "norm", "batch", _norm_cell),
+            )
+            for dtype, rows in _grouped(record["encoder"], "dtype")
+        ),
+        ("Beam search", _listed(record["beam_search"], columns)),
+    ]
+
+
+def _data(record: Content) -> list[tuple[str, Table]]:
+    columns = {
+        "task": lambda row: row["task"],
+        "part": lambda row: row["part"],
+        "ms per batch": lambda row: _quartiles(row["milliseconds_per_batch"]),
+        "batches per second": lambda row: f"{row['batches_per_second']:,.1f}",
+        "tokens per second": lambda row: cells.count(row["tokens_per_second"]),
+        "time / step's": lambda row: _ratio(row, "ratio_to_step", 4),
+    }
+    return [("", _listed(record["measured"], columns))]
+
+
+def _attention(record: Content) -> list[tuple[str, Table]]:
+    columns = {
+        "shape": lambda row: row["shape"],
+        "attention": lambda row: row["attention"],
+        "ours, µs per token": lambda row: f"{row['microseconds_per_token']['ours'][1]:.1f}",
+        "einsum, µs per token": lambda row: f"{row['microseconds_per_token']['einsum'][1]:.1f}",
+        "ours / einsum": lambda row: _ratio(row, "ratio_of_ours_to_einsum"),
+        "ours, MB": lambda row: f"{row['memory_bytes']['ours'] / 1e6:.0f}",
+        "einsum, MB": lambda row: f"{row['memory_bytes']['einsum'] / 1e6:.0f}",
+    }
+    return [("", _listed(record["measured"], columns))]
+
+
+def _preparation(record: Content) -> list[tuple[str, Table]]:
+    stages: list[list[Cell]] = [
+        [
+            name,
+            f"{stage['seconds']:.1f}",
+            cells.count(stage["pairs_per_second"]),
+            f"{stage['peak_memory_bytes'] / 1e9:.2f}",
+        ]
+        for name, stage in record["stages"].items()
+    ]
+    steps: list[list[Cell]] = [
+        [step, language, cells.count(rate)]
+        for step, rates in record["lines_per_second_of_one_process"].items()
+        for language, rate in rates.items()
+    ]
+    real = record["real_corpus"]
+    note = Note(
+        f"{record['pairs']:,} generated pairs in {record['total_seconds']:.0f} s by "
+        f"{record['processes']} processes; WMT14's {real['pairs']:,} would take at most "
+        f"{real['hours_at_most']:.1f} hours."
+    )
+    return [
+        ("Stages", Table(["stage", "seconds", "pairs per second", "peak GB"], stages, [note])),
+        ("Steps in one process", Table(["step", "language", "lines per second"], steps)),
+    ]
+
+
+TITLES = {
+    "norms": "Normalization layers",
+    "scaling": "Normalization layers over their size",
+    "training": "Training",
+    "inference": "Inference",
+    "data": "Reading of data",
+    "attention": "Attention of the Tensorized Transformer",
+    "preparation": "Preparation of WMT14",
+}
+_TABLES: dict[str, Callable[[Content], list[tuple[str, Table]]]] = {
+    "norms": _norms,
+    "scaling": _scaling,
+    "training": _training,
+    "inference": _inference,
+    "data": _data,
+    "attention": _attention,
+    "preparation": _preparation,
+}
+
+
+def _grouped(rows: Iterable[Content], key: str) -> list[tuple[str, list[Content]]]:
+    found: dict[str, list[Content]] = {}
+    for row in rows:
+        found.setdefault(row[key], []).append(row)
+    return list(found.items())
+
+
+def _pivot(rows: list[Content], down: str, across: str, cell: Callable[[Content], str]) -> Table:
+    """One line per value of `down`, one column per value of `across`."""
+    columns = list(dict.fromkeys(row[across] for row in rows))
+    lines: list[list[Cell]] = []
+    for name, same in _grouped(rows, down):
+        shown = {row[across]: _marked(row, cell(row)) for row in same}
+        lines.append([name, *(shown.get(column, "") for column in columns)])
+    return Table([down, *(f"{column}" for column in columns)], lines, _notes(rows))
+
+
+def _listed(rows: list[Content], columns: Mapping[str, Callable[[Content], str]]) -> Table:
+    """One line per row; a row that was disturbed is marked in its last cell."""
+    lines: list[list[Cell]] = []
+    for row in rows:
+        *first, last = (text(row) for text in columns.values())
+        lines.append([*first, _marked(row, last)])
+    return Table(list(columns), lines, _notes(rows))
+
+
+def _notes(rows: list[Content]) -> list[Note]:
+    return [_NOT_QUIET] if any(row.get("disturbed") for row in rows) else []
+
+
+def _marked(row: Content, text: str) -> str:
+    return f"{text} {_DISTURBED}" if row.get("disturbed") else text
+
+
+def _ratio(row: Content, key: str, decimals: int = 2) -> str:
+    return _quartiles(row[key], decimals)
+
+
+def _quartiles(values: list[float], decimals: int = 2) -> str:
+    low, median, high = (f"{value:.{decimals}f}" for value in values)
+    return median if low == high else f"{median} ({low}–{high})"
+
+
+def _range(times: list[float]) -> str:
+    return "–".join(f"{time:g}" for time in times)
+
+
+def _times(times: list[float], of: list[float]) -> str:
+    """The ratio, or the least and the most that it can have been."""
+    least, most = min(times) / max(of), max(times) / min(of)
+    return f"{least:.1f}" if least == most else f"{least:.1f}–{most:.1f}"
