@@ -1,9 +1,11 @@
 """fairseq's beam search without the work that no hypothesis depends on."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from fairseq.sequence_generator import EnsembleModel
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class LeanEnsemble(EnsembleModel):
@@ -24,3 +26,19 @@ class LeanEnsemble(EnsembleModel):
         if encoder_outs[0]["encoder_padding_mask"][0].size(0) == new_order.numel():
             return encoder_outs
         return super().reorder_encoder_out(encoder_outs, new_order)
+
+
+@contextmanager
+def beams_share_encoder_states(model: nn.Module, beam: int) -> Iterator[None]:
+    """Within this context the decoder attends to one copy of each sentence's encoder states.
+
+    For beam search only, with as many rows per sentence as `beam`: scoring would go wrong.
+    """
+    attentions = [m for m in model.modules() if getattr(m, "encoder_decoder_attention", False)]
+    try:
+        for attention in attentions:
+            attention.set_beam_size(beam)
+        yield
+    finally:
+        for attention in attentions:
+            attention.set_beam_size(1)

@@ -129,16 +129,17 @@ def translate(
     """
     from fairseq.dataclass.configs import GenerationConfig
 
-    from normexp.beam_search import LeanEnsemble
+    from normexp.beam_search import LeanEnsemble, beams_share_encoder_states
 
     generator = loaded.task.build_generator(
         LeanEnsemble([loaded.model]), GenerationConfig(beam=beam, lenpen=length_penalty)
     )
     hypotheses: dict[int, torch.Tensor] = {}
-    for sample in _batches(loaded, split, max_tokens, f"{split}: beam search", progress):
-        found = loaded.task.inference_step(generator, [loaded.model], sample)
-        for sentence, beams in zip(sample["id"].tolist(), found, strict=True):
-            hypotheses[sentence] = beams[0]["tokens"].int().cpu()
+    with beams_share_encoder_states(loaded.model, generator.beam_size):
+        for sample in _batches(loaded, split, max_tokens, f"{split}: beam search", progress):
+            found = loaded.task.inference_step(generator, [loaded.model], sample)
+            for sentence, beams in zip(sample["id"].tolist(), found, strict=True):
+                hypotheses[sentence] = beams[0]["tokens"].int().cpu()
     expected = len(loaded.task.dataset(split))
     if sorted(hypotheses) != list(range(expected)):
         raise UserError(f"translated {len(hypotheses)} sentences of {split}, which has {expected}")

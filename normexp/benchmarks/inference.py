@@ -32,8 +32,8 @@ def measure(rounds: int, record: Path, progress: bool) -> dict[str, Any]:
     Encoder: 6 pre-norm layers of 512 channels, embedding included, in float32 and bfloat16. Folding
     is done in float32, before the conversion. Beam search: fairseq's Transformer on the toy corpus,
     by normexp.evaluation.translate and by what fairseq-generate does, with the same batches.
-    Writes to `record`, and returns, milliseconds or sentences per second by the median, and
-    quartiles of the ratio to LN or to fairseq. Raises AssertionError where hypotheses differ.
+    Writes to `record`, and returns, milliseconds or sentences per second by the median, quartiles
+    of the ratio to LN or to fairseq, and how many hypotheses differ between the two searches.
     """
     with tempfile.TemporaryDirectory() as folder:
         cfg, task = toy_task("toy_translation", Path(folder))
@@ -113,15 +113,15 @@ def _search_rows(cfg: DictConfig, task: Any, rounds: int, progress: bool) -> lis
         found["ours"] = translate(loaded, "test", BEAM, 1.0, MAX_TOKENS, progress=False)
 
     turns = take_turns({"fairseq": by_fairseq, "ours": by_us}, rounds, progress)
-    for theirs, ours in zip(found["fairseq"], found["ours"], strict=True):
-        assert torch.equal(theirs, ours), "the hypotheses differ from fairseq's"
+    pairs = list(zip(found["fairseq"], found["ours"], strict=True))
     return [
         {
             "search": name,
             "beam": BEAM,
-            "sentences": len(found[name]),
+            "sentences": len(pairs),
+            "different_hypotheses": sum(not torch.equal(*pair) for pair in pairs),
             "seconds": round(turns.quartiles(name)[1], 3),
-            "sentences_per_second": round(len(found[name]) / turns.quartiles(name)[1], 1),
+            "sentences_per_second": round(len(pairs) / turns.quartiles(name)[1], 1),
             "ratio_to_fairseq": _rounded(turns.ratios(name, "fairseq")),
             **_counts(turns, name),
         }

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from normexp.fairseq_plugin.layers import NormDecoderLayer, NormEncoderLayer
@@ -48,7 +49,9 @@ def fold_norms(model: nn.Module) -> nn.Module:
     the reason logged. A final norm before the softmax needs an output projection of its own, where
     it was tied to the embeddings: C x V more parameters. The copy is for inference: it has no
     statistics to train with, and its parameters take no gradients. What the encoder and
-    extract_features return lacks a final norm that was folded.
+    extract_features return lacks a final norm that was folded. Folding
+    computes in float64; in a model that is in half precision already weights are rounded a second
+    time, which is logged as a warning.
 
     Raises ValueError, naming each reason, if no site can be folded.
     """
@@ -74,6 +77,8 @@ def fold_norms(model: nn.Module) -> nn.Module:
     if not done:
         reasons = "; ".join(f"{site}: {reason}" for site, reason in left.items())
         raise ValueError(f"no norm of this model can be folded ({reasons or 'it has none'})")
+    if any(parameter.dtype in (torch.float16, torch.bfloat16) for parameter in model.parameters()):
+        logger.warning("folded in half precision; fold in float32 and convert afterwards")
     for site, name in done.items():
         logger.info("folded: %s (%s)", site, name)
     for site, reason in left.items():

@@ -174,6 +174,7 @@ def _inference(record: Content) -> list[tuple[str, Table]]:
         "beam search": lambda row: row["search"],
         "beam": lambda row: str(row["beam"]),
         "sentences": lambda row: cells.count(row["sentences"]),
+        "unlike the other": lambda row: cells.count(row["different_hypotheses"]),
         "sentences per second": lambda row: f"{row['sentences_per_second']:.1f}",
         "time / fairseq's": lambda row: _ratio(row, "ratio_to_fairseq"),
     }

@@ -1,0 +1,76 @@
+"""scripts/benchmark.py and what stands in every record."""
+
+import importlib
+import json
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from normexp.benchmarks.circumstances import write_record
+from normexp.report.benchmarks import TITLES, circumstances
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "benchmark.py"
+
+
+def test_every_benchmark_has_a_module_and_a_page() -> None:
+    names = runpy.run_path(str(SCRIPT))["BENCHMARKS"]
+    assert set(names) == set(TITLES)
+    for name in set(names) - {"training"}:  # which needs a moment to load
+        assert callable(importlib.import_module(f"normexp.benchmarks.{name}").measure)
+
+
+def test_help_loads_no_torch() -> None:
+    program = (
+        "import runpy, sys; sys.argv = ['benchmark.py', '--help']\n"
+        f"try: runpy.run_path({str(SCRIPT)!r}, run_name='__main__')\n"
+        "except SystemExit: print('torch' in sys.modules)"
+    )
+    shown = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert shown.stdout.endswith("False\n"), shown.stderr
+
+
+@pytest.mark.parametrize("option", ["--rounds", "--threads"])
+def test_impossible_numbers_are_refused(option: str) -> None:
+    command = [sys.executable, SCRIPT, "norms", option, "0"]
+    shown = subprocess.run(command, capture_output=True, text=True)
+    assert shown.returncode == 2 and f"{option}: at least" in shown.stderr
+
+
+def test_threads_reach_the_record_and_the_table_is_printed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    from normexp.benchmarks import norms
+
+    monkeypatch.setattr(norms, "SHAPES", {"small": (4, 6, 8)})
+    monkeypatch.setenv("MALLOC_TOP_PAD_", "1000")
+    record = tmp_path / "norms.json"
+    arguments = ["norms", "--rounds", "2", "--threads", "2", "--output", str(record)]
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *arguments])
+    threads = torch.get_num_threads()
+    try:
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+    finally:
+        torch.set_num_threads(threads)
+    content = json.loads(record.read_text(encoding="utf-8"))
+    assert content["hardware"]["num_threads"] == 2
+    assert content["command"].endswith("norms --rounds 2 --threads 2")
+    printed = capsys.readouterr().out
+    assert "power_released" in printed and str(record) in printed
+    line = circumstances(content)
+    assert "2 threads" in line and "malloc MALLOC_TOP_PAD_=1000" in line
+
+
+def test_circumstances_of_every_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LD_PRELOAD", raising=False)
+    for name in ("MALLOC_TOP_PAD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"):
+        monkeypatch.delenv(name, raising=False)
+    path = tmp_path / "new" / "one.json"
+    result = write_record(path, "one", {"rounds": 3}, {"measured": []})
+    assert json.loads(path.read_text(encoding="utf-8")) == result
+    assert result["malloc"] == "default"
+    assert result["command"].startswith("python scripts/benchmark.py one --rounds 3 --threads ")
+    assert {"hardware", "versions", "code_commit", "code_dirty", "measured_at"} < set(result)
