@@ -106,7 +106,7 @@ def circumstances(record: Content) -> str:
     return "; ".join(
         [
             cells.hardware(facts),
-            f"{facts['num_threads']} threads",
+            f"{facts['num_threads']} thread{'s' * (facts['num_threads'] != 1)}",
             f"malloc {malloc or 'not recorded'}",
             f"Python {versions['python']}, torch {versions['torch']}, "
             f"fairseq-fixed {versions['fairseq-fixed']}",
