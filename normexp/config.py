@@ -9,6 +9,7 @@ import numpy as np
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from normexp import speed
 from normexp.errors import UserError
 from normexp.norms import norm_class
 from normexp.sites import resolve_sites
@@ -82,7 +83,9 @@ def validate(cfg: DictConfig) -> dict[str, dict[str, Any]]:
     _check_hardware(plain["fairseq"])
     _check_tracking(plain["tracking"]["mode"])
     sites = _resolve_sites(plain)
-    typed = _typed(_with_safeguards(plain["fairseq"]))
+    node = _with_safeguards(plain["fairseq"])
+    speed.into_fairseq(speed.settings(plain), node)
+    typed = _typed(node)
     _check_criterion(plain["task"]["kind"], typed, sites)
     return sites
 
@@ -106,6 +109,7 @@ def fairseq_config(
     if languages is not None:
         node["task"]["source_lang"], node["task"]["target_lang"] = languages
     node["model"] = _model(plain)
+    speed.into_fairseq(speed.settings(plain), node)
     node["checkpoint"]["save_dir"] = str(save_dir)
     evaluation = plain["evaluation"]
     if evaluation["checkpoint"] == "average":

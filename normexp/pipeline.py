@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 
-from normexp import checkpoints, config, records
+from normexp import checkpoints, config, records, speed
 from normexp.atomic import write_json
 from normexp.corpora import PreparedCorpus, prepare
 from normexp.errors import UserError
@@ -170,7 +170,8 @@ def _train_and_evaluate(
         fairseq_cfg = config.fairseq_config(cfg, corpus.data_bin, languages, folder.checkpoints)
         with MetricsFile(folder.metrics) as metrics:
             try:
-                result = training.train(fairseq_cfg, metrics, [tracker, _Console()])
+                settings = speed.settings(config.resolved(cfg))
+                result = training.train(fairseq_cfg, metrics, [tracker, _Console()], settings)
             except training.Diverged as diverged:
                 return _failure("diverged", diverged.reason) | {
                     "diverged_at_update": diverged.update,

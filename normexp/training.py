@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 
-from normexp import checkpoints
+from normexp import checkpoints, speed
 from normexp.diagnostics import norm_diagnostics
 from normexp.metrics_file import MetricsFile
 from normexp.progress import Sink, metrics_to
@@ -48,12 +48,20 @@ class TrainingResult:
     wall_time_seconds: float  # all processes together
 
 
-def train(fairseq_cfg: DictConfig, metrics: MetricsFile, sinks: list[Sink]) -> TrainingResult:
+def train(
+    fairseq_cfg: DictConfig,
+    metrics: MetricsFile,
+    sinks: list[Sink],
+    speed_settings: Mapping[str, Any],
+) -> TrainingResult:
     """Train to the end as configured, from checkpoint_last.pt where there is one.
 
     metrics and sinks receive every logged value as sink(tag, update, {name: value}), and after
     each validation the norms' statistics under the tag "diagnostics". Raises Diverged when a loss
     or gradient is not finite.
+
+    speed_settings: of normexp.speed, which have decided the loss and the optimizer in fairseq_cfg
+    and here decide precision and dropout.
     """
     from fairseq_cli import train as fairseq_train
 
@@ -77,7 +85,7 @@ def train(fairseq_cfg: DictConfig, metrics: MetricsFile, sinks: list[Sink]) -> T
     with (
         metrics_to(*sinks, diagnostics),
         checkpoints.atomic_copies(),
-        _observed_trainer(fairseq_train, observed, resume),
+        _observed_trainer(fairseq_train, observed, resume, speed_settings),
     ):
         fairseq_train.main(fairseq_cfg)
     trainer = observed.trainer
@@ -107,14 +115,20 @@ def _forget_earlier_trainings(fairseq_train: Any) -> None:
 
 @contextmanager
 def _observed_trainer(
-    fairseq_train: Any, observed: Observed, resume: Callable[[int], None]
+    fairseq_train: Any,
+    observed: Observed,
+    resume: Callable[[int], None],
+    speed_settings: Mapping[str, Any],
 ) -> Iterator[None]:
     """Let fairseq's training loop build a trainer that can be seen from outside."""
     original = fairseq_train.Trainer
 
     class ObservedTrainer(original):
-        def __init__(self, *args: Any, **kwargs: Any):
-            super().__init__(*args, **kwargs)
+        def __init__(
+            self, cfg: Any, task: Any, model: Any, criterion: Any, *args: Any, **kwargs: Any
+        ):
+            speed.into_model(speed_settings, model, criterion)
+            super().__init__(cfg, task, model, criterion, *args, **kwargs)
             observed.trainer = self
 
         def train_step(self, samples: Any, *args: Any, **kwargs: Any) -> Any:

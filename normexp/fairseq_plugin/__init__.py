@@ -5,7 +5,8 @@
 
 Registers the models `normexp_transformer`, `normexp_transformer_lm` and `normexp_tensorized_lm`,
 one architecture `normexp_<stem>` for every configs/model/<stem>.yaml, fairseq's criterions with
-the layers' penalties as `normexp_<criterion>`, and the types that checkpoints may hold.
+the layers' penalties as `normexp_<criterion>`, the optimizer `normexp_adam`, and the types that
+checkpoints may hold.
 """
 
 import importlib
@@ -16,6 +17,7 @@ _NAME = "normexp.fairseq_plugin"
 
 if __name__ == _NAME:
     from normexp.fairseq_plugin import (  # noqa: F401
+        adam,
         checkpoint_types,
         criterions,
         language_model,

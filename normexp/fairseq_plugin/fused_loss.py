@@ -1,0 +1,142 @@
+"""Output projection and label-smoothed cross entropy in one, without the N x V logits.
+
+Chunks of rows are projected, turned into their loss and at once into the gradients of the
+features and of the projection, so that of all logits only those of a chunk exist at a time.
+fairseq's smoothed loss of a row with logits z and target t is, with e = eps / (V - 1),
+
+    logsumexp(z) - (1 - eps - e) z[t] - e sum(z),
+
+and its gradient softmax(z) - (1 - eps - e) [t] - e. What e contributes is sum(z) = f . sum(W) +
+sum(b) of the features f and the same vector for every row, so it takes no pass over the logits.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from normexp.fairseq_plugin.training_kernels import compiled_for
+
+CHUNK = 512  # rows
+
+
+class FusedLoss(NamedTuple):
+    """Sums over the rows: the smoothed loss with its gradient; without, the likelihood in nats."""
+
+    loss: Tensor
+    nll: Tensor
+    num_correct: Tensor  # rows whose target has the largest logit; 0 unless counted
+
+
+def fused_loss(
+    features: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    eps: float = 0.0,
+    *,
+    count_correct: bool = False,
+    chunk: int = CHUNK,
+) -> FusedLoss:
+    """Loss in nats of targets (N,) given features (N, C), weight (V, C) and bias (V,).
+
+    eps: label smoothing as in fairseq, 0 for plain cross entropy. N may be 0. Under autocast the
+    matrix products have its type; the sums are float32 at least. The gradients are computed with
+    the loss, where gradients are enabled, and can be taken once and not differentiated further.
+    """
+    return FusedLoss(
+        *_FusedLoss.apply(
+            features, weight, bias, targets, eps, count_correct, chunk, torch.is_grad_enabled()
+        )
+    )
+
+
+class _FusedLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        features: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        eps: float,
+        count_correct: bool,
+        chunk: int,
+        with_gradients: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        device = features.device.type
+        autocast = torch.is_autocast_enabled(device)
+        product = torch.get_autocast_dtype(device) if autocast else features.dtype
+        each = eps / (weight.shape[0] - 1)
+        nll = targets.new_zeros((), dtype=torch.float64)
+        of_targets = torch.zeros_like(nll)
+        num_correct = targets.new_zeros(())
+        by_features, by_weight, by_bias = ctx.gradients = [
+            torch.zeros_like(tensor) if with_gradients and tensor is not None else None
+            for tensor in (features, weight, bias)
+        ]
+        with torch.autocast(device, enabled=False):
+            narrow_weight = weight.to(product)
+            narrow_bias = None if bias is None else bias.to(product)
+            weight_sum = weight.sum(0)
+            for start in range(0, len(targets), chunk):
+                rows = slice(start, start + chunk)
+                narrow, wanted = features[rows].to(product), targets[rows]
+                logits = F.linear(narrow, narrow_weight, narrow_bias)
+                if count_correct:
+                    num_correct += logits.argmax(1).eq(wanted).sum()
+                of_targets += logits.gather(1, wanted[:, None]).sum(dtype=torch.float64)
+                chunk_nll, by_logits = _rows(logits, wanted, 1 - eps - each, with_gradients)
+                nll += chunk_nll.sum(dtype=torch.float64)
+                if not with_gradients:
+                    continue
+                by_features[rows] = by_logits @ narrow_weight - each * weight_sum
+                if by_weight.dtype == product:
+                    by_weight.addmm_(by_logits.t(), narrow)
+                else:
+                    by_weight += by_logits.t() @ narrow
+                if by_bias is not None:
+                    by_bias += by_logits.sum(0, dtype=by_bias.dtype)
+            feature_sum = features.sum(0, dtype=weight_sum.dtype)
+            of_all = (feature_sum @ weight_sum).double()
+            if bias is not None:
+                of_all += len(targets) * bias.sum(dtype=torch.float64)
+            if with_gradients:
+                by_weight -= each * feature_sum
+                if by_bias is not None:
+                    by_bias -= each * len(targets)
+        loss = nll + (eps + each) * of_targets - each * of_all
+        wide = torch.promote_types(features.dtype, torch.float32)
+        loss, nll = loss.to(wide), nll.to(wide)
+        ctx.mark_non_differentiable(nll, num_correct)
+        return loss, nll, num_correct
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.gradients is None:
+            raise RuntimeError("the fused loss can be differentiated once; compute it again")
+        found, ctx.gradients = ctx.gradients, None
+        for tensor in found:
+            if tensor is not None:
+                tensor.mul_(gradient)
+        return *found, None, None, None, None, None
+
+
+def _rows(
+    logits: Tensor, targets: Tensor, correct: float, with_gradients: bool
+) -> tuple[Tensor, Tensor]:
+    """logits (n, V), overwritten -> -log softmax at the targets (n,), and softmax - correct [t]."""
+    if compiled_for(logits, torch.float32, torch.bfloat16):
+        nll = torch.ops.normexp.loss_rows_(logits, targets, correct, with_gradients)
+        return nll, logits
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    logs = F.log_softmax(logits, dim=1, dtype=wide)
+    nll = -logs.gather(1, targets[:, None])
+    if not with_gradients:
+        return nll, logits
+    softmax = logs.exp_()
+    softmax.scatter_add_(1, targets[:, None], softmax.new_full((len(targets), 1), -correct))
+    return nll, softmax.to(logits.dtype)
