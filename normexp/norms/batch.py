@@ -31,6 +31,9 @@ class BatchNorm(RunningNorm):
     there. With a single real token var_B is 0 and y = b. RunningNorm tells the rules of the state.
     """
 
+    native_source = "batch.cpp"
+    _regularized = False  # for the native kernel: the two lines of RegularizedBatchNorm's formula
+
     def __init__(
         self, num_features: int, eps: float = 1e-5, momentum: float = 0.05, sync: bool = False
     ):
@@ -39,6 +42,17 @@ class BatchNorm(RunningNorm):
         self.momentum = momentum
         self.register_buffer("running_mean", torch.zeros(num_features))
         self.register_buffer("running_var", torch.ones(num_features))
+
+    def _native_step(self, x: Tensor, padding_mask: Tensor | None) -> Tensor:
+        y, *statistics = torch.ops.normexp.batch(
+            x,
+            padding_mask,
+            *(self.weight, self.bias, self.running_mean, self.running_var),
+            *(self.step, self.rejected),
+            *(recomputing(), self.eps, self.momentum, self._regularized),
+        )
+        self._after_step(*statistics)
+        return y
 
     def _normalize(self, tokens: Tensor, real: Tensor | None) -> Tensor:
         y, mean, var, n = _Standardize.apply(tokens, self.weight, self.bias, real, self)

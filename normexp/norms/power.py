@@ -5,6 +5,7 @@ from torch import Tensor
 
 from normexp.norms import checks
 from normexp.norms.averaging import average_
+from normexp.norms.masking import flatten_tokens, zero_padding_
 from normexp.norms.quadratic_norm import QuadraticNorm
 from normexp.norms.recomputation import recomputing
 from normexp.norms.registry import register_norm
@@ -45,6 +46,8 @@ class PowerNorm(QuadraticNorm):
     of nu_(t-1) and Lambda / Gamma, so |nu_t| <= max(|nu_(t-1)|, sqrt(mean_N(g^2) / Gamma)).
     """
 
+    native_source = "power.cpp"
+
     def __init__(
         self,
         num_features: int,
@@ -63,6 +66,26 @@ class PowerNorm(QuadraticNorm):
         self.warmup_steps, self.bound_nu = warmup_steps, bound_nu
         self.register_buffer("running_psi2", torch.ones(num_features))
         self.register_buffer("nu", torch.zeros(num_features))
+
+    def _native_step(self, x: Tensor, padding_mask: Tensor | None) -> Tensor:
+        recalled = self._recalled(x, padding_mask)
+        y, *taken = torch.ops.normexp.power(
+            x,
+            padding_mask,
+            *(self.weight, self.bias, self.running_psi2, self.nu, self.step, self.rejected),
+            recalled,
+            *(self.eps, self.alpha_fwd, self.alpha_bwd, self.warmup_steps, self.bound_nu),
+        )
+        if not recalled:
+            self._recent.remember(*taken)
+        return y
+
+    def _recalled(self, x: Tensor, padding_mask: Tensor | None) -> tuple[Tensor, ...]:
+        """What the forward that this one repeats took from the state; () if it repeats none."""
+        if not recomputing():
+            return ()
+        tokens, real = flatten_tokens(x.detach(), padding_mask, self.num_features)
+        return self._recent.recall(zero_padding_(tokens.square(), real).sum(0))
 
     @torch.no_grad()
     def _step(self, squares: Tensor, n: Tensor) -> tuple[Tensor, ...]:

@@ -8,7 +8,7 @@ from torch.autograd.function import once_differentiable
 
 from normexp.norms import checks
 from normexp.norms.averaging import average_
-from normexp.norms.masking import num_real, zero_padding_
+from normexp.norms.masking import flatten_tokens, num_real, zero_padding_
 from normexp.norms.recomputation import recomputing
 from normexp.norms.registry import register_norm
 from normexp.norms.running_norm import RunningNorm
@@ -35,6 +35,8 @@ class PowerNormReleased(RunningNorm):
     depends on how batches are padded. RunningNorm tells the rules of the state.
     """
 
+    native_source = "power_released.cpp"
+
     def __init__(
         self,
         num_features: int,
@@ -53,6 +55,26 @@ class PowerNormReleased(RunningNorm):
         self.warmup_steps, self.num_groups = warmup_steps, num_groups
         self.register_buffer("running_psi2", torch.ones(num_features))
         self.register_buffer("e", torch.zeros(num_features))
+
+    def _native_step(self, x: Tensor, padding_mask: Tensor | None) -> Tensor:
+        recalled = self._recalled(x, padding_mask)
+        y, *taken = torch.ops.normexp.power_released(
+            x,
+            padding_mask,
+            *(self.weight, self.bias, self.running_psi2, self.e, self.step, self.rejected),
+            recalled,
+            *(self.num_groups, self.eps, self.alpha_fwd, self.alpha_bwd, self.warmup_steps),
+        )
+        if not recalled:
+            self._recent.remember(*taken)
+        return y
+
+    def _recalled(self, x: Tensor, padding_mask: Tensor | None) -> tuple[Tensor, ...]:
+        """What the forward that this one repeats took from the state; () if it repeats none."""
+        if not recomputing():
+            return ()
+        tokens, real = flatten_tokens(x.detach(), padding_mask, self.num_features)
+        return self._recent.recall(zero_padding_(self._scale_groups(tokens).square(), real).sum(0))
 
     def _normalize(self, tokens: Tensor, real: Tensor | None) -> Tensor:
         return _ScaleReleased.apply(tokens, self.weight, self.bias, real, self)

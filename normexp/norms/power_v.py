@@ -28,6 +28,8 @@ class PowerNormV(QuadraticNorm):
     there. RunningNorm tells the rules of the state.
     """
 
+    native_source = "power.cpp"
+
     def __init__(
         self, num_features: int, eps: float = 1e-5, alpha: float = 0.9, sync: bool = False
     ):
@@ -35,6 +37,14 @@ class PowerNormV(QuadraticNorm):
         checks.decay(alpha=alpha)
         self.alpha = alpha
         self.register_buffer("running_psi2", torch.ones(num_features))
+
+    def _native_step(self, x: Tensor, padding_mask: Tensor | None) -> Tensor:
+        return torch.ops.normexp.power_v(
+            x,
+            padding_mask,
+            *(self.weight, self.bias, self.running_psi2, self.step, self.rejected),
+            *(recomputing(), self.eps, self.alpha),
+        )
 
     def _normalize(self, tokens: Tensor, real: Tensor | None) -> Tensor:
         return _ExactScale.apply(tokens, self.weight, self.bias, real, self)

@@ -29,6 +29,8 @@ class RegularizedBatchNorm(BatchNorm):
     With sync=True each rank's penalty is its share, so that their sum counts once.
     """
 
+    _regularized = True
+
     def __init__(
         self,
         num_features: int,

@@ -3,18 +3,22 @@
 import inspect
 import warnings
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from normexp import native
 from normexp.norms import checks
 from normexp.norms.compilation import eager
-from normexp.norms.masking import flatten_tokens
+from normexp.norms.masking import check_input, flatten_tokens
 from normexp.norms.recomputation import RecentForwards
 from normexp.norms.synchronization import several_ranks, warn_of_private_statistics
 
 _HALF = (torch.float16, torch.bfloat16)
+_NATIVE_TYPES = (torch.float32, torch.float64, torch.bfloat16)
+NATIVE_SOURCES = Path(__file__).parent / "native"
 
 
 class RunningNorm(nn.Module):
@@ -40,8 +44,15 @@ class RunningNorm(nn.Module):
     - torch.compile: inference compiles without graph breaks. Training runs the layer outside the
       graph, with the same results, because compiled code could not tell a repeated forward.
 
-    Subclasses offer `_normalize` (training) and `inference_affine`.
+    - Training steps on a CPU are computed by a kernel compiled for it, where the layer has one and
+      it can be had (normexp.native), else by torch's operations: the same up to rounding.
+      Statistics of several ranks are left to torch, and so is inference. `kernels` tells what computed the last forward in training mode.
+
+    Subclasses offer `_normalize` (training) and `inference_affine`, and where they name a
+    `native_source`, `_native_step`.
     """
+
+    native_source: ClassVar[str | None] = None
 
     def __init__(self, num_features: int, eps: float, sync: bool = False):
         super().__init__()
@@ -54,6 +65,7 @@ class RunningNorm(nn.Module):
         self.register_buffer("rejected", torch.zeros((), dtype=torch.long), persistent=False)
         self._recent = RecentForwards()
         self._rejected_told = 0
+        self.kernels: str | None = None
 
     def register_buffer(self, name: str, tensor: Tensor, persistent: bool = True) -> None:
         """As in torch, but in float32 where half precision is torch's default."""
@@ -67,15 +79,36 @@ class RunningNorm(nn.Module):
         What stands at padded positions of y is of no account. Raises ValueError on unfit shapes
         or masks.
         """
+        if self.training:
+            return self._train_step(x, padding_mask)
         tokens, real = flatten_tokens(x, padding_mask, self.num_features)
-        y = self._train_step(tokens, real) if self.training else self._infer(tokens, real)
-        return y.to(x.dtype).reshape(x.shape)
+        return self._infer(tokens, real).to(x.dtype).reshape(x.shape)
 
     @eager
-    def _train_step(self, tokens: Tensor, real: Tensor | None) -> Tensor:
+    def _train_step(self, x: Tensor, padding_mask: Tensor | None) -> Tensor:
+        check_input(x, padding_mask, self.num_features)
         if not self.sync and several_ranks():
             warn_of_private_statistics()
-        return self._normalize(tokens, real)
+        if self._runs_native(x):
+            self.kernels = "native"
+            return self._native_step(x.contiguous(), padding_mask)
+        self.kernels = "plain"
+        tokens, real = flatten_tokens(x, padding_mask, self.num_features)
+        return self._normalize(tokens, real).to(x.dtype).reshape(x.shape)
+
+    def _runs_native(self, x: Tensor) -> bool:
+        return (
+            self.native_source is not None
+            and type(x) in (Tensor, nn.Parameter)  # subclasses may have no memory to read
+            and x.device.type == "cpu"
+            and x.dtype in _NATIVE_TYPES
+            and not (self.sync and several_ranks())
+            and native.load(NATIVE_SOURCES / self.native_source)
+        )
+
+    def _native_step(self, x: Tensor, padding_mask: Tensor | None) -> Tensor:
+        """Training, by the operator of `native_source`: x as in `forward`, contiguous; y like x."""
+        raise NotImplementedError
 
     def _normalize(self, tokens: Tensor, real: Tensor | None) -> Tensor:
         """Training: tokens (T*B, C), real (T*B, 1) bool or None -> (T*B, C)."""
@@ -135,4 +168,7 @@ class RunningNorm(nn.Module):
 
     def extra_repr(self) -> str:
         options = list(inspect.signature(type(self)).parameters)[1:]
-        return ", ".join([str(self.num_features), *(f"{o}={getattr(self, o)}" for o in options)])
+        shown = [str(self.num_features), *(f"{o}={getattr(self, o)}" for o in options)]
+        if self.kernels:
+            shown.append(f"kernels={self.kernels}")
+        return ", ".join(shown)

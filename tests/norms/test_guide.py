@@ -77,7 +77,10 @@ def test_the_hugging_face_model(
 
 
 def test_norms_need_nothing_but_torch() -> None:
-    """In a process that can import neither the project's other dependencies nor its other parts."""
+    """In a process that can import neither the project's other dependencies nor its other parts.
+
+    But for the two files that find and build kernels, which themselves need torch alone.
+    """
     code = """
 import sys
 for name in ("fairseq", "hydra", "omegaconf", "transformers", "wandb", "pandas", "yaml", "rich"):
@@ -89,4 +92,4 @@ print([name for name in sys.modules if name.startswith("normexp.") and ".norms" 
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True
     )
-    assert done.stdout.strip() == "[]"
+    assert done.stdout.strip() == "['normexp.kernels', 'normexp.native']"

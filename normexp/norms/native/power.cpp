@@ -1,0 +1,264 @@
+// PN (Algorithm 2) and PN-V: one step of training, forward and backward. Equations and rules of
+// the state: normexp/norms/power.py, power_v.py, running_norm.py; the plain implementation is
+// quadratic_norm.py.
+#include "rows.h"
+
+namespace normexp {
+namespace {
+
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+struct Options {
+  double eps, alpha_fwd, alpha_bwd;
+  int64_t warmup_steps;
+  bool bound_nu;
+  bool again;  // this forward repeats an earlier one and must not change the state
+};
+
+// What a forward took from the state and from its batch.
+struct Taken {
+  Vector squares, psi2, gamma;
+  bool exact;  // psi2 is the batch's own: PN-V, or PN in its warm-up
+  double n;
+};
+
+// One iteration's forward. nu is absent in PN-V.
+class Quadratic : public torch::autograd::Function<Quadratic> {
+ public:
+  static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& weight,
+                        const Tensor& bias, const std::optional<Tensor>& mask,
+                        const Tensor& running, const std::optional<Tensor>& nu,
+                        const Tensor& step, const Tensor& rejected, const Options& options,
+                        Taken* taken) {
+    const int64_t channels = x.size(-1), rows = num_rows(x);
+    const Padding padding(x, mask);
+    const Tensor y = at::empty_like(x);
+    const bool recalled = options.again && nu;  // PN-V takes all from its batch
+    const bool exact = recalled ? taken->exact
+                                : !nu || *step.const_data_ptr<int64_t>() < options.warmup_steps;
+    const Vector w = read(weight), b = read(bias), before = read(running);
+    Vector psi2 = recalled ? taken->psi2 : before;
+    Vector psi2_batch, scale(channels), inverse(channels);
+    const auto prepare = [&] {
+      for (int64_t c = 0; c < channels; ++c) {
+        inverse[c] = 1 / std::sqrt(psi2[c] + options.eps);
+        scale[c] = inverse[c] * w[c];
+      }
+    };
+    double n = 0;
+    by_type(x, [&](auto* type) {
+      using T = std::remove_pointer_t<decltype(type)>;
+      Sums<Accumulator<T>> sums(rows, 1, channels);
+      const auto finish = [&] {
+        taken->squares = psi2_batch = sums.total(0, channels);
+        n = sums.count();
+        for (double& value : psi2_batch) value /= std::max(n, 1.0);
+      };
+      if (recalled) {
+        prepare();
+        scale_tokens<T, false, false>(x, padding, scale, b, nullptr, y, nullptr);
+      } else if (exact) {
+        sum_squares<T>(x, padding, sums);
+        finish();
+        psi2 = psi2_batch;
+        prepare();
+        scale_tokens<T, false, false>(x, padding, scale, b, nullptr, y, nullptr);
+      } else {
+        prepare();
+        scale_tokens<T, true, false>(x, padding, scale, b, nullptr, y, &sums);
+        finish();
+      }
+    });
+    if (!recalled) {
+      taken->gamma.resize(channels);
+      for (int64_t c = 0; c < channels; ++c) {
+        taken->gamma[c] = psi2_batch[c] * inverse[c] * inverse[c];
+      }
+      taken->psi2 = std::move(psi2);
+      taken->exact = exact;
+      taken->n = n;
+    }
+    if (!options.again && usable(n, running, rejected, {&psi2_batch})) {
+      average(running, psi2_batch, 1 - options.alpha_fwd);
+      count_step(step);
+    }
+    ctx->save_for_backward({x, weight});
+    auto& data = ctx->saved_data;
+    data["mask"] = mask;
+    data["nu"] = nu;
+    data["rejected"] = rejected;
+    data["inverse"] = make(inverse, at::kDouble);
+    data["gamma"] = make(taken->gamma, at::kDouble);
+    data["exact"] = exact;
+    data["n"] = taken->n;
+    data["eps"] = options.eps;
+    data["alpha_bwd"] = options.alpha_bwd;
+    data["bound_nu"] = options.bound_nu;
+    return y;
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& gradients) {
+    const auto saved = ctx->get_saved_variables();
+    const Tensor &x = saved[0], &weight = saved[1];
+    auto& data = ctx->saved_data;
+    const auto mask = data["mask"].toOptional<Tensor>(), nu = data["nu"].toOptional<Tensor>();
+    if (!nu && at::GradMode::is_enabled()) {
+      return differentiable(x, weight, mask, gradients[0], data["eps"].toDouble());
+    }
+    const Tensor gradient = gradients[0].contiguous();
+    const Vector inverse = read(data["inverse"].toTensor());
+    const bool exact = data["exact"].toBool();
+    const double n = data["n"].toDouble();
+    const int64_t channels = x.size(-1), rows = num_rows(x);
+    const Padding padding(x, mask);
+    const Tensor dx = at::empty_like(x);
+    const Vector w = read(weight);
+    Vector dw, db, lambda(channels), scale(channels), slope(channels);
+    const auto prepare = [&](const Vector& correction) {
+      for (int64_t c = 0; c < channels; ++c) {
+        scale[c] = w[c] * inverse[c];
+        slope[c] = -correction[c] * inverse[c] * inverse[c];
+      }
+    };
+    by_type(x, [&](auto* type) {
+      using T = std::remove_pointer_t<decltype(type)>;
+      Sums<Accumulator<T>> sums(rows, 2, channels);
+      const auto finish = [&] {
+        dw = sums.total(0, channels);
+        db = sums.total(1, channels);
+        for (int64_t c = 0; c < channels; ++c) {
+          dw[c] *= inverse[c];
+          lambda[c] = dw[c] * w[c] / std::max(n, 1.0);
+        }
+      };
+      if (exact) {
+        sum_products<T, false>(x, gradient, padding, nullptr, sums);
+        finish();
+        prepare(lambda);
+        propagate<T, false, false>(x, gradient, padding, scale, slope, nullptr, nullptr, dx,
+                                   nullptr);
+      } else {
+        prepare(read(*nu));
+        propagate<T, true, false>(x, gradient, padding, scale, slope, nullptr, nullptr, dx, &sums);
+        finish();
+      }
+    });
+    if (nu) {
+      const Vector gamma = read(data["gamma"].toTensor());
+      const bool bound = data["bound_nu"].toBool();
+      Vector next = read(*nu);
+      for (int64_t c = 0; c < channels; ++c) {
+        double pace = 1 - data["alpha_bwd"].toDouble();
+        if (bound) pace = std::min(pace, 1 / gamma[c]);
+        next[c] = next[c] * (1 - pace * gamma[c]) + pace * lambda[c];
+      }
+      if (usable(n, *nu, data["rejected"].toTensor(), {&next})) overwrite(*nu, next);
+    }
+    const auto type = weight.scalar_type();
+    variable_list result{dx, make(dw, type), make(db, type)};
+    if (nu) result = once_differentiable(std::move(result));
+    result.resize(10);
+    return result;
+  }
+
+ private:
+  template <class T>
+  static void sum_squares(const Tensor& x, const Padding& padding, Sums<Accumulator<T>>& sums) {
+    using A = Accumulator<T>;
+    const int64_t channels = x.size(-1);
+    const T* from = content<T>(x);
+    over_blocks(num_rows(x), [&](int thread, int64_t first, int64_t last) {
+      A* squares = sums.block(thread);
+      const auto real = [&](int64_t row) { return !padding(row); };
+      const int64_t count = in_groups(first, last, real, [&](auto at_once, const int64_t* rows) {
+        constexpr int kRows = decltype(at_once)::value;
+        const T* in[kRows];
+        for (int r = 0; r < kRows; ++r) in[r] = from + rows[r] * channels;
+#pragma omp simd
+        for (int64_t c = 0; c < channels; ++c) {
+          A sum = 0;
+#pragma GCC unroll 4
+          for (int r = 0; r < kRows; ++r) {
+            const A value = load(in[r][c]);
+            sum += value * value;
+          }
+          squares[c] += sum;
+        }
+      });
+      sums.end_block(thread, count);
+    });
+  }
+
+  // PN-V's gradient in operations that autograd knows, for second derivatives.
+  static variable_list differentiable(const Tensor& x, const Tensor& weight,
+                                      const std::optional<Tensor>& mask, const Tensor& gradient,
+                                      double eps) {
+    const Tensor tokens = x.scalar_type() == at::kDouble ? x : x.to(at::kFloat);
+    const Tensor real =
+        mask ? mask->logical_not().t().unsqueeze(-1) : at::ones({}, x.options().dtype(at::kBool));
+    const auto only_real = [&](const Tensor& values) {
+      return at::where(real, values, at::zeros({}, values.options()));
+    };
+    const Tensor values = only_real(tokens).flatten(0, -2);
+    const Tensor n = mask ? real.sum().clamp_min(1) : at::full({}, values.size(0));
+    const Tensor psi2 = values.square().sum(0) / n;
+    const Tensor y = only_real(tokens) * at::rsqrt(psi2 + eps) * weight;
+    const Tensor upstream = only_real(gradient);
+    auto result = torch::autograd::grad({y}, {x, weight}, {upstream.to(y.scalar_type())},
+                                        /*retain_graph=*/true, /*create_graph=*/true);
+    result.push_back(upstream.flatten(0, -2).sum(0).to(weight.scalar_type()));
+    result.resize(10);
+    return result;
+  }
+};
+
+// y, and what a forward took from the state. A forward that repeats it gets all but the first of
+// these again as `recalled`, which is empty otherwise.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> power(
+    const Tensor& x, const std::optional<Tensor>& mask, const Tensor& weight, const Tensor& bias,
+    const Tensor& running_psi2, const Tensor& nu, const Tensor& step, const Tensor& rejected,
+    at::TensorList recalled, double eps, double alpha_fwd, double alpha_bwd, int64_t warmup_steps,
+    bool bound_nu) {
+  Taken taken{};
+  if (!recalled.empty()) {
+    taken = {{}, read(recalled[0]), read(recalled[1]), recalled[2].item<bool>(),
+             recalled[3].item<double>()};
+  }
+  const Tensor y =
+      Quadratic::apply(x, weight, bias, mask, running_psi2, std::optional<Tensor>(nu), step,
+                       rejected,
+                       Options{eps, alpha_fwd, alpha_bwd, warmup_steps, bound_nu, !recalled.empty()},
+                       &taken);
+  const auto type = x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  return {y,
+          make(taken.squares, type),
+          make(taken.psi2, at::kDouble),
+          make(taken.gamma, at::kDouble),
+          at::full({}, taken.exact, at::kBool),
+          at::full({}, taken.n, at::kDouble)};
+}
+
+Tensor power_v(const Tensor& x, const std::optional<Tensor>& mask, const Tensor& weight,
+               const Tensor& bias, const Tensor& running_psi2, const Tensor& step,
+               const Tensor& rejected, bool again, double eps, double alpha) {
+  Taken taken{};
+  return Quadratic::apply(x, weight, bias, mask, running_psi2, std::optional<Tensor>(), step,
+                          rejected, Options{eps, alpha, 0, 0, false, again}, &taken);
+}
+
+TORCH_LIBRARY_FRAGMENT(normexp, library) {
+  library.def(
+      "power(Tensor x, Tensor? mask, Tensor weight, Tensor bias, Tensor(a!) running_psi2, "
+      "Tensor(b!) nu, Tensor(c!) step, Tensor(d!) rejected, Tensor[] recalled, float eps, "
+      "float alpha_fwd, float alpha_bwd, int warmup_steps, bool bound_nu) -> "
+      "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+      power);
+  library.def(
+      "power_v(Tensor x, Tensor? mask, Tensor weight, Tensor bias, Tensor(a!) running_psi2, "
+      "Tensor(b!) step, Tensor(c!) rejected, bool again, float eps, float alpha) -> Tensor",
+      power_v);
+}
+
+}  // namespace
+}  // namespace normexp

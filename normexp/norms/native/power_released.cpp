@@ -1,0 +1,332 @@
+// PN as released: one step of training, forward and backward. Equations and rules of the state:
+// normexp/norms/power_released.py (also the plain implementation), running_norm.py.
+#include "rows.h"
+
+namespace normexp {
+namespace {
+
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+struct Options {
+  int64_t groups;
+  double eps, alpha_fwd, alpha_bwd;
+  int64_t warmup_steps;
+  bool again;  // this forward repeats an earlier one and must not change the state
+};
+
+struct Taken {
+  Vector real_squares, psi2, psi2_batch;
+  double n;
+  bool by_batch;  // psi2 is psi2_batch
+};
+
+// Calls body(at_once, rows) for all rows of a block, real tokens and padding apart, each with the
+// sums of its kind: quantity 0 for real tokens, 1 for padding.
+template <class A, class Body>
+void by_kind(const Tensor& x, const Padding& padding, Sums<A>& sums, const Body& body) {
+  const int64_t channels = x.size(-1);
+  over_blocks(num_rows(x), [&](int thread, int64_t first, int64_t last) {
+    A* block = sums.block(thread);
+    const auto with = [&](A* squares) {
+      return [&body, squares](auto at_once, const int64_t* rows) { body(at_once, rows, squares); };
+    };
+    const int64_t count =
+        in_groups(first, last, [&](int64_t row) { return !padding(row); }, with(block));
+    in_groups(first, last, [&](int64_t row) { return padding(row); }, with(block + channels));
+    sums.end_block(thread, count);
+  });
+}
+
+// 1 / sqrt(mean of x^2 over a group + eps)
+template <class T>
+Accumulator<T> inverse_rms(const T* x, int64_t size, double eps) {
+  using A = Accumulator<T>;
+  A sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t c = 0; c < size; ++c) sum += load(x[c]) * load(x[c]);
+  return 1 / std::sqrt(sum / static_cast<A>(size) + static_cast<A>(eps));
+}
+
+class Released : public torch::autograd::Function<Released> {
+ public:
+  static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& weight,
+                        const Tensor& bias, const std::optional<Tensor>& mask,
+                        const Tensor& running, const Tensor& e, const Tensor& step,
+                        const Tensor& rejected, const Options& options, Taken* taken) {
+    const int64_t channels = x.size(-1), rows = num_rows(x), groups = options.groups;
+    const Padding padding(x, mask);
+    const Tensor y = at::empty_like(x);
+    const double s = static_cast<double>(*step.const_data_ptr<int64_t>() + 1);
+    const bool by_batch =
+        options.again ? taken->by_batch : s <= static_cast<double>(options.warmup_steps);
+    const Vector w = read(weight), b = read(bias), before = read(running);
+    const auto inverse_of = [&](const Vector& psi2) {
+      Vector inverse(psi2);
+      for (double& value : inverse) value = 1 / std::sqrt(value + options.eps);
+      return inverse;
+    };
+    Vector psi2_batch, psi2 = options.again ? taken->psi2 : before, squares;
+    double n = 0;
+    Tensor r;  // (rows, groups), of the type in which x is summed
+    by_type(x, [&](auto* type) {
+      using T = std::remove_pointer_t<decltype(type)>;
+      using A = Accumulator<T>;
+      r = at::empty({rows, groups}, std::is_same_v<A, double> ? at::kDouble : at::kFloat);
+      Sums<A> sums(rows, 2, channels);
+      const auto finish = [&] {
+        squares = sums.total(0, channels);
+        taken->real_squares = psi2_batch = squares;
+        n = sums.count();
+        for (double& value : psi2_batch) value /= std::max(n, 1.0);
+        const Vector of_padding = sums.total(1, channels);
+        for (int64_t c = 0; c < channels; ++c) squares[c] += of_padding[c];
+      };
+      const auto scale = [&](auto with_statistics) {
+        const Vector inverse = inverse_of(psi2);
+        Vector scale(channels);
+        for (int64_t c = 0; c < channels; ++c) scale[c] = inverse[c] * w[c];
+        scale_groups<T, decltype(with_statistics)::value>(x, padding, groups, options.eps, scale,
+                                                          b, y, r, sums);
+      };
+      if (by_batch) {
+        sum_squares<T>(x, padding, groups, options.eps, r, sums);
+        finish();
+        psi2 = psi2_batch;
+        scale(std::false_type{});
+      } else {
+        scale(std::true_type{});
+        finish();
+      }
+    });
+    if (options.again) {
+      psi2_batch = taken->psi2_batch;
+      n = taken->n;
+    } else if (usable(n, running, rejected, {&psi2_batch})) {
+      Vector next = before;
+      for (int64_t c = 0; c < channels; ++c) {
+        if (s < static_cast<double>(options.warmup_steps)) {
+          next[c] = (next[c] * (s - 1) + psi2_batch[c]) / s;
+        }
+        next[c] = lerp(next[c], psi2_batch[c], 1 - options.alpha_fwd);
+      }
+      overwrite(running, next);
+      count_step(step);
+    }
+    ctx->save_for_backward({x, weight});
+    auto& data = ctx->saved_data;
+    data["r"] = r;
+    data["e"] = e;
+    data["rejected"] = rejected;
+    data["inverse"] = make(inverse_of(psi2), at::kDouble);
+    data["batch_inverse"] = make(inverse_of(psi2_batch), at::kDouble);
+    data["squares"] = make(squares, at::kDouble);
+    data["n"] = n;
+    data["alpha_bwd"] = options.alpha_bwd;
+    taken->psi2 = std::move(psi2);
+    taken->psi2_batch = std::move(psi2_batch);
+    taken->n = n;
+    taken->by_batch = by_batch;
+    return y;
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& gradients) {
+    const auto saved = ctx->get_saved_variables();
+    const Tensor &x = saved[0], &weight = saved[1];
+    auto& data = ctx->saved_data;
+    const Tensor gradient = gradients[0].contiguous(), r = data["r"].toTensor();
+    const Tensor e = data["e"].toTensor(), dx = at::empty_like(x);
+    const Vector inverse = read(data["inverse"].toTensor()), w = read(weight);
+    const Vector batch_inverse = read(data["batch_inverse"].toTensor());
+    const Vector squares = read(data["squares"].toTensor());
+    const int64_t channels = x.size(-1), rows = num_rows(x);
+    Vector next = read(e), factor(next), scale(channels), slope(channels), dw, db;
+    for (int64_t c = 0; c < channels; ++c) {
+      factor[c] *= 1 - data["alpha_bwd"].toDouble();
+      scale[c] = w[c] * batch_inverse[c];
+      slope[c] = -factor[c] * inverse[c] * batch_inverse[c];
+    }
+    by_type(x, [&](auto* type) {
+      using T = std::remove_pointer_t<decltype(type)>;
+      Sums<Accumulator<T>> sums(rows, 2, channels);
+      propagate_groups<T>(x, gradient, r, scale, slope, dx, sums);
+      dw = sums.total(0, channels);
+      db = sums.total(1, channels);
+    });
+    for (int64_t c = 0; c < channels; ++c) {
+      dw[c] *= inverse[c];
+      const double x_hat_squares = squares[c] * inverse[c] * inverse[c];
+      next[c] += (dw[c] * w[c] - factor[c] * x_hat_squares) / std::max<double>(1, rows);
+    }
+    if (usable(data["n"].toDouble(), e, data["rejected"].toTensor(), {&next})) overwrite(e, next);
+    const auto type = weight.scalar_type();
+    auto result = once_differentiable({dx, make(dw, type), make(db, type)});
+    result.resize(10);
+    return result;
+  }
+
+ private:
+  template <class T>
+  static void sum_squares(const Tensor& x, const Padding& padding, int64_t groups, double eps,
+                          const Tensor& r, Sums<Accumulator<T>>& sums) {
+    using A = Accumulator<T>;
+    const int64_t channels = x.size(-1), size = channels / groups;
+    const T* from = content<T>(x);
+    A* inverse = writable<A>(r);
+    by_kind(x, padding, sums, [&](auto at_once, const int64_t* rows, A* squares) {
+      constexpr int kRows = decltype(at_once)::value;
+      for (int64_t group = 0; group < groups; ++group) {
+        const T* in[kRows];
+        A factor[kRows];
+        for (int i = 0; i < kRows; ++i) {
+          in[i] = from + rows[i] * channels + group * size;
+          factor[i] = inverse_rms(in[i], size, eps);
+          inverse[rows[i] * groups + group] = factor[i];
+        }
+        A* sums_of_group = squares + group * size;
+#pragma omp simd
+        for (int64_t c = 0; c < size; ++c) {
+          A sum = 0;
+#pragma GCC unroll 4
+          for (int i = 0; i < kRows; ++i) {
+            const A value = load(in[i][c]) * factor[i];
+            sum += value * value;
+          }
+          sums_of_group[c] += sum;
+        }
+      }
+    });
+  }
+
+  // Without kSum r is read, else written.
+  template <class T, bool kSum>
+  static void scale_groups(const Tensor& x, const Padding& padding, int64_t groups, double eps,
+                           const Vector& scale_of, const Vector& shift_of, const Tensor& y,
+                           const Tensor& r, Sums<Accumulator<T>>& sums) {
+    using A = Accumulator<T>;
+    const int64_t channels = x.size(-1), size = channels / groups;
+    const auto scale_values = as<A>(scale_of), shift_values = as<A>(shift_of);
+    const T* from = content<T>(x);
+    T* to = writable<T>(y);
+    A* inverse = writable<A>(r);
+    by_kind(x, padding, sums, [&](auto at_once, const int64_t* rows, A* squares) {
+      constexpr int kRows = decltype(at_once)::value;
+      for (int64_t group = 0; group < groups; ++group) {
+        const T* in[kRows];
+        T* out[kRows];
+        A factor[kRows];
+        for (int i = 0; i < kRows; ++i) {
+          in[i] = from + rows[i] * channels + group * size;
+          out[i] = to + rows[i] * channels + group * size;
+          A& kept = inverse[rows[i] * groups + group];
+          if constexpr (kSum) kept = inverse_rms(in[i], size, eps);
+          factor[i] = kept;
+        }
+        const A* scale = scale_values.data() + group * size;
+        const A* shift = shift_values.data() + group * size;
+        A* sums_of_group = squares + group * size;
+#pragma omp simd
+        for (int64_t c = 0; c < size; ++c) {
+          A sum = 0;
+#pragma GCC unroll 4
+          for (int i = 0; i < kRows; ++i) {
+            const A value = load(in[i][c]) * factor[i];
+            if constexpr (kSum) sum += value * value;
+            store(out[i][c], value * scale[c] + shift[c]);
+          }
+          if constexpr (kSum) sums_of_group[c] += sum;
+        }
+      }
+    });
+  }
+
+  // With xg = x r and d = gradient scale + xg slope: dx = r (d - xg mean_group(d xg)), at padding
+  // too. Sums: quantity 0 of gradient xg, 1 of gradient.
+  template <class T>
+  static void propagate_groups(const Tensor& x, const Tensor& gradient, const Tensor& r,
+                               const Vector& scale_of, const Vector& slope_of, const Tensor& dx,
+                               Sums<Accumulator<T>>& sums) {
+    using A = Accumulator<T>;
+    const int64_t channels = x.size(-1), groups = r.size(1), size = channels / groups;
+    const auto scale_values = as<A>(scale_of), slope_values = as<A>(slope_of);
+    const T *from = content<T>(x), *upstream = content<T>(gradient);
+    const A* inverse = content<A>(r);
+    T* to = writable<T>(dx);
+    over_blocks(num_rows(x), [&](int thread, int64_t first, int64_t last) {
+      A* block = sums.block(thread);
+      const auto all = [](int64_t) { return true; };
+      in_groups(first, last, all, [&](auto at_once, const int64_t* rows) {
+        constexpr int kRows = decltype(at_once)::value;
+        for (int64_t group = 0; group < groups; ++group) {
+          const T *in[kRows], *up[kRows];
+          T* out[kRows];
+          A factor[kRows], mean[kRows];
+          const A* scale = scale_values.data() + group * size;
+          const A* slope = slope_values.data() + group * size;
+          for (int i = 0; i < kRows; ++i) {
+            const int64_t offset = rows[i] * channels + group * size;
+            in[i] = from + offset;
+            up[i] = upstream + offset;
+            out[i] = to + offset;
+            factor[i] = inverse[rows[i] * groups + group];
+            A sum = 0;
+#pragma omp simd reduction(+ : sum)
+            for (int64_t c = 0; c < size; ++c) {
+              const A value = load(in[i][c]) * factor[i];
+              sum += (load(up[i][c]) * scale[c] + value * slope[c]) * value;
+            }
+            mean[i] = sum / static_cast<A>(size);
+          }
+          A *products = block + group * size, *plain = products + channels;
+#pragma omp simd
+          for (int64_t c = 0; c < size; ++c) {
+            A product = 0, sum = 0;
+#pragma GCC unroll 4
+            for (int i = 0; i < kRows; ++i) {
+              const A g = load(up[i][c]), value = load(in[i][c]) * factor[i];
+              product += g * value;
+              sum += g;
+              const A d = g * scale[c] + value * slope[c];
+              store(out[i][c], (d - value * mean[i]) * factor[i]);
+            }
+            products[c] += product;
+            plain[c] += sum;
+          }
+        }
+      });
+      sums.end_block(thread, last - first);
+    });
+  }
+};
+
+// y, and what a forward took from the state. A forward that repeats it gets all but the first of
+// these again as `recalled`, which is empty otherwise.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> power_released(
+    const Tensor& x, const std::optional<Tensor>& mask, const Tensor& weight, const Tensor& bias,
+    const Tensor& running_psi2, const Tensor& e, const Tensor& step, const Tensor& rejected,
+    at::TensorList recalled, int64_t groups, double eps, double alpha_fwd, double alpha_bwd,
+    int64_t warmup_steps) {
+  Taken taken{};
+  const bool again = !recalled.empty();
+  if (again) taken = {{}, read(recalled[0]), read(recalled[1]), recalled[2].item<double>(),
+                      recalled[3].item<bool>()};
+  const Tensor y =
+      Released::apply(x, weight, bias, mask, running_psi2, e, step, rejected,
+                      Options{groups, eps, alpha_fwd, alpha_bwd, warmup_steps, again}, &taken);
+  const auto type = x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  return {y, make(taken.real_squares, type), make(taken.psi2, at::kDouble),
+          make(taken.psi2_batch, at::kDouble), at::full({}, taken.n, at::kDouble),
+          at::full({}, taken.by_batch, at::kBool)};
+}
+
+TORCH_LIBRARY_FRAGMENT(normexp, library) {
+  library.def(
+      "power_released(Tensor x, Tensor? mask, Tensor weight, Tensor bias, "
+      "Tensor(a!) running_psi2, Tensor(b!) e, Tensor(c!) step, Tensor(d!) rejected, "
+      "Tensor[] recalled, int groups, float eps, float alpha_fwd, float alpha_bwd, int warmup_steps) -> "
+      "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+      power_released);
+}
+
+}  // namespace
+}  // namespace normexp

@@ -1,0 +1,414 @@
+// What the kernels of this folder share: loops over the tokens of a batch with sums per channel.
+//
+// Tokens are rows of C channels. Threads take blocks of rows in turn, so that padding, which lies
+// at the end of a batch, is shared out; sums are taken in float over a block (double for double),
+// in double over blocks, and over threads in their order, so that results repeat to the bit for
+// one number of threads.
+#pragma once
+
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+#include <torch/csrc/autograd/autograd.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/functions/basic_ops.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <optional>
+#include <tuple>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+namespace normexp {
+
+using at::Tensor;
+using Vector = std::vector<double>;  // one value per channel
+
+// c10's own conversions branch on NaN, which keeps loops over them from being vectorized.
+struct BFloat16 {
+  uint16_t bits;
+};
+
+template <class T>
+using Accumulator = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+inline float load(float value) { return value; }
+inline double load(double value) { return value; }
+inline float load(BFloat16 value) {
+  const uint32_t bits = static_cast<uint32_t>(value.bits) << 16;
+  float result;
+  std::memcpy(&result, &bits, sizeof result);
+  return result;
+}
+
+inline void store(float& to, float value) { to = value; }
+inline void store(double& to, double value) { to = value; }
+inline void store(BFloat16& to, float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  const uint32_t nearest_even = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  to.bits = static_cast<uint16_t>(value != value ? 0x7fc0 : nearest_even);
+}
+
+// Which rows of x (T, B, C) with mask (B, T), or of x (N, C) with mask (N,), are padding.
+class Padding {
+ public:
+  Padding(const Tensor& x, const std::optional<Tensor>& mask) {
+    if (!mask) return;
+    mask_ = mask->const_data_ptr<bool>();
+    sentences_ = x.dim() == 3 ? x.size(1) : 1;
+    sentence_stride_ = x.dim() == 3 ? mask->stride(0) : 0;
+    time_stride_ = mask->stride(-1);
+  }
+  bool operator()(int64_t row) const {
+    return mask_ && mask_[row % sentences_ * sentence_stride_ + row / sentences_ * time_stride_];
+  }
+
+ private:
+  const bool* mask_ = nullptr;
+  int64_t sentences_ = 1, sentence_stride_ = 0, time_stride_ = 0;
+};
+
+constexpr int64_t kBlockRows = 64;
+constexpr int kRowsAtOnce = 4;  // share one load and store of the sums
+
+inline int num_threads(int64_t rows) {
+  return static_cast<int>(
+      std::clamp<int64_t>(rows / kBlockRows, 1, std::max(1, at::get_num_threads())));
+}
+
+// Calls block(thread, first, last) for every block of rows, in order within a thread.
+template <class Block>
+void over_blocks(int64_t rows, const Block& block) {
+  const int threads = num_threads(rows);
+  at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t thread = begin; thread < end; ++thread) {
+      for (int64_t first = thread * kBlockRows; first < rows; first += threads * kBlockRows) {
+        block(static_cast<int>(thread), first, std::min(rows, first + kBlockRows));
+      }
+    }
+  });
+}
+
+// Calls body(std::integral_constant<int, R>, rows) for the rows of [first, last) for which
+// wanted(row) is true, R of them at once; returns how many there were.
+template <class Wanted, class Body>
+int64_t in_groups(int64_t first, int64_t last, const Wanted& wanted, const Body& body) {
+  int64_t rows[kRowsAtOnce], held = 0, count = 0;
+  for (int64_t row = first; row < last; ++row) {
+    if (!wanted(row)) continue;
+    rows[held++] = row;
+    ++count;
+    if (held == kRowsAtOnce) {
+      body(std::integral_constant<int, kRowsAtOnce>{}, rows);
+      held = 0;
+    }
+  }
+  for (int64_t i = 0; i < held; ++i) body(std::integral_constant<int, 1>{}, rows + i);
+  return count;
+}
+
+// Sums per channel of several quantities.
+template <class A>
+class Sums {
+ public:
+  Sums(int64_t rows, int quantities, int64_t channels)
+      : width_(quantities * channels),
+        threads_(num_threads(rows)),
+        blocks_(threads_ * width_),
+        totals_(threads_ * width_),
+        counts_(threads_) {}
+
+  // Where a thread sums a block; zero at its beginning.
+  A* block(int thread) { return blocks_.data() + thread * width_; }
+
+  void end_block(int thread, int64_t count) {
+    A* block = this->block(thread);
+    double* total = totals_.data() + thread * width_;
+    for (int64_t i = 0; i < width_; ++i) {
+      total[i] += block[i];
+      block[i] = 0;
+    }
+    counts_[thread] += count;
+  }
+
+  Vector total(int quantity, int64_t channels) const {
+    Vector result(channels);
+    for (int thread = 0; thread < threads_; ++thread) {
+      const double* total = totals_.data() + thread * width_ + quantity * channels;
+      for (int64_t c = 0; c < channels; ++c) result[c] += total[c];
+    }
+    return result;
+  }
+
+  double count() const {
+    int64_t count = 0;
+    for (int64_t of_thread : counts_) count += of_thread;
+    return static_cast<double>(count);
+  }
+
+ private:
+  int64_t width_;
+  int threads_;
+  std::vector<A> blocks_;
+  Vector totals_;
+  std::vector<int64_t> counts_;
+};
+
+// Calls body(values) with values of the type of the tensor's content.
+template <class Body>
+void with_values(const Tensor& tensor, const Body& body) {
+  switch (tensor.scalar_type()) {
+    case at::kFloat:
+      return body(tensor.mutable_data_ptr<float>());
+    case at::kDouble:
+      return body(tensor.mutable_data_ptr<double>());
+    case at::kBFloat16:
+      return body(reinterpret_cast<BFloat16*>(tensor.mutable_data_ptr<at::BFloat16>()));
+    default:
+      TORCH_CHECK_VALUE(false, "no native kernel for ", tensor.scalar_type());
+  }
+}
+
+inline Vector read(const Tensor& tensor) {
+  const Tensor dense = tensor.contiguous();
+  Vector result(dense.numel());
+  with_values(dense, [&](const auto* values) {
+    for (size_t i = 0; i < result.size(); ++i) result[i] = load(values[i]);
+  });
+  return result;
+}
+
+// For a tensor that autograd knows, a buffer: its version counts up, as for torch's own writing.
+inline void overwrite(const Tensor& tensor, const Vector& content) {
+  TORCH_CHECK_VALUE(tensor.is_contiguous(), "buffers must be contiguous");
+  with_values(tensor, [&](auto* values) {
+    using T = std::remove_pointer_t<decltype(values)>;
+    for (size_t i = 0; i < content.size(); ++i) {
+      store(values[i], static_cast<Accumulator<T>>(content[i]));
+    }
+  });
+  tensor.unsafeGetTensorImpl()->bump_version();
+}
+
+inline Tensor make(const Vector& content, at::ScalarType type) {
+  const Tensor tensor = at::empty({static_cast<int64_t>(content.size())}, type);
+  overwrite(tensor, content);
+  return tensor;
+}
+
+template <class A>
+std::vector<A> as(const Vector& content) {
+  return std::vector<A>(content.begin(), content.end());
+}
+
+// Calls body with a null pointer to the type of the content of x.
+template <class Body>
+void by_type(const Tensor& x, const Body& body) {
+  with_values(x, [&](auto* values) { body(static_cast<decltype(values)>(nullptr)); });
+}
+
+template <class T>
+const T* content(const Tensor& x) {
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    return reinterpret_cast<const T*>(x.const_data_ptr<at::BFloat16>());
+  } else {
+    return x.const_data_ptr<T>();
+  }
+}
+
+template <class T>
+T* writable(const Tensor& x) {
+  return const_cast<T*>(content<T>(x));
+}
+
+inline int64_t num_rows(const Tensor& x) { return x.numel() / std::max<int64_t>(1, x.size(-1)); }
+
+// Whether a batch of n real tokens with these statistics may change the state; if it is only not
+// finite, counts it in `rejected`. As RunningNorm._usable.
+inline bool usable(double n, const Tensor& buffer, const Tensor& rejected,
+                   std::initializer_list<const Vector*> statistics) {
+  const bool in_float = buffer.scalar_type() != at::kDouble;
+  bool finite = true;
+  for (const Vector* values : statistics) {
+    for (double value : *values) {
+      finite &= in_float ? std::isfinite(static_cast<float>(value)) : std::isfinite(value);
+    }
+  }
+  if (n > 0 && !finite) *rejected.mutable_data_ptr<int64_t>() += 1;
+  return n > 0 && finite;
+}
+
+inline void count_step(const Tensor& step) {
+  *step.mutable_data_ptr<int64_t>() += 1;
+  step.unsafeGetTensorImpl()->bump_version();
+}
+
+// (1 - pace) before + pace value, exact at both ends as torch.lerp is
+inline double lerp(double before, double value, double pace) {
+  const double apart = value - before;
+  return pace < 0.5 ? before + pace * apart : value - (1 - pace) * apart;
+}
+
+// running <- (1 - pace) running + pace value
+inline void average(const Tensor& running, const Vector& value, double pace) {
+  Vector result = read(running);
+  for (size_t c = 0; c < result.size(); ++c) result[c] = lerp(result[c], value[c], pace);
+  overwrite(running, result);
+}
+
+// What torch's once_differentiable does for a function in Python.
+inline torch::autograd::variable_list once_differentiable(torch::autograd::variable_list gradients) {
+  if (!at::GradMode::is_enabled()) return gradients;
+  for (Tensor& gradient : gradients) gradient.set_requires_grad(true);  // or there is no error
+  const auto refuse = std::make_shared<torch::autograd::DelayedError>(
+      "trying to differentiate twice a normalization whose backward is not the derivative of its "
+      "forward (once_differentiable)",
+      gradients.size());
+  return (*refuse)(std::move(gradients));
+}
+
+// y = (x - mean) scale + shift at real tokens, zero at padding; with kSum also the sums of x^2.
+// mean may be null if kCenter is false.
+template <class T, bool kSum, bool kCenter>
+void scale_tokens(const Tensor& x, const Padding& padding, const Vector& scale_of,
+                  const Vector& shift_of, const Vector* mean_of, const Tensor& y,
+                  Sums<Accumulator<T>>* sums) {
+  using A = Accumulator<T>;
+  const int64_t channels = x.size(-1);
+  const auto scale_values = as<A>(scale_of), shift_values = as<A>(shift_of);
+  const auto mean_values = kCenter ? as<A>(*mean_of) : std::vector<A>();
+  const A *scale = scale_values.data(), *shift = shift_values.data(), *mean = mean_values.data();
+  const T* from = content<T>(x);
+  T* to = writable<T>(y);
+  over_blocks(num_rows(x), [&](int thread, int64_t first, int64_t last) {
+    A* squares = kSum ? sums->block(thread) : nullptr;
+    const auto real = [&](int64_t row) {
+      if (!padding(row)) return true;
+      std::memset(static_cast<void*>(to + row * channels), 0, channels * sizeof(T));
+      return false;
+    };
+    const int64_t count = in_groups(first, last, real, [&](auto at_once, const int64_t* rows) {
+      constexpr int kRows = decltype(at_once)::value;
+      const T* in[kRows];
+      T* out[kRows];
+      for (int r = 0; r < kRows; ++r) {
+        in[r] = from + rows[r] * channels;
+        out[r] = to + rows[r] * channels;
+      }
+#pragma omp simd
+      for (int64_t c = 0; c < channels; ++c) {
+        A sum = 0;
+#pragma GCC unroll 4
+        for (int r = 0; r < kRows; ++r) {
+          const A value = load(in[r][c]);
+          if constexpr (kSum) sum += value * value;
+          store(out[r][c], (kCenter ? value - mean[c] : value) * scale[c] + shift[c]);
+        }
+        if constexpr (kSum) squares[c] += sum;
+      }
+    });
+    if constexpr (kSum) sums->end_block(thread, count);
+  });
+}
+
+// Sums over the real tokens: quantity 0 of gradient (x - mean), quantity 1 of gradient.
+template <class T, bool kCenter>
+void sum_products(const Tensor& x, const Tensor& gradient, const Padding& padding,
+                  const Vector* mean_of, Sums<Accumulator<T>>& sums) {
+  using A = Accumulator<T>;
+  const int64_t channels = x.size(-1);
+  const auto mean_values = kCenter ? as<A>(*mean_of) : std::vector<A>();
+  const A* mean = mean_values.data();
+  const T *from = content<T>(x), *upstream = content<T>(gradient);
+  over_blocks(num_rows(x), [&](int thread, int64_t first, int64_t last) {
+    A *products = sums.block(thread), *plain = products + channels;
+    const auto real = [&](int64_t row) { return !padding(row); };
+    const int64_t count = in_groups(first, last, real, [&](auto at_once, const int64_t* rows) {
+      constexpr int kRows = decltype(at_once)::value;
+      const T *in[kRows], *up[kRows];
+      for (int r = 0; r < kRows; ++r) {
+        in[r] = from + rows[r] * channels;
+        up[r] = upstream + rows[r] * channels;
+      }
+#pragma omp simd
+      for (int64_t c = 0; c < channels; ++c) {
+        A product = 0, sum = 0;
+#pragma GCC unroll 4
+        for (int r = 0; r < kRows; ++r) {
+          const A value = load(in[r][c]), g = load(up[r][c]);
+          product += g * (kCenter ? value - mean[c] : value);
+          sum += g;
+        }
+        products[c] += product;
+        plain[c] += sum;
+      }
+    });
+    sums.end_block(thread, count);
+  });
+}
+
+// dx = gradient scale + (x - mean) slope + shift at real tokens, zero at padding; with kSum also
+// the sums of sum_products. mean and shift may be null if kCenter is false.
+template <class T, bool kSum, bool kCenter>
+void propagate(const Tensor& x, const Tensor& gradient, const Padding& padding,
+               const Vector& scale_of, const Vector& slope_of, const Vector* mean_of,
+               const Vector* shift_of, const Tensor& dx, Sums<Accumulator<T>>* sums) {
+  using A = Accumulator<T>;
+  const int64_t channels = x.size(-1);
+  const auto scale_values = as<A>(scale_of), slope_values = as<A>(slope_of);
+  const auto mean_values = kCenter ? as<A>(*mean_of) : std::vector<A>();
+  const auto shift_values = kCenter ? as<A>(*shift_of) : std::vector<A>();
+  const A *scale = scale_values.data(), *slope = slope_values.data();
+  const A *mean = mean_values.data(), *shift = shift_values.data();
+  const T *from = content<T>(x), *upstream = content<T>(gradient);
+  T* to = writable<T>(dx);
+  over_blocks(num_rows(x), [&](int thread, int64_t first, int64_t last) {
+    A* products = kSum ? sums->block(thread) : nullptr;
+    A* plain = kSum ? products + channels : nullptr;
+    const auto real = [&](int64_t row) {
+      if (!padding(row)) return true;
+      std::memset(static_cast<void*>(to + row * channels), 0, channels * sizeof(T));
+      return false;
+    };
+    const int64_t count = in_groups(first, last, real, [&](auto at_once, const int64_t* rows) {
+      constexpr int kRows = decltype(at_once)::value;
+      const T *in[kRows], *up[kRows];
+      T* out[kRows];
+      for (int r = 0; r < kRows; ++r) {
+        in[r] = from + rows[r] * channels;
+        up[r] = upstream + rows[r] * channels;
+        out[r] = to + rows[r] * channels;
+      }
+#pragma omp simd
+      for (int64_t c = 0; c < channels; ++c) {
+        A product = 0, sum = 0;
+#pragma GCC unroll 4
+        for (int r = 0; r < kRows; ++r) {
+          const A value = load(in[r][c]), g = load(up[r][c]);
+          if constexpr (kSum) {
+            product += g * value;
+            sum += g;
+          }
+          if constexpr (kCenter) {
+            store(out[r][c], g * scale[c] + (value - mean[c]) * slope[c] + shift[c]);
+          } else {
+            store(out[r][c], g * scale[c] + value * slope[c]);
+          }
+        }
+        if constexpr (kSum) {
+          products[c] += product;
+          plain[c] += sum;
+        }
+      }
+    });
+    if constexpr (kSum) sums->end_block(thread, count);
+  });
+}
+
+}  // namespace normexp
