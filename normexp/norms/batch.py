@@ -10,7 +10,7 @@ from normexp.norms.averaging import average_
 from normexp.norms.masking import num_real, only_real, zero_padding_
 from normexp.norms.recomputation import recomputing
 from normexp.norms.registry import register_norm
-from normexp.norms.running_norm import RunningNorm
+from normexp.norms.running_norm import NATIVE_SOURCES, RunningNorm
 from normexp.norms.synchronization import pooled_moments, sum_over_ranks
 
 
@@ -31,7 +31,7 @@ class BatchNorm(RunningNorm):
     there. With a single real token var_B is 0 and y = b. RunningNorm tells the rules of the state.
     """
 
-    native_source = "batch.cpp"
+    native_source = NATIVE_SOURCES / "batch.cpp"
     _regularized = False  # for the native kernel: the two lines of RegularizedBatchNorm's formula
 
     def __init__(
@@ -44,7 +44,7 @@ class BatchNorm(RunningNorm):
         self.register_buffer("running_var", torch.ones(num_features))
 
     def _native_step(self, x: Tensor, padding_mask: Tensor | None) -> Tensor:
-        y, *statistics = torch.ops.normexp.batch(
+        y, *statistics = torch.ops.normexp.batch.default(
             x,
             padding_mask,
             *(self.weight, self.bias, self.running_mean, self.running_var),

@@ -17,6 +17,8 @@ def eager(method: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(method)
     def call(*args: Any) -> Any:
+        if not torch.compiler.is_compiling():
+            return method(*args)
         if not disabled:
             disabled.append(torch.compiler.disable(method))
         return disabled[0](*args)

@@ -9,6 +9,7 @@ from normexp.norms.masking import flatten_tokens, zero_padding_
 from normexp.norms.quadratic_norm import QuadraticNorm
 from normexp.norms.recomputation import recomputing
 from normexp.norms.registry import register_norm
+from normexp.norms.running_norm import NATIVE_SOURCES
 from normexp.norms.synchronization import pooled_mean, sum_over_ranks
 
 
@@ -46,7 +47,7 @@ class PowerNorm(QuadraticNorm):
     of nu_(t-1) and Lambda / Gamma, so |nu_t| <= max(|nu_(t-1)|, sqrt(mean_N(g^2) / Gamma)).
     """
 
-    native_source = "power.cpp"
+    native_source = NATIVE_SOURCES / "power.cpp"
 
     def __init__(
         self,
@@ -69,23 +70,23 @@ class PowerNorm(QuadraticNorm):
 
     def _native_step(self, x: Tensor, padding_mask: Tensor | None) -> Tensor:
         recalled = self._recalled(x, padding_mask)
-        y, *taken = torch.ops.normexp.power(
+        y, squares, taken = torch.ops.normexp.power.default(
             x,
             padding_mask,
             *(self.weight, self.bias, self.running_psi2, self.nu, self.step, self.rejected),
             recalled,
             *(self.eps, self.alpha_fwd, self.alpha_bwd, self.warmup_steps, self.bound_nu),
         )
-        if not recalled:
-            self._recent.remember(*taken)
+        if recalled is None:
+            self._recent.remember(squares, taken)
         return y
 
-    def _recalled(self, x: Tensor, padding_mask: Tensor | None) -> tuple[Tensor, ...]:
-        """What the forward that this one repeats took from the state; () if it repeats none."""
+    def _recalled(self, x: Tensor, padding_mask: Tensor | None) -> Tensor | None:
+        """What the forward that this one repeats took from the state; None if it repeats none."""
         if not recomputing():
-            return ()
+            return None
         tokens, real = flatten_tokens(x.detach(), padding_mask, self.num_features)
-        return self._recent.recall(zero_padding_(tokens.square(), real).sum(0))
+        return self._recent.recall(zero_padding_(tokens.square(), real).sum(0))[0]
 
     @torch.no_grad()
     def _step(self, squares: Tensor, n: Tensor) -> tuple[Tensor, ...]:

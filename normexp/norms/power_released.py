@@ -11,7 +11,7 @@ from normexp.norms.averaging import average_
 from normexp.norms.masking import flatten_tokens, num_real, zero_padding_
 from normexp.norms.recomputation import recomputing
 from normexp.norms.registry import register_norm
-from normexp.norms.running_norm import RunningNorm
+from normexp.norms.running_norm import NATIVE_SOURCES, RunningNorm
 from normexp.norms.synchronization import pooled_mean
 
 
@@ -35,7 +35,7 @@ class PowerNormReleased(RunningNorm):
     depends on how batches are padded. RunningNorm tells the rules of the state.
     """
 
-    native_source = "power_released.cpp"
+    native_source = NATIVE_SOURCES / "power_released.cpp"
 
     def __init__(
         self,
@@ -58,23 +58,24 @@ class PowerNormReleased(RunningNorm):
 
     def _native_step(self, x: Tensor, padding_mask: Tensor | None) -> Tensor:
         recalled = self._recalled(x, padding_mask)
-        y, *taken = torch.ops.normexp.power_released(
+        y, squares, taken = torch.ops.normexp.power_released.default(
             x,
             padding_mask,
             *(self.weight, self.bias, self.running_psi2, self.e, self.step, self.rejected),
             recalled,
             *(self.num_groups, self.eps, self.alpha_fwd, self.alpha_bwd, self.warmup_steps),
         )
-        if not recalled:
-            self._recent.remember(*taken)
+        if recalled is None:
+            self._recent.remember(squares, taken)
         return y
 
-    def _recalled(self, x: Tensor, padding_mask: Tensor | None) -> tuple[Tensor, ...]:
-        """What the forward that this one repeats took from the state; () if it repeats none."""
+    def _recalled(self, x: Tensor, padding_mask: Tensor | None) -> Tensor | None:
+        """What the forward that this one repeats took from the state; None if it repeats none."""
         if not recomputing():
-            return ()
+            return None
         tokens, real = flatten_tokens(x.detach(), padding_mask, self.num_features)
-        return self._recent.recall(zero_padding_(self._scale_groups(tokens).square(), real).sum(0))
+        squares = zero_padding_(self._scale_groups(tokens).square(), real).sum(0)
+        return self._recent.recall(squares)[0]
 
     def _normalize(self, tokens: Tensor, real: Tensor | None) -> Tensor:
         return _ScaleReleased.apply(tokens, self.weight, self.bias, real, self)

@@ -11,6 +11,7 @@ from normexp.norms.masking import num_real, only_real
 from normexp.norms.quadratic_norm import QuadraticNorm, Scale
 from normexp.norms.recomputation import recomputing
 from normexp.norms.registry import register_norm
+from normexp.norms.running_norm import NATIVE_SOURCES
 from normexp.norms.synchronization import pooled_mean, sum_over_ranks
 
 
@@ -28,7 +29,7 @@ class PowerNormV(QuadraticNorm):
     there. RunningNorm tells the rules of the state.
     """
 
-    native_source = "power.cpp"
+    native_source = NATIVE_SOURCES / "power.cpp"
 
     def __init__(
         self, num_features: int, eps: float = 1e-5, alpha: float = 0.9, sync: bool = False
@@ -39,7 +40,7 @@ class PowerNormV(QuadraticNorm):
         self.register_buffer("running_psi2", torch.ones(num_features))
 
     def _native_step(self, x: Tensor, padding_mask: Tensor | None) -> Tensor:
-        return torch.ops.normexp.power_v(
+        return torch.ops.normexp.power_v.default(
             x,
             padding_mask,
             *(self.weight, self.bias, self.running_psi2, self.step, self.rejected),

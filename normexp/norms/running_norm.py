@@ -46,13 +46,14 @@ class RunningNorm(nn.Module):
 
     - Training steps on a CPU are computed by a kernel compiled for it, where the layer has one and
       it can be had (normexp.native), else by torch's operations: the same up to rounding.
-      Statistics of several ranks are left to torch, and so is inference. `kernels` tells what computed the last forward in training mode.
+      Statistics of several ranks are left to torch, and so is inference. `kernels` tells what
+      computed the last forward in training mode.
 
     Subclasses offer `_normalize` (training) and `inference_affine`, and where they name a
     `native_source`, `_native_step`.
     """
 
-    native_source: ClassVar[str | None] = None
+    native_source: ClassVar[Path | None] = None
 
     def __init__(self, num_features: int, eps: float, sync: bool = False):
         super().__init__()
@@ -89,10 +90,11 @@ class RunningNorm(nn.Module):
         check_input(x, padding_mask, self.num_features)
         if not self.sync and several_ranks():
             warn_of_private_statistics()
-        if self._runs_native(x):
-            self.kernels = "native"
+        kernels = "native" if self._runs_native(x) else "plain"
+        if kernels != self.kernels:  # torch makes setting an attribute slow
+            self.kernels = kernels
+        if kernels == "native":
             return self._native_step(x.contiguous(), padding_mask)
-        self.kernels = "plain"
         tokens, real = flatten_tokens(x, padding_mask, self.num_features)
         return self._normalize(tokens, real).to(x.dtype).reshape(x.shape)
 
@@ -103,7 +105,7 @@ class RunningNorm(nn.Module):
             and x.device.type == "cpu"
             and x.dtype in _NATIVE_TYPES
             and not (self.sync and several_ranks())
-            and native.load(NATIVE_SOURCES / self.native_source)
+            and native.load(self.native_source)
         )
 
     def _native_step(self, x: Tensor, padding_mask: Tensor | None) -> Tensor:

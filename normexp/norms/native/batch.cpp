@@ -15,6 +15,13 @@ struct Options {
   bool again;        // this forward repeats an earlier one and must not change the state
 };
 
+struct ForBackward {
+  std::optional<Tensor> mask;
+  Vector mean, var;
+  double n;
+  Options options;
+};
+
 double inverse_std(double var, const Options& options) {
   return 1 / std::sqrt(options.regularized ? std::max(var, options.eps) : var + options.eps);
 }
@@ -138,52 +145,48 @@ class Standardize : public torch::autograd::Function<Standardize> {
       count_step(step);
     }
     ctx->save_for_backward({x, weight});
-    auto& data = ctx->saved_data;
-    data["mask"] = mask;
-    data["mean"] = make(mean, at::kDouble);
-    data["var"] = make(var, at::kDouble);
-    data["n"] = n;
-    data["eps"] = options.eps;
-    data["regularized"] = options.regularized;
     const auto type = x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
     const Tensor count = at::full({}, n, type);
     ctx->mark_non_differentiable({count});
-    return {y, make(mean, type), make(var, type), count};
+    variable_list result{y, make(mean, type), make(var, type), count};
+    keep(ctx, ForBackward{mask, std::move(mean), std::move(var), n, options});
+    return result;
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& gradients) {
     const auto saved = ctx->get_saved_variables();
     const Tensor &x = saved[0], &weight = saved[1];
-    auto& data = ctx->saved_data;
-    const auto mask = data["mask"].toOptional<Tensor>();
-    const Options options{data["eps"].toDouble(), 0, data["regularized"].toBool(), false};
-    if (at::GradMode::is_enabled()) return differentiable(x, weight, mask, gradients, options);
-    const Vector mean = read(data["mean"].toTensor()), var = read(data["var"].toTensor());
-    const double n = std::max(data["n"].toDouble(), 1.0);
+    const ForBackward& of = kept<ForBackward>(ctx);
+    if (at::GradMode::is_enabled()) {
+      return differentiable(x, weight, of.mask, gradients, of.options);
+    }
+    const double n = std::max(of.n, 1.0);
     const Tensor gradient =
         gradients[0].defined() ? gradients[0].contiguous() : at::zeros_like(x);
     const int64_t channels = x.size(-1), rows = num_rows(x);
     Vector d_mean = gradients[1].defined() ? read(gradients[1]) : Vector(channels);
     const Vector d_var = gradients[2].defined() ? read(gradients[2]) : Vector(channels);
-    const Padding padding(x, mask);
+    const Padding padding(x, of.mask);
     const Tensor dx = at::empty_like(x);
     const Vector w = read(weight);
     Vector dw, db, scale(channels), slope(channels);
     by_type(x, [&](auto* type) {
       using T = std::remove_pointer_t<decltype(type)>;
       Sums<Accumulator<T>> sums(rows, 2, channels);
-      sum_products<T, true>(x, gradient, padding, &mean, sums);
+      sum_products<T, true>(x, gradient, padding, &of.mean, sums);
       dw = sums.total(0, channels);
       db = sums.total(1, channels);
       for (int64_t c = 0; c < channels; ++c) {
-        const double inverse = inverse_std(var[c], options);
-        const double to_var = d_var[c] + dw[c] * w[c] * inverse_std_slope(var[c], options);
+        const double inverse = inverse_std(of.var[c], of.options);
+        const double to_var =
+            d_var[c] + dw[c] * w[c] * inverse_std_slope(of.var[c], of.options);
         scale[c] = w[c] * inverse;
         slope[c] = 2 * to_var / n;
         d_mean[c] = (d_mean[c] - db[c] * scale[c]) / n;
         dw[c] *= inverse;
       }
-      propagate<T, false, true>(x, gradient, padding, scale, slope, &mean, &d_mean, dx, nullptr);
+      propagate<T, false, true>(x, gradient, padding, scale, slope, &of.mean, &d_mean, dx,
+                                nullptr);
     });
     const auto type = weight.scalar_type();
     variable_list result{dx, make(dw, type), make(db, type)};

@@ -23,6 +23,15 @@ struct Taken {
   double n;
 };
 
+struct ForBackward {
+  std::optional<Tensor> mask, nu;
+  Tensor rejected;
+  Vector inverse, gamma;
+  bool exact;
+  double n;
+  Options options;
+};
+
 // One iteration's forward. nu is absent in PN-V.
 class Quadratic : public torch::autograd::Function<Quadratic> {
  public:
@@ -84,41 +93,28 @@ class Quadratic : public torch::autograd::Function<Quadratic> {
       count_step(step);
     }
     ctx->save_for_backward({x, weight});
-    auto& data = ctx->saved_data;
-    data["mask"] = mask;
-    data["nu"] = nu;
-    data["rejected"] = rejected;
-    data["inverse"] = make(inverse, at::kDouble);
-    data["gamma"] = make(taken->gamma, at::kDouble);
-    data["exact"] = exact;
-    data["n"] = taken->n;
-    data["eps"] = options.eps;
-    data["alpha_bwd"] = options.alpha_bwd;
-    data["bound_nu"] = options.bound_nu;
+    keep(ctx, ForBackward{mask, nu, rejected, std::move(inverse), taken->gamma, exact, taken->n,
+                          options});
     return y;
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& gradients) {
     const auto saved = ctx->get_saved_variables();
     const Tensor &x = saved[0], &weight = saved[1];
-    auto& data = ctx->saved_data;
-    const auto mask = data["mask"].toOptional<Tensor>(), nu = data["nu"].toOptional<Tensor>();
-    if (!nu && at::GradMode::is_enabled()) {
-      return differentiable(x, weight, mask, gradients[0], data["eps"].toDouble());
+    const ForBackward& of = kept<ForBackward>(ctx);
+    if (!of.nu && at::GradMode::is_enabled()) {
+      return differentiable(x, weight, of.mask, gradients[0], of.options.eps);
     }
     const Tensor gradient = gradients[0].contiguous();
-    const Vector inverse = read(data["inverse"].toTensor());
-    const bool exact = data["exact"].toBool();
-    const double n = data["n"].toDouble();
     const int64_t channels = x.size(-1), rows = num_rows(x);
-    const Padding padding(x, mask);
+    const Padding padding(x, of.mask);
     const Tensor dx = at::empty_like(x);
     const Vector w = read(weight);
     Vector dw, db, lambda(channels), scale(channels), slope(channels);
     const auto prepare = [&](const Vector& correction) {
       for (int64_t c = 0; c < channels; ++c) {
-        scale[c] = w[c] * inverse[c];
-        slope[c] = -correction[c] * inverse[c] * inverse[c];
+        scale[c] = w[c] * of.inverse[c];
+        slope[c] = -correction[c] * of.inverse[c] * of.inverse[c];
       }
     };
     by_type(x, [&](auto* type) {
@@ -128,36 +124,34 @@ class Quadratic : public torch::autograd::Function<Quadratic> {
         dw = sums.total(0, channels);
         db = sums.total(1, channels);
         for (int64_t c = 0; c < channels; ++c) {
-          dw[c] *= inverse[c];
-          lambda[c] = dw[c] * w[c] / std::max(n, 1.0);
+          dw[c] *= of.inverse[c];
+          lambda[c] = dw[c] * w[c] / std::max(of.n, 1.0);
         }
       };
-      if (exact) {
+      if (of.exact) {
         sum_products<T, false>(x, gradient, padding, nullptr, sums);
         finish();
         prepare(lambda);
         propagate<T, false, false>(x, gradient, padding, scale, slope, nullptr, nullptr, dx,
                                    nullptr);
       } else {
-        prepare(read(*nu));
+        prepare(read(*of.nu));
         propagate<T, true, false>(x, gradient, padding, scale, slope, nullptr, nullptr, dx, &sums);
         finish();
       }
     });
-    if (nu) {
-      const Vector gamma = read(data["gamma"].toTensor());
-      const bool bound = data["bound_nu"].toBool();
-      Vector next = read(*nu);
+    if (of.nu) {
+      Vector next = read(*of.nu);
       for (int64_t c = 0; c < channels; ++c) {
-        double pace = 1 - data["alpha_bwd"].toDouble();
-        if (bound) pace = std::min(pace, 1 / gamma[c]);
-        next[c] = next[c] * (1 - pace * gamma[c]) + pace * lambda[c];
+        double pace = 1 - of.options.alpha_bwd;
+        if (of.options.bound_nu) pace = std::min(pace, 1 / of.gamma[c]);
+        next[c] = next[c] * (1 - pace * of.gamma[c]) + pace * lambda[c];
       }
-      if (usable(n, *nu, data["rejected"].toTensor(), {&next})) overwrite(*nu, next);
+      if (usable(of.n, *of.nu, of.rejected, {&next})) overwrite(*of.nu, next);
     }
     const auto type = weight.scalar_type();
     variable_list result{dx, make(dw, type), make(db, type)};
-    if (nu) result = once_differentiable(std::move(result));
+    if (of.nu) result = once_differentiable(std::move(result));
     result.resize(10);
     return result;
   }
@@ -213,30 +207,30 @@ class Quadratic : public torch::autograd::Function<Quadratic> {
   }
 };
 
-// y, and what a forward took from the state. A forward that repeats it gets all but the first of
-// these again as `recalled`, which is empty otherwise.
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> power(
+// y; the sums of x^2 by which a forward that repeats this one will find it; and what this one took
+// from the state, which is then given as `recalled`: psi2, gamma, exact, n.
+std::tuple<Tensor, Tensor, Tensor> power(
     const Tensor& x, const std::optional<Tensor>& mask, const Tensor& weight, const Tensor& bias,
     const Tensor& running_psi2, const Tensor& nu, const Tensor& step, const Tensor& rejected,
-    at::TensorList recalled, double eps, double alpha_fwd, double alpha_bwd, int64_t warmup_steps,
+    const std::optional<Tensor>& recalled, double eps, double alpha_fwd, double alpha_bwd, int64_t warmup_steps,
     bool bound_nu) {
   Taken taken{};
-  if (!recalled.empty()) {
-    taken = {{}, read(recalled[0]), read(recalled[1]), recalled[2].item<bool>(),
-             recalled[3].item<double>()};
+  if (recalled) {
+    const Vector packed = read(*recalled);
+    const auto channels = packed.begin() + x.size(-1);
+    taken = {{}, Vector(packed.begin(), channels), Vector(channels, packed.end() - 2),
+             packed[packed.size() - 2] != 0, packed.back()};
   }
   const Tensor y =
       Quadratic::apply(x, weight, bias, mask, running_psi2, std::optional<Tensor>(nu), step,
                        rejected,
-                       Options{eps, alpha_fwd, alpha_bwd, warmup_steps, bound_nu, !recalled.empty()},
+                       Options{eps, alpha_fwd, alpha_bwd, warmup_steps, bound_nu, recalled.has_value()},
                        &taken);
   const auto type = x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-  return {y,
-          make(taken.squares, type),
-          make(taken.psi2, at::kDouble),
-          make(taken.gamma, at::kDouble),
-          at::full({}, taken.exact, at::kBool),
-          at::full({}, taken.n, at::kDouble)};
+  Vector packed = std::move(taken.psi2);
+  packed.insert(packed.end(), taken.gamma.begin(), taken.gamma.end());
+  packed.insert(packed.end(), {static_cast<double>(taken.exact), taken.n});
+  return {y, make(taken.squares, type), make(packed, at::kDouble)};
 }
 
 Tensor power_v(const Tensor& x, const std::optional<Tensor>& mask, const Tensor& weight,
@@ -250,9 +244,9 @@ Tensor power_v(const Tensor& x, const std::optional<Tensor>& mask, const Tensor&
 TORCH_LIBRARY_FRAGMENT(normexp, library) {
   library.def(
       "power(Tensor x, Tensor? mask, Tensor weight, Tensor bias, Tensor(a!) running_psi2, "
-      "Tensor(b!) nu, Tensor(c!) step, Tensor(d!) rejected, Tensor[] recalled, float eps, "
+      "Tensor(b!) nu, Tensor(c!) step, Tensor(d!) rejected, Tensor? recalled, float eps, "
       "float alpha_fwd, float alpha_bwd, int warmup_steps, bool bound_nu) -> "
-      "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+      "(Tensor, Tensor, Tensor)",
       power);
   library.def(
       "power_v(Tensor x, Tensor? mask, Tensor weight, Tensor bias, Tensor(a!) running_psi2, "

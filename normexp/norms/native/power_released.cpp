@@ -21,6 +21,13 @@ struct Taken {
   bool by_batch;  // psi2 is psi2_batch
 };
 
+struct ForBackward {
+  Tensor r, e, rejected;  // r (rows, groups)
+  Vector inverse, batch_inverse, squares;  // squares of all positions
+  double n;
+  Options options;
+};
+
 // Calls body(at_once, rows) for all rows of a block, real tokens and padding apart, each with the
 // sums of its kind: quantity 0 for real tokens, 1 for padding.
 template <class A, class Body>
@@ -38,14 +45,19 @@ void by_kind(const Tensor& x, const Padding& padding, Sums<A>& sums, const Body&
   });
 }
 
-// 1 / sqrt(mean of x^2 over a group + eps)
-template <class T>
-Accumulator<T> inverse_rms(const T* x, int64_t size, double eps) {
+// 1 / sqrt(mean of x^2 over a group + eps) for several rows: one after the other, each addition
+// would have to wait for the one before.
+template <int kRows, class T>
+void inverse_rms(const T* const* rows, int64_t size, double eps, Accumulator<T>* result) {
   using A = Accumulator<T>;
-  A sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t c = 0; c < size; ++c) sum += load(x[c]) * load(x[c]);
-  return 1 / std::sqrt(sum / static_cast<A>(size) + static_cast<A>(eps));
+  A sums[kRows] = {};
+  for (int64_t c = 0; c < size; ++c) {
+#pragma GCC unroll 4
+    for (int i = 0; i < kRows; ++i) sums[i] += load(rows[i][c]) * load(rows[i][c]);
+  }
+  for (int i = 0; i < kRows; ++i) {
+    result[i] = 1 / std::sqrt(sums[i] / static_cast<A>(size) + static_cast<A>(eps));
+  }
 }
 
 class Released : public torch::autograd::Function<Released> {
@@ -114,15 +126,8 @@ class Released : public torch::autograd::Function<Released> {
       count_step(step);
     }
     ctx->save_for_backward({x, weight});
-    auto& data = ctx->saved_data;
-    data["r"] = r;
-    data["e"] = e;
-    data["rejected"] = rejected;
-    data["inverse"] = make(inverse_of(psi2), at::kDouble);
-    data["batch_inverse"] = make(inverse_of(psi2_batch), at::kDouble);
-    data["squares"] = make(squares, at::kDouble);
-    data["n"] = n;
-    data["alpha_bwd"] = options.alpha_bwd;
+    keep(ctx, ForBackward{r, e, rejected, inverse_of(psi2), inverse_of(psi2_batch),
+                          std::move(squares), n, options});
     taken->psi2 = std::move(psi2);
     taken->psi2_batch = std::move(psi2_batch);
     taken->n = n;
@@ -133,32 +138,29 @@ class Released : public torch::autograd::Function<Released> {
   static variable_list backward(AutogradContext* ctx, const variable_list& gradients) {
     const auto saved = ctx->get_saved_variables();
     const Tensor &x = saved[0], &weight = saved[1];
-    auto& data = ctx->saved_data;
-    const Tensor gradient = gradients[0].contiguous(), r = data["r"].toTensor();
-    const Tensor e = data["e"].toTensor(), dx = at::empty_like(x);
-    const Vector inverse = read(data["inverse"].toTensor()), w = read(weight);
-    const Vector batch_inverse = read(data["batch_inverse"].toTensor());
-    const Vector squares = read(data["squares"].toTensor());
+    const ForBackward& of = kept<ForBackward>(ctx);
+    const Tensor gradient = gradients[0].contiguous(), dx = at::empty_like(x);
+    const Vector w = read(weight);
     const int64_t channels = x.size(-1), rows = num_rows(x);
-    Vector next = read(e), factor(next), scale(channels), slope(channels), dw, db;
+    Vector next = read(of.e), factor(next), scale(channels), slope(channels), dw, db;
     for (int64_t c = 0; c < channels; ++c) {
-      factor[c] *= 1 - data["alpha_bwd"].toDouble();
-      scale[c] = w[c] * batch_inverse[c];
-      slope[c] = -factor[c] * inverse[c] * batch_inverse[c];
+      factor[c] *= 1 - of.options.alpha_bwd;
+      scale[c] = w[c] * of.batch_inverse[c];
+      slope[c] = -factor[c] * of.inverse[c] * of.batch_inverse[c];
     }
     by_type(x, [&](auto* type) {
       using T = std::remove_pointer_t<decltype(type)>;
       Sums<Accumulator<T>> sums(rows, 2, channels);
-      propagate_groups<T>(x, gradient, r, scale, slope, dx, sums);
+      propagate_groups<T>(x, gradient, of.r, scale, slope, dx, sums);
       dw = sums.total(0, channels);
       db = sums.total(1, channels);
     });
     for (int64_t c = 0; c < channels; ++c) {
-      dw[c] *= inverse[c];
-      const double x_hat_squares = squares[c] * inverse[c] * inverse[c];
+      dw[c] *= of.inverse[c];
+      const double x_hat_squares = of.squares[c] * of.inverse[c] * of.inverse[c];
       next[c] += (dw[c] * w[c] - factor[c] * x_hat_squares) / std::max<double>(1, rows);
     }
-    if (usable(data["n"].toDouble(), e, data["rejected"].toTensor(), {&next})) overwrite(e, next);
+    if (usable(of.n, of.e, of.rejected, {&next})) overwrite(of.e, next);
     const auto type = weight.scalar_type();
     auto result = once_differentiable({dx, make(dw, type), make(db, type)});
     result.resize(10);
@@ -178,11 +180,9 @@ class Released : public torch::autograd::Function<Released> {
       for (int64_t group = 0; group < groups; ++group) {
         const T* in[kRows];
         A factor[kRows];
-        for (int i = 0; i < kRows; ++i) {
-          in[i] = from + rows[i] * channels + group * size;
-          factor[i] = inverse_rms(in[i], size, eps);
-          inverse[rows[i] * groups + group] = factor[i];
-        }
+        for (int i = 0; i < kRows; ++i) in[i] = from + rows[i] * channels + group * size;
+        inverse_rms<kRows>(in, size, eps, factor);
+        for (int i = 0; i < kRows; ++i) inverse[rows[i] * groups + group] = factor[i];
         A* sums_of_group = squares + group * size;
 #pragma omp simd
         for (int64_t c = 0; c < size; ++c) {
@@ -218,9 +218,11 @@ class Released : public torch::autograd::Function<Released> {
         for (int i = 0; i < kRows; ++i) {
           in[i] = from + rows[i] * channels + group * size;
           out[i] = to + rows[i] * channels + group * size;
-          A& kept = inverse[rows[i] * groups + group];
-          if constexpr (kSum) kept = inverse_rms(in[i], size, eps);
-          factor[i] = kept;
+          if constexpr (!kSum) factor[i] = inverse[rows[i] * groups + group];
+        }
+        if constexpr (kSum) {
+          inverse_rms<kRows>(in, size, eps, factor);
+          for (int i = 0; i < kRows; ++i) inverse[rows[i] * groups + group] = factor[i];
         }
         const A* scale = scale_values.data() + group * size;
         const A* shift = shift_values.data() + group * size;
@@ -269,14 +271,16 @@ class Released : public torch::autograd::Function<Released> {
             up[i] = upstream + offset;
             out[i] = to + offset;
             factor[i] = inverse[rows[i] * groups + group];
-            A sum = 0;
-#pragma omp simd reduction(+ : sum)
-            for (int64_t c = 0; c < size; ++c) {
-              const A value = load(in[i][c]) * factor[i];
-              sum += (load(up[i][c]) * scale[c] + value * slope[c]) * value;
-            }
-            mean[i] = sum / static_cast<A>(size);
           }
+          A dots[kRows] = {};
+          for (int64_t c = 0; c < size; ++c) {
+#pragma GCC unroll 4
+            for (int i = 0; i < kRows; ++i) {
+              const A value = load(in[i][c]) * factor[i];
+              dots[i] += (load(up[i][c]) * scale[c] + value * slope[c]) * value;
+            }
+          }
+          for (int i = 0; i < kRows; ++i) mean[i] = dots[i] / static_cast<A>(size);
           A *products = block + group * size, *plain = products + channels;
 #pragma omp simd
           for (int64_t c = 0; c < size; ++c) {
@@ -299,32 +303,37 @@ class Released : public torch::autograd::Function<Released> {
   }
 };
 
-// y, and what a forward took from the state. A forward that repeats it gets all but the first of
-// these again as `recalled`, which is empty otherwise.
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> power_released(
+// y; the sums of xg^2 by which a forward that repeats this one will find it; and what this one took
+// from the state, which is then given as `recalled`: psi2, psi2_batch, by_batch, n.
+std::tuple<Tensor, Tensor, Tensor> power_released(
     const Tensor& x, const std::optional<Tensor>& mask, const Tensor& weight, const Tensor& bias,
     const Tensor& running_psi2, const Tensor& e, const Tensor& step, const Tensor& rejected,
-    at::TensorList recalled, int64_t groups, double eps, double alpha_fwd, double alpha_bwd,
+    const std::optional<Tensor>& recalled, int64_t groups, double eps, double alpha_fwd, double alpha_bwd,
     int64_t warmup_steps) {
   Taken taken{};
-  const bool again = !recalled.empty();
-  if (again) taken = {{}, read(recalled[0]), read(recalled[1]), recalled[2].item<double>(),
-                      recalled[3].item<bool>()};
+  if (recalled) {
+    const Vector packed = read(*recalled);
+    const auto channels = packed.begin() + x.size(-1);
+    taken = {{}, Vector(packed.begin(), channels), Vector(channels, packed.end() - 2),
+             packed.back(), packed[packed.size() - 2] != 0};
+  }
   const Tensor y =
       Released::apply(x, weight, bias, mask, running_psi2, e, step, rejected,
-                      Options{groups, eps, alpha_fwd, alpha_bwd, warmup_steps, again}, &taken);
+                      Options{groups, eps, alpha_fwd, alpha_bwd, warmup_steps, recalled.has_value()},
+                      &taken);
   const auto type = x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-  return {y, make(taken.real_squares, type), make(taken.psi2, at::kDouble),
-          make(taken.psi2_batch, at::kDouble), at::full({}, taken.n, at::kDouble),
-          at::full({}, taken.by_batch, at::kBool)};
+  Vector packed = std::move(taken.psi2);
+  packed.insert(packed.end(), taken.psi2_batch.begin(), taken.psi2_batch.end());
+  packed.insert(packed.end(), {static_cast<double>(taken.by_batch), taken.n});
+  return {y, make(taken.real_squares, type), make(packed, at::kDouble)};
 }
 
 TORCH_LIBRARY_FRAGMENT(normexp, library) {
   library.def(
       "power_released(Tensor x, Tensor? mask, Tensor weight, Tensor bias, "
       "Tensor(a!) running_psi2, Tensor(b!) e, Tensor(c!) step, Tensor(d!) rejected, "
-      "Tensor[] recalled, int groups, float eps, float alpha_fwd, float alpha_bwd, int warmup_steps) -> "
-      "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+      "Tensor? recalled, int groups, float eps, float alpha_fwd, float alpha_bwd, int warmup_steps) -> "
+      "(Tensor, Tensor, Tensor)",
       power_released);
 }
 

@@ -11,6 +11,7 @@
 #include <torch/csrc/autograd/autograd.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/functions/basic_ops.h>
+#include <torch/custom_class.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -228,6 +229,25 @@ T* writable(const Tensor& x) {
 }
 
 inline int64_t num_rows(const Tensor& x) { return x.numel() / std::max<int64_t>(1, x.size(-1)); }
+
+// What a forward keeps for its backward beside tensors that autograd saves.
+template <class Content>
+struct Kept : torch::CustomClassHolder {
+  Content content;
+};
+
+template <class Content>
+void keep(torch::autograd::AutogradContext* ctx, Content content) {
+  auto kept = c10::make_intrusive<Kept<Content>>();
+  kept->content = std::move(content);
+  ctx->saved_data["kept"] = c10::IValue::make_capsule(std::move(kept));
+}
+
+template <class Content>
+const Content& kept(torch::autograd::AutogradContext* ctx) {
+  const auto capsule = ctx->saved_data["kept"].toCapsule();
+  return static_cast<const Kept<Content>&>(*capsule).content;
+}
 
 // Whether a batch of n real tokens with these statistics may change the state; if it is only not
 // finite, counts it in `rejected`. As RunningNorm._usable.
