@@ -13,6 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from normexp.kernels import chosen_kernels, use_kernels
+from normexp.norms import triton
+
 HERE = Path(__file__).parent
 
 pytestmark = pytest.mark.skipif(
@@ -46,18 +49,17 @@ def test_kernels_compile_for_a_gpu() -> None:
     assert "compiled" in run("triton_compilation.py")
 
 
-def test_load_tells_what_is_missing() -> None:
-    """Without a GPU and without the interpreter: one line, or an error where triton is chosen."""
-    if torch.cuda.is_available():
-        pytest.skip("there is a GPU")
-    program = "from normexp.norms import triton; print(triton.load(), triton.load())"
-    assert run("-c", program).split() == ["False", "False"]
-    chosen = f"""
-try:
-    {program.replace("; ", chr(10) + "    ")}
-except RuntimeError as error:
-    print(error)
-"""
-    assert "there is no GPU" in run("-c", chosen, NORMEXP_KERNELS="triton")
-    assert run("-c", program, NORMEXP_KERNELS="plain", TRITON_INTERPRET="1").split()[0] == "False"
-    assert run("-c", program, TRITON_INTERPRET="1").split() == ["True", "True"]
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_load_tells_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a GPU and without the interpreter: no kernels, an error where they are chosen."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    before = chosen_kernels()
+    try:
+        for choice in ("auto", "plain", "native"):
+            use_kernels(choice)
+            assert not triton.load()
+        use_kernels("triton")
+        with pytest.raises(RuntimeError, match="there is no GPU"):
+            triton.load()
+    finally:
+        use_kernels(before)

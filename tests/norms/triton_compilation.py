@@ -73,11 +73,10 @@ def launch_all(dtype: torch.dtype, shape: tuple[int, ...], masked: bool, groups:
     step, rejected = (torch.zeros((), dtype=torch.long) for _ in range(2))
     state, given = (running, step, rejected), (x, mask, weight, bias)
 
-    _, _, psi2, gamma, exact, n = power._forward_op._init_fn(*given, *state, 1e-5, 0.9, 4, False)
-    power._again_op._init_fn(*given, psi2, 1e-5)
-    taken = psi2, gamma, exact, n, nu, rejected
-    power._backward_op._init_fn(x, mask, weight, x, *taken, 1e-5, 0.9, True)
-    power._backward_v_op._init_fn(x, mask, weight, x, psi2, exact, n, 1e-5)
+    _, _, taken = power._forward_op._init_fn(*given, *state, 1e-5, 0.9, 4, False)
+    power._again_op._init_fn(*given, taken, 1e-5)
+    power._backward_op._init_fn(x, mask, weight, x, taken, nu, rejected, 1e-5, 0.9, True)
+    power._backward_v_op._init_fn(x, mask, weight, x, taken, 1e-5)
 
     _, _, *taken = power_released._forward_op._init_fn(*given, *state, groups, 1e-5, 0.9, 4)
     power_released._backward_op._init_fn(x, weight, *taken, x, nu, rejected, groups, 1e-5, 0.9)

@@ -32,7 +32,9 @@ def plain_layers() -> Iterator[None]:
 # --- One call of an operator, as the layers do it
 
 
-def call_power(norm: nn.Module, x: Tensor, mask: Tensor | None, recalled: tuple = ()) -> tuple:
+def call_power(
+    norm: nn.Module, x: Tensor, mask: Tensor | None, recalled: Tensor | None = None
+) -> tuple:
     buffers = norm.running_psi2, norm.nu, norm.step, norm.rejected
     options = norm.eps, norm.alpha_fwd, norm.alpha_bwd, norm.warmup_steps, norm.bound_nu
     return kernels.power(x, mask, norm.weight, norm.bias, *buffers, recalled, *options)
@@ -44,7 +46,9 @@ def call_power_v(norm: nn.Module, x: Tensor, mask: Tensor | None, again: bool = 
     return (kernels.power_v(x, mask, norm.weight, norm.bias, *buffers, again, *options),)
 
 
-def call_released(norm: nn.Module, x: Tensor, mask: Tensor | None, recalled: tuple = ()) -> tuple:
+def call_released(
+    norm: nn.Module, x: Tensor, mask: Tensor | None, recalled: Tensor | None = None
+) -> tuple:
     buffers = norm.running_psi2, norm.e, norm.step, norm.rejected
     options = norm.num_groups, norm.eps, norm.alpha_fwd, norm.alpha_bwd, norm.warmup_steps
     return kernels.power_released(x, mask, norm.weight, norm.bias, *buffers, recalled, *options)
@@ -196,7 +200,7 @@ def test_repeated_forward(case: str) -> None:
         other, other_mask, _ = inputs(case, (4, 2, 60), torch.float64)
         call(norm, other, other_mask)
         between = state(norm)
-        again = call(norm, leaf, mask, first[2:] if hasattr(norm, "warmup_steps") else True)
+        again = call(norm, leaf, mask, first[2] if hasattr(norm, "warmup_steps") else True)
         assert_same(state(norm), between)
         results = []
         for outputs in (first, again):
@@ -295,22 +299,22 @@ def arguments_of_operators() -> dict[str, tuple]:
     x, mask, gradient = inputs("batch", (5, 3, 60), torch.float32)
     vector, counter = torch.rand(60, device=DEVICE), torch.zeros((), dtype=torch.long)
     counter = counter.to(DEVICE)
-    double, n, flag = vector.double(), counter.double() + 9, counter.bool()
+    n, taken = counter.float() + 9, torch.ones(122, dtype=torch.float64, device=DEVICE)
     r, all_x = torch.rand(15, 4, device=DEVICE), x.nan_to_num()
     state = vector + 1, counter.clone(), counter.clone()
     both = vector.clone(), vector.clone()
     return {
         "power_forward": (x, mask, *both, *state, 1e-5, 0.9, 2, False),
-        "power_again": (x, mask, *both, double, 1e-5),
+        "power_again": (x, mask, *both, taken, 1e-5),
         "power_backward": (
-            *(x, mask, vector, gradient, double, double + 1, flag, n),
+            *(x, mask, vector, gradient, taken),
             *(*state[:2], 1e-5, 0.9, True),
         ),
-        "power_v_backward": (x, mask, vector, gradient, double, flag, n, 1e-5),
+        "power_v_backward": (x, mask, vector, gradient, taken, 1e-5),
         "power_released_forward": (all_x, mask, *both, *state, 4, 1e-5, 0.9, 2),
-        "power_released_again": (all_x, *both, double, 4, 1e-5),
+        "power_released_again": (all_x, *both, taken, 4, 1e-5),
         "power_released_backward": (
-            *(all_x, vector, double, double + 1, n, double + 2, r, all_x + 1),
+            *(all_x, vector, taken, vector.double(), r, all_x + 1),
             *(*state[:2], 4, 1e-5, 0.9),
         ),
         "batch_forward": (
@@ -318,7 +322,7 @@ def arguments_of_operators() -> dict[str, tuple]:
             *(False, 1e-5, 0.1, True),
         ),
         "batch_backward": (
-            *(x, mask, vector, vector + 1, vector + 2, n.float(), gradient),
+            *(x, mask, vector, vector + 1, vector + 2, n, gradient),
             *(vector + 3, None, 1e-5, False),
         ),
     }

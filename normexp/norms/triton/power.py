@@ -122,10 +122,7 @@ def _finish_forward(
     rejected,
     warmup_steps,
     squares,
-    psi2,
-    gamma,
-    exact,
-    n,
+    taken,
     programs,
     channels,
     eps: tl.constexpr,
@@ -141,10 +138,10 @@ def _finish_forward(
     psi2_batch = total / tl.maximum(tokens_seen, 1.0)
     used = tl.where(by_batch, psi2_batch, tokens.values_at(running, channel, within))
     tl.store(squares + channel, total, mask=within)
-    tl.store(psi2 + channel, used, mask=within)
-    tl.store(gamma + channel, psi2_batch / (used + eps), mask=within)
-    tl.store(exact, by_batch.to(tl.uint8))
-    tl.store(n, tokens_seen)
+    tl.store(taken + channel, used, mask=within)
+    tl.store(taken + channels + channel, psi2_batch / (used + eps), mask=within)
+    tl.store(taken + 2 * channels, by_batch.to(tl.float64))
+    tl.store(taken + 2 * channels + 1, tokens_seen)
     if UPDATE:
         finite = tokens.all_finite(psi2_batch, within, running)
         usable = finite & (tokens_seen > 0)
@@ -158,7 +155,7 @@ def _sum_products(
     x,
     gradient,
     sums,
-    exact,
+    taken,
     mask,
     rows,
     channels,
@@ -170,7 +167,7 @@ def _sum_products(
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    if tl.load(exact) != 0:
+    if tl.load(taken + 2 * channels) != 0:
         channel, within = tokens.channels_of_program(channels, WIDTH)
         tokens.sum_products(
             x,
@@ -198,10 +195,8 @@ def _propagate(
     gradient,
     dx,
     weight,
-    psi2,
+    taken,
     nu,
-    exact,
-    n,
     batch_sums,
     sums,
     mask,
@@ -218,13 +213,14 @@ def _propagate(
     MANY: tl.constexpr,
 ):
     channel, within = tokens.channels_of_program(channels, WIDTH)
-    inverse = 1.0 / tl.sqrt(tokens.values_at(psi2, channel, within) + eps)
+    inverse = 1.0 / tl.sqrt(tokens.values_at(taken, channel, within) + eps)
     w = tokens.values_at(weight, channel, within)
     correction = tokens.values_at(nu, channel, within)
-    if tl.load(exact) != 0:
+    if tl.load(taken + 2 * channels) != 0:
         programs = tl.num_programs(1)
         products = tokens.total(batch_sums, programs, channels, channel, within, MANY, WIDTH)
-        correction = products * inverse * w / tl.maximum(tl.load(n), 1.0)
+        n = tl.load(taken + 2 * channels + 1)
+        correction = products * inverse * w / tl.maximum(n, 1.0)
     tokens.propagate(
         x,
         gradient,
@@ -254,9 +250,7 @@ def _propagate(
 def _finish_backward(
     sums,
     weight,
-    psi2,
-    gamma,
-    n,
+    taken,
     nu,
     rejected,
     d_weight,
@@ -275,18 +269,18 @@ def _finish_backward(
     plain = tokens.total(
         sums + programs * channels, programs, channels, channel, within, MANY, WIDTH
     )
-    dw = products / tl.sqrt(tokens.values_at(psi2, channel, within) + eps)
+    dw = products / tl.sqrt(tokens.values_at(taken, channel, within) + eps)
     tl.store(d_weight + channel, dw, mask=within)
     tl.store(d_bias + channel, plain, mask=within)
     if UPDATE:
-        tokens_seen = tl.load(n)
+        tokens_seen = tl.load(taken + 2 * channels + 1)
         lam = dw * tokens.values_at(weight, channel, within) / tl.maximum(tokens_seen, 1.0)
-        of_batch = tokens.values_at(gamma, channel, within)
+        gamma = tokens.values_at(taken + channels, channel, within)
         paces = tl.full([WIDTH], pace, tl.float64)
         if bound:
-            paces = tl.minimum(paces, 1.0 / of_batch)
+            paces = tl.minimum(paces, 1.0 / gamma)
         before = tokens.values_at(nu, channel, within)
-        after = before * (1.0 - paces * of_batch) + paces * lam
+        after = before * (1.0 - paces * gamma) + paces * lam
         finite = tokens.all_finite(after, within, nu)
         after = tl.where(finite & (tokens_seen > 0), after, before)
         tl.store(nu + channel, after, mask=within)
@@ -308,14 +302,12 @@ def _forward_op(
     alpha_fwd: float,
     warmup_steps: int,
     again: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     check_buffers(running_psi2, step, rejected)
     tiles = Tiles(x, mask)
     y = torch.empty_like(x)
     sums, counts = tiles.sums(2), tiles.counts(2)
-    squares, psi2 = tiles.vector(tiles.sums_in), tiles.vector(torch.float64)
-    gamma, exact = tiles.vector(torch.float64), tiles.scalar(torch.bool)
-    n = tiles.scalar(torch.float64)
+    squares, taken = tiles.vector(tiles.sums_in), tiles.taken()
     with torch.cuda.device_of(x):
         _sum_squares[tiles.grid](x, sums[0], counts[0], step, warmup_steps, **tiles.arguments)
         _scale[tiles.grid](
@@ -342,32 +334,25 @@ def _forward_op(
             rejected,
             warmup_steps,
             squares,
-            psi2,
-            gamma,
-            exact.view(torch.uint8),
-            n,
+            taken,
             eps=eps,
             pace=1 - alpha_fwd,
             UPDATE=not again,
             **tiles.finishing,
         )
-    return y, squares, psi2, gamma, exact, n
+    return y, squares, taken
 
 
 @_forward_op.register_fake
-def _(x: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    y, channels = torch.empty_like(x), x.shape[-1]
+def _(x: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    channels = x.shape[-1]
     squares = x.new_empty(channels, dtype=sums_type(x))
-    psi2, gamma = (x.new_empty(channels, dtype=torch.float64) for _ in range(2))
-    return (
-        *(y, squares, psi2, gamma),
-        *(x.new_empty((), dtype=torch.bool), x.new_empty((), dtype=torch.float64)),
-    )
+    return torch.empty_like(x), squares, x.new_empty(2 * channels + 2, dtype=torch.float64)
 
 
 @torch.library.custom_op("normexp::triton_power_again", mutates_args=())
 def _again_op(
-    x: Tensor, mask: Tensor | None, weight: Tensor, bias: Tensor, psi2: Tensor, eps: float
+    x: Tensor, mask: Tensor | None, weight: Tensor, bias: Tensor, taken: Tensor, eps: float
 ) -> Tensor:
     tiles = Tiles(x, mask)
     y, sums, counts = torch.empty_like(x), tiles.sums(1), tiles.counts(1)
@@ -377,7 +362,7 @@ def _again_op(
             y,
             weight.contiguous(),
             bias.contiguous(),
-            psi2,
+            taken,
             *(sums[0], counts[0], sums[0], counts[0]),
             torch.zeros((), dtype=torch.long, device=x.device),
             0,  # no step is one of a warm-up: psi2 is used whatever it was
@@ -399,10 +384,7 @@ def _backward_op(
     mask: Tensor | None,
     weight: Tensor,
     gradient: Tensor,
-    psi2: Tensor,
-    gamma: Tensor,
-    exact: Tensor,
-    n: Tensor,
+    taken: Tensor,
     nu: Tensor,
     rejected: Tensor,
     eps: float,
@@ -410,8 +392,8 @@ def _backward_op(
     bound_nu: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     check_buffers(nu, rejected)
-    taken = (psi2, gamma, exact, n, nu, rejected)
-    return _launch_backward(x, mask, weight, gradient, *taken, eps, alpha_bwd, bound_nu, True)
+    given = x, mask, weight, gradient, taken, nu, rejected
+    return _launch_backward(*given, eps, alpha_bwd, bound_nu, True)
 
 
 @torch.library.custom_op("normexp::triton_power_v_backward", mutates_args=())
@@ -420,14 +402,12 @@ def _backward_v_op(
     mask: Tensor | None,
     weight: Tensor,
     gradient: Tensor,
-    psi2: Tensor,
-    exact: Tensor,
-    n: Tensor,
+    taken: Tensor,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    # Nothing is read of what takes the place of gamma and nu, but a kernel wants pointers.
-    taken = (psi2, psi2, exact, n, psi2, n)
-    return _launch_backward(x, mask, weight, gradient, *taken, eps, 0.0, False, False)
+    # What takes the place of nu and of the counter has no part, but a kernel wants pointers.
+    given = x, mask, weight, gradient, taken, taken, taken
+    return _launch_backward(*given, eps, 0.0, False, False)
 
 
 @_backward_op.register_fake
@@ -441,10 +421,7 @@ def _launch_backward(
     mask: Tensor | None,
     weight: Tensor,
     gradient: Tensor,
-    psi2: Tensor,
-    gamma: Tensor,
-    exact: Tensor,
-    n: Tensor,
+    taken: Tensor,
     nu: Tensor,
     rejected: Tensor,
     eps: float,
@@ -453,19 +430,19 @@ def _launch_backward(
     update: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     tiles = Tiles(x, mask)
-    gradient, weight, exact = gradient.contiguous(), weight.contiguous(), exact.view(torch.uint8)
+    gradient, weight = gradient.contiguous(), weight.contiguous()
     dx, sums = torch.empty_like(x), tiles.sums(2, 2)
     d_weight, d_bias = tiles.vector(tiles.sums_in), tiles.vector(tiles.sums_in)
     with torch.cuda.device_of(x):
-        _sum_products[tiles.grid](x, gradient, sums[0], exact, **tiles.arguments)
+        _sum_products[tiles.grid](x, gradient, sums[0], taken, **tiles.arguments)
         _propagate[tiles.grid](
-            *(x, gradient, dx, weight, psi2, nu, exact, n, sums[0], sums[1]),
+            *(x, gradient, dx, weight, taken, nu, sums[0], sums[1]),
             eps=eps,
             MANY=tiles.many,
             **tiles.arguments,
         )
         _finish_backward[(1,)](
-            *(sums[1], weight, psi2, gamma, n, nu, rejected, d_weight, d_bias),
+            *(sums[1], weight, taken, nu, rejected, d_weight, d_bias),
             eps=eps,
             pace=1 - alpha_bwd,
             bound=bound_nu,
@@ -489,34 +466,34 @@ class _Power(torch.autograd.Function):
         nu: Tensor,
         step: Tensor,
         rejected: Tensor,
-        recalled: tuple[Tensor, ...],
+        recalled: Tensor | None,
         eps: float,
         alpha_fwd: float,
         alpha_bwd: float,
         warmup_steps: int,
         bound_nu: bool,
     ) -> Any:
-        if recalled:
-            y, taken = _again_op(x, mask, weight, bias, recalled[0], eps), recalled
+        if recalled is not None:
+            y, taken = _again_op(x, mask, weight, bias, recalled, eps), recalled
         else:
             state = running_psi2, step, rejected
             options = eps, alpha_fwd, warmup_steps, False
-            y, squares, *taken = _forward_op(x, mask, weight, bias, *state, *options)
-        ctx.save_for_backward(x, mask, weight, *taken)
+            y, squares, taken = _forward_op(x, mask, weight, bias, *state, *options)
+        ctx.save_for_backward(x, mask, weight, taken)
         # Not among the saved ones, because it may have moved on before backward reads it.
         ctx.nu, ctx.rejected = nu, rejected
         ctx.options = eps, alpha_bwd, bound_nu
-        if recalled:
+        if recalled is not None:
             return y
-        ctx.mark_non_differentiable(squares, *taken)
-        return y, squares, *taken
+        ctx.mark_non_differentiable(squares, taken)
+        return y, squares, taken
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        x, mask, weight, *taken = ctx.saved_tensors
+        x, mask, weight, taken = ctx.saved_tensors
         dx, d_weight, d_bias = _backward_op(
-            x, mask, weight, gradient, *taken, ctx.nu, ctx.rejected, *ctx.options
+            x, mask, weight, gradient, taken, ctx.nu, ctx.rejected, *ctx.options
         )
         return dx, None, d_weight, d_bias, *(None,) * 10
 
@@ -539,16 +516,14 @@ class _PowerV(torch.autograd.Function):
         alpha: float,
     ) -> Tensor:
         state = running_psi2, step, rejected
-        y, _, psi2, _, exact, n = _forward_op(
-            x, mask, weight, bias, *state, eps, alpha, ALWAYS, again
-        )
-        ctx.save_for_backward(x, mask, weight, psi2, exact, n)
+        y, _, taken = _forward_op(x, mask, weight, bias, *state, eps, alpha, ALWAYS, again)
+        ctx.save_for_backward(x, mask, weight, taken)
         ctx.eps = eps
         return y
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        x, mask, weight, *taken = ctx.saved_tensors
+        x, mask, weight, taken = ctx.saved_tensors
         if torch.is_grad_enabled():  # this gradient is to be differentiated in turn
             values, real = flatten_tokens(x, mask, x.shape[-1])
             values = only_real(values, real)
@@ -558,7 +533,7 @@ class _PowerV(torch.autograd.Function):
             dx, d_weight = torch.autograd.grad(y, (x, weight), upstream, create_graph=True)
             d_bias = upstream.sum(0).to(weight.dtype)
         else:
-            dx, d_weight, d_bias = _backward_v_op(x, mask, weight, gradient, *taken, ctx.eps)
+            dx, d_weight, d_bias = _backward_v_op(x, mask, weight, gradient, taken, ctx.eps)
         return dx, None, d_weight, d_bias, *(None,) * 6
 
 
@@ -571,25 +546,25 @@ def power(
     nu: Tensor,
     step: Tensor,
     rejected: Tensor,
-    recalled: tuple[Tensor, ...],
+    recalled: Tensor | None,
     eps: float,
     alpha_fwd: float,
     alpha_bwd: float,
     warmup_steps: int,
     bound_nu: bool,
-) -> tuple[Tensor, ...]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """One iteration of PN: x (T, B, C) or (N, C), contiguous, mask (B, T) or (N,) or None -> y.
 
-    Besides y like x, what the forward took: squares (C,), psi2 (C,), Gamma (C,), whether in the
-    warm-up (bool), N; all on the device. A forward that repeats another gets the last four of
-    these again as `recalled`, which is empty otherwise, and changes nothing. running_psi2 (C,),
-    step, rejected change in the forward, nu (C,) and rejected in backward.
+    Besides y like x, the sums of x^2 (C,) by which a forward that repeats this one will find it,
+    and what this one took from the state, (2 C + 2,): psi2, Gamma, whether in the warm-up, N. That
+    is then given as `recalled`, and nothing changes. running_psi2 (C,), step and rejected change in
+    the forward, nu (C,) and rejected in backward.
 
     Raises ValueError where x or what is to change is not contiguous.
     """
     state, options = (running_psi2, nu, step, rejected), (eps, alpha_fwd, alpha_bwd)
     result = _Power.apply(x, mask, weight, bias, *state, recalled, *options, warmup_steps, bound_nu)
-    return (result, recalled[0].new_empty(0), *recalled) if recalled else result
+    return result if recalled is None else (result, recalled.new_empty(0), recalled)
 
 
 def power_v(

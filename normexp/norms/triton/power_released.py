@@ -152,9 +152,7 @@ def _finish_forward(
     warmup_steps,
     real_squares,
     squares,
-    psi2,
-    psi2_batch,
-    n,
+    taken,
     programs,
     channels,
     pace: tl.constexpr,
@@ -170,9 +168,11 @@ def _finish_forward(
     before = tokens.values_at(running, channel, within)
     tl.store(real_squares + channel, of_real, mask=within)
     tl.store(squares + channel, of_real + of_padding, mask=within)
-    tl.store(psi2 + channel, tl.where(s <= warmup_steps, of_batch, before), mask=within)
-    tl.store(psi2_batch + channel, of_batch, mask=within)
-    tl.store(n, seen)
+    by_batch = s <= warmup_steps
+    tl.store(taken + channel, tl.where(by_batch, of_batch, before), mask=within)
+    tl.store(taken + channels + channel, of_batch, mask=within)
+    tl.store(taken + 2 * channels, by_batch.to(tl.float64))
+    tl.store(taken + 2 * channels + 1, seen)
     finite = tokens.all_finite(of_batch, within, running)
     usable = finite & (seen > 0)
     steps = s.to(tl.float64)
@@ -190,8 +190,7 @@ def _propagate(
     dx,
     r,
     weight,
-    psi2,
-    psi2_batch,
+    taken,
     e,
     sums,
     mask,
@@ -209,8 +208,8 @@ def _propagate(
     WIDTH: tl.constexpr,
 ):
     channel, within = _group_of_program(size, WIDTH)
-    inverse = 1.0 / tl.sqrt(tokens.values_at(psi2, channel, within) + eps)
-    batch_inverse = 1.0 / tl.sqrt(tokens.values_at(psi2_batch, channel, within) + eps)
+    inverse = 1.0 / tl.sqrt(tokens.values_at(taken, channel, within) + eps)
+    batch_inverse = 1.0 / tl.sqrt(tokens.values_at(taken + channels, channel, within) + eps)
     factor = pace * tokens.values_at(e, channel, within)
     scale = (tokens.values_at(weight, channel, within) * batch_inverse).to(SUMS_IN)
     slope = (-factor * inverse * batch_inverse).to(SUMS_IN)
@@ -241,9 +240,8 @@ def _propagate(
 def _finish_backward(
     totals,
     weight,
-    psi2,
+    taken,
     squares,
-    n,
     e,
     rejected,
     d_weight,
@@ -255,7 +253,7 @@ def _finish_backward(
     WIDTH: tl.constexpr,
 ):
     channel, within = tokens.channels_of_program(channels, WIDTH)
-    inverse = 1.0 / tl.sqrt(tokens.values_at(psi2, channel, within) + eps)
+    inverse = 1.0 / tl.sqrt(tokens.values_at(taken, channel, within) + eps)
     dw = tokens.values_at(totals, channel, within) * inverse
     tl.store(d_weight + channel, dw, mask=within)
     tl.store(d_bias + channel, tokens.values_at(totals + channels, channel, within), mask=within)
@@ -264,7 +262,7 @@ def _finish_backward(
     lam = dw * tokens.values_at(weight, channel, within)
     after = before + (lam - pace * before * x_hat_squares) / tl.full([WIDTH], rows, tl.float64)
     finite = tokens.all_finite(after, within, e)
-    seen = tl.load(n)
+    seen = tl.load(taken + 2 * channels + 1)
     tl.store(e + channel, tl.where(finite & (seen > 0), after, before), mask=within)
     tokens.count_one_if(rejected, (seen > 0) & (finite == 0))
 
@@ -323,13 +321,12 @@ def _forward_op(
     eps: float,
     alpha_fwd: float,
     warmup_steps: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     check_buffers(running_psi2, step, rejected)
     tiles = Tiles(x, mask, groups)
     batch_sums, batch_counts = tiles.sums(1), tiles.counts(1)
     real_squares, squares = tiles.vector(tiles.sums_in), tiles.vector(torch.float64)
-    psi2, psi2_batch = tiles.vector(torch.float64), tiles.vector(torch.float64)
-    n = tiles.scalar(torch.float64)
+    taken = tiles.taken()
     with torch.cuda.device_of(x):
         _sum_squares[tiles.grid](
             *(x, batch_sums, batch_counts, step, warmup_steps),
@@ -344,11 +341,11 @@ def _forward_op(
         )
         _finish_forward[(1,)](
             *(totals, counts, running_psi2, step, rejected, warmup_steps),
-            *(real_squares, squares, psi2, psi2_batch, n),
+            *(real_squares, squares, taken),
             pace=1 - alpha_fwd,
             **tiles.finishing,
         )
-    return y, real_squares, psi2, psi2_batch, n, squares, r
+    return y, real_squares, taken, squares, r
 
 
 @_forward_op.register_fake
@@ -362,46 +359,44 @@ def _(
     rejected: Tensor,
     groups: int,
     *_: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     channels, dtype = x.shape[-1], sums_type(x)
-    psi2, psi2_batch, squares = (x.new_empty(channels, dtype=torch.float64) for _ in range(3))
+    squares = x.new_empty(channels, dtype=torch.float64)
     return (
-        *(torch.empty_like(x), x.new_empty(channels, dtype=dtype), psi2, psi2_batch),
-        *(x.new_empty((), dtype=torch.float64), squares),
+        *(torch.empty_like(x), x.new_empty(channels, dtype=dtype)),
+        *(x.new_empty(2 * channels + 2, dtype=torch.float64), squares),
         x.new_empty((x.numel() // channels, groups), dtype=dtype),
     )
 
 
 @torch.library.custom_op("normexp::triton_power_released_again", mutates_args=())
 def _again_op(
-    x: Tensor, weight: Tensor, bias: Tensor, psi2: Tensor, groups: int, eps: float
+    x: Tensor, weight: Tensor, bias: Tensor, taken: Tensor, groups: int, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     tiles = Tiles(x, None, groups)
     # No step is one of a warm-up: psi2 is used whatever it was. Padded positions have their part.
     step = torch.zeros((), dtype=torch.long, device=x.device)
     with torch.cuda.device_of(x):
         y, r, totals, _ = _launch_scale(
-            *(tiles, x, weight, bias, psi2, psi2, tiles.counts(1), step, 0, groups, eps)
+            *(tiles, x, weight, bias, taken, taken, tiles.counts(1), step, 0, groups, eps)
         )
     return y, totals[0].clone(), r
 
 
 @_again_op.register_fake
 def _(
-    x: Tensor, weight: Tensor, bias: Tensor, psi2: Tensor, groups: int, eps: float
+    x: Tensor, weight: Tensor, bias: Tensor, taken: Tensor, groups: int, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     rows = x.numel() // x.shape[-1]
     r = x.new_empty((rows, groups), dtype=sums_type(x))
-    return torch.empty_like(x), torch.empty_like(psi2), r
+    return torch.empty_like(x), x.new_empty(x.shape[-1], dtype=torch.float64), r
 
 
 @torch.library.custom_op("normexp::triton_power_released_backward", mutates_args=("e", "rejected"))
 def _backward_op(
     x: Tensor,
     weight: Tensor,
-    psi2: Tensor,
-    psi2_batch: Tensor,
-    n: Tensor,
+    taken: Tensor,
     squares: Tensor,
     r: Tensor,
     gradient: Tensor,
@@ -419,14 +414,14 @@ def _backward_op(
     options = {"eps": eps, "pace": 1 - alpha_bwd}
     with torch.cuda.device_of(x):
         _propagate[tiles.grid](
-            *(x, gradient, dx, r, weight, psi2, psi2_batch, e, sums),
+            *(x, gradient, dx, r, weight, taken, e, sums),
             size=tiles.channels // groups,
             **options,
             **tiles.arguments,
         )
         totals = _launch_fold(tiles, sums, rejected, ALWAYS)
         _finish_backward[(1,)](
-            *(totals, weight, psi2, squares, n, e, rejected, d_weight, d_bias),
+            *(totals, weight, taken, squares, e, rejected, d_weight, d_bias),
             *(max(1, tiles.rows), tiles.channels),
             **options,
             WIDTH=tiles.finishing["WIDTH"],
@@ -454,29 +449,29 @@ class _Released(torch.autograd.Function):
         e: Tensor,
         step: Tensor,
         rejected: Tensor,
-        recalled: tuple[Tensor, ...],
+        recalled: Tensor | None,
         groups: int,
         eps: float,
         alpha_fwd: float,
         alpha_bwd: float,
         warmup_steps: int,
     ) -> Any:
-        if recalled:
-            y, squares, r = _again_op(x, weight, bias, recalled[0], groups, eps)
+        if recalled is not None:
+            y, squares, r = _again_op(x, weight, bias, recalled, groups, eps)
             taken = recalled
         else:
             state, options = (running_psi2, step, rejected), (groups, eps, alpha_fwd, warmup_steps)
-            y, real_squares, *taken, squares, r = _forward_op(
+            y, real_squares, taken, squares, r = _forward_op(
                 x, mask, weight, bias, *state, *options
             )
-        ctx.save_for_backward(x, weight, *taken, squares, r)
+        ctx.save_for_backward(x, weight, taken, squares, r)
         # Not among the saved ones, because it may have moved on before backward reads it.
         ctx.e, ctx.rejected = e, rejected
         ctx.options = groups, eps, alpha_bwd
-        if recalled:
+        if recalled is not None:
             return y
-        ctx.mark_non_differentiable(real_squares, *taken)
-        return y, real_squares, *taken
+        ctx.mark_non_differentiable(real_squares, taken)
+        return y, real_squares, taken
 
     @staticmethod
     @once_differentiable
@@ -495,22 +490,22 @@ def power_released(
     e: Tensor,
     step: Tensor,
     rejected: Tensor,
-    recalled: tuple[Tensor, ...],
+    recalled: Tensor | None,
     groups: int,
     eps: float,
     alpha_fwd: float,
     alpha_bwd: float,
     warmup_steps: int,
-) -> tuple[Tensor, ...]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """One iteration: x (T, B, C) or (N, C), contiguous, mask (B, T) or (N,) or None -> y.
 
-    Besides y like x, what the forward took: squares (C,) of the group-scaled real tokens, psi2
-    (C,), psi2_B (C,), N; all on the device. A forward that repeats another gets the last three of
-    these again as `recalled`, which is empty otherwise, and changes nothing. running_psi2 (C,),
-    step, rejected change in the forward, e (C,) and rejected in backward.
+    Besides y like x, the sums of squares (C,) of the group-scaled real tokens, by which a forward
+    that repeats this one will find it, and what this one took from the state, (2 C + 2,): psi2,
+    psi2_B, whether psi2 is psi2_B, N. That is then given as `recalled`, and nothing changes.
+    running_psi2 (C,), step and rejected change in the forward, e (C,) and rejected in backward.
 
     Raises ValueError where x or what is to change is not contiguous.
     """
     state, options = (running_psi2, e, step, rejected), (groups, eps, alpha_fwd, alpha_bwd)
     result = _Released.apply(x, mask, weight, bias, *state, recalled, *options, warmup_steps)
-    return (result, recalled[0].new_empty(0), *recalled) if recalled else result
+    return result if recalled is None else (result, recalled.new_empty(0), recalled)

@@ -91,6 +91,10 @@ class Tiles:
         """Room for a value per channel: (C,), not filled."""
         return torch.empty(self.channels, dtype=dtype, device=self._device)
 
+    def taken(self) -> Tensor:
+        """Room for what a forward of PN took, two vectors and two numbers: (2 C + 2,)."""
+        return torch.empty(2 * self.channels + 2, dtype=torch.float64, device=self._device)
+
     def scalar(self, dtype: torch.dtype) -> Tensor:
         """Room for one value, not filled."""
         return torch.empty((), dtype=dtype, device=self._device)
