@@ -43,6 +43,8 @@ class Record:
         curve: (update, validation loss per token in nats) at every validation while training.
         sees_future_tokens: Whether a language model's output depends on the tokens it predicts;
             None for translation.
+        kernels: How many layers with running statistics were trained by "native" (compiled),
+            "triton" or "plain" kernels; None where the run ended before, or is older than they are.
         config: The resolved configuration without machine-dependent paths.
         config_hash: `hash_config` of what must be equal for two runs to be averaged.
         corpus: Name, SHA-256 of each file and counts.
@@ -73,6 +75,7 @@ class Record:
     tokens_per_second: float | None
     peak_memory_bytes: int | None
     wall_time_seconds: float | None
+    kernels: dict[str, int] | None = None
     hardware: dict[str, Any]
     versions: dict[str, str]
     code_commit: str

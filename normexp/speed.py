@@ -7,10 +7,17 @@ from typing import Any
 import torch
 from torch import nn
 
+from normexp import kernels
 from normexp.errors import UserError
 
-STOCK = {"precision": "float32", "fast_dropout": False, "fused_loss": False, "fused_adam": False}
-"""What fairseq does by itself."""
+STOCK = {
+    "precision": "float32",
+    "fast_dropout": False,
+    "fused_loss": False,
+    "fused_adam": False,
+    "kernels": "auto",
+}
+"""What fairseq does by itself; the kernels are those of layers that it does not have."""
 
 PRECISIONS = ("float32", "bfloat16")
 _FUSED_CRITERIONS = ("normexp_cross_entropy", "normexp_label_smoothed_cross_entropy")
@@ -28,10 +35,14 @@ def settings(plain: Mapping[str, Any]) -> dict[str, Any]:
         raise UserError(f"speed.{min(unknown)} is unknown; known: {', '.join(STOCK)}")
     if chosen["precision"] not in PRECISIONS:
         raise UserError(f"speed.precision={chosen['precision']!r}; known: {', '.join(PRECISIONS)}")
+    chosen = {"kernels": STOCK["kernels"], **chosen}
+    if chosen["kernels"] not in kernels.CHOICES:
+        known = ", ".join(kernels.CHOICES)
+        raise UserError(f"speed.kernels={chosen['kernels']!r}; known: {known}")
     for name, value in chosen.items():
-        if name != "precision" and not isinstance(value, bool):
+        if name not in ("precision", "kernels") and not isinstance(value, bool):
             raise UserError(f"speed.{name}={value!r} must be true or false")
-    return dict(chosen)
+    return chosen
 
 
 def into_fairseq(speed: Mapping[str, Any], node: dict[str, Any]) -> None:

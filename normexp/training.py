@@ -2,6 +2,7 @@
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,7 +14,10 @@ from omegaconf import DictConfig
 
 from normexp import checkpoints, speed
 from normexp.diagnostics import norm_diagnostics
+from normexp.kernels import use_kernels
 from normexp.metrics_file import MetricsFile
+from normexp.norms.loss_scale import follow_loss_scale
+from normexp.norms.running_norm import RunningNorm
 from normexp.progress import Sink, metrics_to
 
 logger = logging.getLogger(__name__)
@@ -46,6 +50,7 @@ class TrainingResult:
     num_parameters: int
     tokens_per_second: float  # real target tokens, over the updates of the last process
     wall_time_seconds: float  # all processes together
+    kernels: dict[str, int]  # layers with running statistics by what computed their last step
 
 
 def train(
@@ -61,10 +66,11 @@ def train(
     or gradient is not finite.
 
     speed_settings: of normexp.speed, which have decided the loss and the optimizer in fairseq_cfg
-    and here decide precision and dropout.
+    and here decide precision, dropout and kernels.
     """
     from fairseq_cli import train as fairseq_train
 
+    use_kernels(speed_settings["kernels"])
     observed = Observed()
     sinks = [metrics, *sinks]
 
@@ -95,6 +101,13 @@ def train(
         num_parameters=sum(p.numel() for p in trainer.get_model().parameters()),
         tokens_per_second=observed.tokens / observed.seconds if observed.seconds else 0.0,
         wall_time_seconds=trainer.cumulative_training_time(),
+        kernels=dict(
+            Counter(
+                norm.kernels
+                for norm in trainer.get_model().modules()
+                if isinstance(norm, RunningNorm) and norm.kernels
+            )
+        ),
     )
 
 
@@ -133,6 +146,7 @@ def _observed_trainer(
 
         def train_step(self, samples: Any, *args: Any, **kwargs: Any) -> Any:
             started = time.perf_counter()
+            scale = _loss_scale(self.optimizer)
             try:
                 output = super().train_step(samples, *args, **kwargs)
             except (FloatingPointError, StopIteration) as error:
@@ -143,6 +157,8 @@ def _observed_trainer(
                     raise
                 update = self.get_num_updates() + 1
                 raise Diverged(update, f"{cause} in update {update}") from None
+            if (changed := _loss_scale(self.optimizer)) != scale:
+                follow_loss_scale(self.get_model(), changed / scale)
             observed.seconds += time.perf_counter() - started
             observed.tokens += sum(sample["ntokens"] for sample in samples if sample)
             return output
@@ -167,6 +183,14 @@ def _observed_trainer(
         yield
     finally:
         fairseq_train.Trainer = original
+
+
+def _loss_scale(optimizer: Any) -> float:
+    """By what fairseq multiplies the loss at the moment: in float16 not always the same."""
+    scaler = getattr(optimizer, "scaler", None)
+    if scaler is None:
+        return 1.0
+    return scaler.get_scale() if hasattr(scaler, "get_scale") else scaler.loss_scale
 
 
 def _instead_of_a_damaged(last: Path) -> Path:

@@ -12,6 +12,7 @@ tokens, G groups.
 import importlib
 import pkgutil
 
+from normexp.norms.loss_scale import follow_loss_scale
 from normexp.norms.pooling import pool_statistics
 from normexp.norms.registry import (
     available_norms,
@@ -27,6 +28,7 @@ for _module in pkgutil.iter_modules(__path__):
 __all__ = [
     "available_norms",
     "build_norm",
+    "follow_loss_scale",
     "norm_class",
     "norm_options",
     "pool_statistics",

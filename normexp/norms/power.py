@@ -32,9 +32,10 @@ class PowerNorm(QuadraticNorm):
     warm-up, and it changes state: it reads nu when it runs, and every backward, also a second one
     through a retained graph, advances nu once. The psi2 it divides by is its own forward's.
     In training, padded positions are zeros in x and y and influence nothing, nor do gradients
-    there. RunningNorm tells the other rules of the state. nu has the scale of g: a loss scale
-    (fp16) or another reduction of the loss changes the next steps' correction until nu has caught
-    up.
+    there. RunningNorm tells the other rules of the state. nu has the scale of g: a constant factor
+    of the loss cancels, one that changes (float16's loss scale) has to be told by
+    loss_scale.follow_loss_scale. With a loss that is the mean over a batch's tokens, g also
+    changes with their number; the sum, which fairseq differentiates, is what suits nu.
 
     Why nu can run away: its recursion shrinks nu only while 0 < p Gamma < 2, and
     Gamma = psi2_B / (psi2_(t-1) + eps) has no bound. A batch with Gamma > 2 / p (20 by default)
@@ -48,6 +49,7 @@ class PowerNorm(QuadraticNorm):
     """
 
     native_source = NATIVE_SOURCES / "power.cpp"
+    averages_of_gradients = ("nu",)
 
     def __init__(
         self,

@@ -36,6 +36,7 @@ class PowerNormReleased(RunningNorm):
     """
 
     native_source = NATIVE_SOURCES / "power_released.cpp"
+    averages_of_gradients = ("e",)
 
     def __init__(
         self,

@@ -54,6 +54,7 @@ class RunningNorm(nn.Module):
     """
 
     native_source: ClassVar[Path | None] = None
+    averages_of_gradients: ClassVar[tuple[str, ...]] = ()  # buffers in the unit of the loss
 
     def __init__(self, num_features: int, eps: float, sync: bool = False):
         super().__init__()

@@ -45,6 +45,8 @@ class UnifiedNorm(RunningNorm):
     Double differentiation is refused. RunningNorm tells the rules of the state.
     """
 
+    averages_of_gradients = ("e", "lambda_window")
+
     def __init__(
         self,
         num_features: int,

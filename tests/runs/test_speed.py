@@ -38,6 +38,7 @@ def test_resumed_run_is_the_same_to_the_bit(
         *ALL,
     )
     straight = pipeline.run(composed(*settings))
+    assert sum(straight.kernels.values()) == 3  # two norms in one layer, and the final one
     (tmp_path / "results").rename(tmp_path / "straight")
 
     observed_metrics = training.metrics_to
@@ -78,10 +79,13 @@ def test_settings_are_recorded_and_change_little(overrides, tmp_path) -> None:
             f"label={label}",
             "fairseq.optimization.max_epoch=1",
             "evaluation.splits=[valid]",
+            "norm=power",
+            "speed.kernels=plain",
             *chosen,
         )
         record = pipeline.run(composed(*settings))
         assert record.config["speed"]["fused_loss"] == (label == "fast")
+        assert record.kernels == {"plain": 3}
         losses[label] = record.curve[-1][1]
         (log,) = tmp_path.rglob(f"*{label}*/log.txt")
         assert ("normexp_adam" in log.read_text()) == (label == "fast")
@@ -95,6 +99,7 @@ def test_settings_are_recorded_and_change_little(overrides, tmp_path) -> None:
     [
         (["speed.precision=float16"], "speed.precision='float16'; known: float32, bfloat16"),
         (["speed.fused_loss=1"], "speed.fused_loss=1 must be true or false"),
+        (["speed.kernels=fast"], "speed.kernels='fast'; known: auto, plain, native, triton"),
         (["+speed.dropout=true"], "speed.dropout is unknown; known: precision"),
         (
             ["speed.precision=bfloat16", "+fairseq.common.bf16=true"],

@@ -1,0 +1,40 @@
+"""Training in float16, whose loss scale changes; without a GPU a scaler stands in."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from fairseq_cli import train as fairseq_train
+
+from normexp import speed, training
+from normexp.norms import build_norm
+
+
+@pytest.mark.parametrize("kind", ["fairseq", "torch"])
+def test_layers_follow_the_loss_scale(monkeypatch, kind: str) -> None:
+    """In the step that changes it, and in no other."""
+    scales = iter([8.0, 8.0, 2.0, 2.0])
+    scaler = SimpleNamespace(loss_scale=8.0)
+    if kind == "torch":
+        scaler = SimpleNamespace(get_scale=lambda: scaler.now, now=8.0)
+
+    class Trainer:
+        def __init__(self, cfg, task, model, criterion):
+            self.model, self.optimizer = model, SimpleNamespace(scaler=scaler)
+
+        def get_model(self):
+            return self.model
+
+        def train_step(self, samples):
+            setattr(scaler, "now" if kind == "torch" else "loss_scale", next(scales))
+
+    monkeypatch.setattr(fairseq_train, "Trainer", Trainer)
+    norm = build_norm("power", 4)
+    norm.nu.fill_(1.0)
+    observed, seen = training.Observed(), []
+    with training._observed_trainer(fairseq_train, observed, lambda step: None, speed.STOCK):
+        trainer = fairseq_train.Trainer(None, None, torch.nn.Sequential(norm), None)
+        for _ in range(4):
+            trainer.train_step([{"ntokens": 1}])
+            seen.append(float(norm.nu[0]))
+    assert seen == [1.0, 1.0, 0.25, 0.25]
