@@ -206,10 +206,8 @@ def test_the_environment_chooses() -> None:
         environment = {k: v for k, v in os.environ.items() if k != kernels.VARIABLE}
         if value:
             environment[kernels.VARIABLE] = value
-        done = subprocess.run(
-            [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
-        )
-        assert done.stdout.strip() == expected
+        output = subprocess.check_output([sys.executable, "-c", code], env=environment, text=True)
+        assert output.strip() == expected
 
 
 def test_every_source_is_shipped() -> None:
