@@ -119,7 +119,7 @@ class RunningNorm(nn.Module):
 
     def _infer(self, tokens: Tensor, real: Tensor | None) -> Tensor:
         scale, shift = self.inference_affine()
-        return tokens * scale + shift
+        return torch.addcmul(shift.to(tokens.dtype), tokens, scale)
 
     def inference_affine(self) -> tuple[Tensor, Tensor]:
         """scale and shift, each (C,): what the layer is at inference, y = x * scale + shift."""

@@ -8,7 +8,7 @@ from torch.autograd.function import once_differentiable
 
 from normexp.norms import checks
 from normexp.norms.averaging import average_
-from normexp.norms.masking import num_real, only_real
+from normexp.norms.masking import num_real, zero_padding_
 from normexp.norms.recomputation import recomputing
 from normexp.norms.registry import register_norm
 from normexp.norms.running_norm import RunningNorm
@@ -71,7 +71,7 @@ class UnifiedNorm(RunningNorm):
         self.register_buffer("skipped", torch.zeros((), dtype=torch.long))
 
     def _normalize(self, tokens: Tensor, real: Tensor | None) -> Tensor:
-        squares = only_real(tokens.detach(), real).square().sum(0)
+        squares = zero_padding_(tokens.detach().square(), real).sum(0)
         taken = self._step(squares, num_real(tokens, real))
         return _NormalizeUnified.apply(tokens, self.weight, self.bias, *taken, self)
 
@@ -149,18 +149,20 @@ class _NormalizeUnified(torch.autograd.Function):
         norm: UnifiedNorm,
     ) -> Tensor:
         inverse = torch.rsqrt(v + norm.eps)
-        x_hat = tokens * inverse
-        ctx.save_for_backward(x_hat, weight, inverse, r, direct, skip, slot, n)
+        ctx.save_for_backward(tokens, weight, inverse, r, direct, skip, slot, n)
         ctx.norm = norm
-        return x_hat * weight + bias
+        return torch.addcmul(bias.to(tokens.dtype), tokens, inverse * weight)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        x_hat, weight, inverse, r, *which, n = ctx.saved_tensors
-        by_weight = (gradient * x_hat).sum(0) * r
-        positions = x_hat.new_full((), x_hat.shape[0])
+        tokens, weight, inverse, r, *which, n = ctx.saved_tensors
+        values = gradient * tokens
+        by_weight = values.sum(0) * (r * inverse)
+        positions = tokens.new_full((), tokens.shape[0])
         lam, _ = pooled_mean(by_weight * weight, positions, ctx.norm.sync)
-        correction = ctx.norm._step_backward(lam, *which, n).to(x_hat.dtype)
-        dx = (gradient * (r * weight) - correction * x_hat) * inverse
-        return dx, by_weight, gradient.sum(0), *[None] * 7
+        correction = ctx.norm._step_backward(lam, *which, n).to(tokens.dtype)
+        dx = torch.mul(gradient, r * weight * inverse, out=values)
+        dx.addcmul_(tokens, correction * inverse.square(), value=-1)
+        types = weight.dtype
+        return dx, by_weight.to(types), gradient.sum(0).to(types), *[None] * 7
