@@ -43,8 +43,8 @@ class BatchNorm(RunningNorm):
         self.register_buffer("running_mean", torch.zeros(num_features))
         self.register_buffer("running_var", torch.ones(num_features))
 
-    def _native_step(self, x: Tensor, padding_mask: Tensor | None) -> Tensor:
-        y, *statistics = torch.ops.normexp.batch.default(
+    def _kernel_step(self, operators: Any, x: Tensor, padding_mask: Tensor | None) -> Tensor:
+        y, *statistics = operators.batch(
             x,
             padding_mask,
             *(self.weight, self.bias, self.running_mean, self.running_var),

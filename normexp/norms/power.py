@@ -1,5 +1,7 @@
 """PN: power normalization, the paper's Algorithm 2."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -70,9 +72,9 @@ class PowerNorm(QuadraticNorm):
         self.register_buffer("running_psi2", torch.ones(num_features))
         self.register_buffer("nu", torch.zeros(num_features))
 
-    def _native_step(self, x: Tensor, padding_mask: Tensor | None) -> Tensor:
+    def _kernel_step(self, operators: Any, x: Tensor, padding_mask: Tensor | None) -> Tensor:
         recalled = self._recalled(x, padding_mask)
-        y, squares, taken = torch.ops.normexp.power.default(
+        y, squares, taken = operators.power(
             x,
             padding_mask,
             *(self.weight, self.bias, self.running_psi2, self.nu, self.step, self.rejected),

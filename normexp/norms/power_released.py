@@ -57,9 +57,9 @@ class PowerNormReleased(RunningNorm):
         self.register_buffer("running_psi2", torch.ones(num_features))
         self.register_buffer("e", torch.zeros(num_features))
 
-    def _native_step(self, x: Tensor, padding_mask: Tensor | None) -> Tensor:
+    def _kernel_step(self, operators: Any, x: Tensor, padding_mask: Tensor | None) -> Tensor:
         recalled = self._recalled(x, padding_mask)
-        y, squares, taken = torch.ops.normexp.power_released.default(
+        y, squares, taken = operators.power_released(
             x,
             padding_mask,
             *(self.weight, self.bias, self.running_psi2, self.e, self.step, self.rejected),

@@ -39,8 +39,8 @@ class PowerNormV(QuadraticNorm):
         self.alpha = alpha
         self.register_buffer("running_psi2", torch.ones(num_features))
 
-    def _native_step(self, x: Tensor, padding_mask: Tensor | None) -> Tensor:
-        return torch.ops.normexp.power_v.default(
+    def _kernel_step(self, operators: Any, x: Tensor, padding_mask: Tensor | None) -> Tensor:
+        return operators.power_v(
             x,
             padding_mask,
             *(self.weight, self.bias, self.running_psi2, self.step, self.rejected),

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from normexp import native
-from normexp.norms import checks
+from normexp.kernels import chosen_kernels
+from normexp.norms import checks, triton
 from normexp.norms.compilation import eager
 from normexp.norms.masking import check_input, flatten_tokens
 from normexp.norms.recomputation import RecentForwards
@@ -44,13 +45,14 @@ class RunningNorm(nn.Module):
     - torch.compile: inference compiles without graph breaks. Training runs the layer outside the
       graph, with the same results, because compiled code could not tell a repeated forward.
 
-    - Training steps on a CPU are computed by a kernel compiled for it, where the layer has one and
-      it can be had (normexp.native), else by torch's operations: the same up to rounding.
+    - Training steps are computed by a kernel compiled for the CPU (normexp.native) or by Triton on
+      a GPU (normexp.norms.triton), where the layer has one and it can be had, else by torch's
+      operations: the same up to rounding.
       Statistics of several ranks are left to torch, and so is inference. `kernels` tells what
       computed the last forward in training mode.
 
     Subclasses offer `_normalize` (training) and `inference_affine`, and where they name a
-    `native_source`, `_native_step`.
+    `native_source`, `_kernel_step`.
     """
 
     native_source: ClassVar[Path | None] = None
@@ -91,26 +93,34 @@ class RunningNorm(nn.Module):
         check_input(x, padding_mask, self.num_features)
         if not self.sync and several_ranks():
             warn_of_private_statistics()
-        kernels = "native" if self._runs_native(x) else "plain"
+        kernels = self._kernels_for(x)
         if kernels != self.kernels:  # torch makes setting an attribute slow
             self.kernels = kernels
         if kernels == "native":
-            return self._native_step(x.contiguous(), padding_mask)
+            return self._kernel_step(torch.ops.normexp, x.contiguous(), padding_mask)
+        if kernels == "triton":
+            return self._kernel_step(triton.operators(), x.contiguous(), padding_mask)
         tokens, real = flatten_tokens(x, padding_mask, self.num_features)
         return self._normalize(tokens, real).to(x.dtype).reshape(x.shape)
 
-    def _runs_native(self, x: Tensor) -> bool:
-        return (
-            self.native_source is not None
-            and type(x) in (Tensor, nn.Parameter)  # subclasses may have no memory to read
-            and x.device.type == "cpu"
-            and x.dtype in _NATIVE_TYPES
-            and not (self.sync and several_ranks())
-            and native.load(self.native_source)
-        )
+    def _kernels_for(self, x: Tensor) -> str:
+        if (
+            self.native_source is None
+            or type(x) not in (Tensor, nn.Parameter)  # subclasses may have no memory to read
+            or (self.sync and several_ranks())
+        ):
+            return "plain"
+        # On a CPU triton only interprets its kernels, for tests.
+        if x.is_cuda or (x.device.type == "cpu" and chosen_kernels() == "triton"):
+            return "triton" if triton.load() else "plain"
+        runs_native = x.device.type == "cpu" and x.dtype in _NATIVE_TYPES
+        return "native" if runs_native and native.load(self.native_source) else "plain"
 
-    def _native_step(self, x: Tensor, padding_mask: Tensor | None) -> Tensor:
-        """Training, by the operator of `native_source`: x as in `forward`, contiguous; y like x."""
+    def _kernel_step(self, operators: Any, x: Tensor, padding_mask: Tensor | None) -> Tensor:
+        """Training, by operators of one signature in C++ and Triton; x as in `forward`, contiguous.
+
+        Returns y like x.
+        """
         raise NotImplementedError
 
     def _normalize(self, tokens: Tensor, real: Tensor | None) -> Tensor:
