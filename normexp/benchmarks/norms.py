@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -10,20 +10,38 @@ from torch import Tensor, nn
 
 from normexp.benchmarks.circumstances import write_record
 from normexp.benchmarks.interleaved import take_turns
+from normexp.kernels import use_kernels
 from normexp.norms import build_norm
 
 SHAPES = {"(40, 100, 512)": (40, 100, 512), "(8, 64, 256)": (8, 64, 256),
           "(128, 256, 512)": (128, 256, 512)}  # fmt: skip
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-LAYERS: dict[str, tuple[str, dict[str, Any]]] = {
-    "power": ("power", {"warmup_steps": 0}),
-    "power, warm-up": ("power", {"warmup_steps": 10**9}),
-    "power_v": ("power_v", {}),
-    "batch": ("batch", {}),
-    "power_released": ("power_released", {"warmup_steps": 0, "num_groups": 4}),
-    "batch_released": ("batch_released", {}),
-    "regularized_batch": ("regularized_batch", {}),
-    "unified": ("unified", {"warmup_steps": 0}),
+
+
+class Layer(NamedTuple):
+    """What `build_norm` takes, and which kernels (normexp.kernels) are to compute it."""
+
+    norm: str
+    options: dict[str, Any]
+    kernels: str = "auto"
+
+
+LAYERS = {
+    "power": Layer("power", {"warmup_steps": 0}),
+    "power, warm-up": Layer("power", {"warmup_steps": 10**9}),
+    "power_v": Layer("power_v", {}),
+    "batch": Layer("batch", {}),
+    "regularized_batch": Layer("regularized_batch", {}),
+    "power_released": Layer("power_released", {"warmup_steps": 0, "num_groups": 4}),
+    "power_released, warm-up": Layer("power_released", {"warmup_steps": 10**9, "num_groups": 4}),
+    "power, plain torch": Layer("power", {"warmup_steps": 0}, "plain"),
+    "power_v, plain torch": Layer("power_v", {}, "plain"),
+    "batch, plain torch": Layer("batch", {}, "plain"),
+    "power_released, plain torch": Layer(
+        "power_released", {"warmup_steps": 0, "num_groups": 4}, "plain"
+    ),
+    "unified": Layer("unified", {"warmup_steps": 0}),
+    "batch_released": Layer("batch_released", {}),
 }
 BASELINE = "nn.LayerNorm"
 
@@ -33,18 +51,21 @@ def measure(rounds: int, record: Path, progress: bool) -> dict[str, Any]:
 
     Ours are given a mask with a quarter of the positions padded; torch's take none. Statistics and
     parameters are float32 but for nn.LayerNorm's and F.rms_norm's parameters, which have the type
-    of x. Returns what it writes: quartiles of the ratio to nn.LayerNorm, median milliseconds.
+    of x. Returns what it writes: quartiles of the ratio to nn.LayerNorm, median milliseconds, and
+    what computed those of ours that have running statistics.
     """
     measured = []
     for shape_name, shape in SHAPES.items():
         for dtype_name, dtype in DTYPES.items():
-            turns = take_turns(competitors(shape, dtype), rounds, progress)
+            calls, ran = competitors(shape, dtype)
+            turns = take_turns(calls, rounds, progress)
             for name in turns.seconds:
                 measured.append(
                     {
                         "shape": shape_name,
                         "dtype": dtype_name,
                         "layer": name,
+                        "kernels": ran[name]() if name in ran else None,
                         "milliseconds": round(1e3 * turns.quartiles(name)[1], 4),
                         "ratio_to_layer_norm": [round(r, 3) for r in turns.ratios(name, BASELINE)],
                         "rounds_kept": len(turns.seconds[name]),
@@ -63,11 +84,12 @@ def measure(rounds: int, record: Path, progress: bool) -> dict[str, Any]:
 def competitors(
     shape: tuple[int, int, int],
     dtype: torch.dtype,
-    layers: dict[str, tuple[str, dict[str, Any]]] | None = None,
-) -> dict[str, Callable[[], list[Tensor]]]:
+    layers: dict[str, Layer] | None = None,
+) -> tuple[dict[str, Callable[[], list[Tensor]]], dict[str, Callable[[], str | None]]]:
     """By name a call that computes y and the gradients of x and of the parameters.
 
-    layers: ours, by name what build_norm takes; LAYERS if not given.
+    Beside these, for ours, a call that tells which kernels did so. layers: ours; LAYERS if not
+    given.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     generator = torch.Generator().manual_seed(1)
@@ -90,10 +112,16 @@ def competitors(
             lambda: batch_norm(x.view(-1, channels)).view(shape), list(batch_norm.parameters())
         ),
     }
-    for name, (norm_name, options) in (LAYERS if layers is None else layers).items():
-        norm = build_norm(norm_name, channels, **options).to(device)
-        calls[name] = lambda norm=norm: _step_with_penalty(step, norm, x, padding_mask)
-    return calls
+    ran = {}
+    for name, layer in (LAYERS if layers is None else layers).items():
+        norm = build_norm(layer.norm, channels, **layer.options).to(device)
+
+        def call(norm: nn.Module = norm, kernels: str = layer.kernels) -> list[Tensor]:
+            use_kernels(kernels)
+            return _step_with_penalty(step, norm, x, padding_mask)
+
+        calls[name], ran[name] = call, lambda norm=norm: norm.kernels
+    return calls, ran
 
 
 def _step_with_penalty(

@@ -5,15 +5,15 @@ from typing import Any
 
 from normexp.benchmarks.circumstances import write_record
 from normexp.benchmarks.interleaved import take_turns
-from normexp.benchmarks.norms import BASELINE, DTYPES, competitors
+from normexp.benchmarks.norms import BASELINE, DTYPES, Layer, competitors
 
 TOKENS = (256, 1024, 4096, 8192, 16384, 32768)  # with 512 channels
 CHANNELS = (128, 256, 512, 1024, 2048)  # with 4096 tokens
 GROUPS = (1, 2, 4, 8, 16)  # of power_released, with 4096 tokens and 512 channels
-LAYERS: dict[str, tuple[str, dict[str, Any]]] = {
-    "power": ("power", {"warmup_steps": 0}),
-    "power_released": ("power_released", {"warmup_steps": 0, "num_groups": 4}),
-    "batch": ("batch", {}),
+LAYERS = {
+    "power": Layer("power", {"warmup_steps": 0}),
+    "power_released": Layer("power_released", {"warmup_steps": 0, "num_groups": 4}),
+    "batch": Layer("batch", {}),
 }
 _BATCH = 32
 
@@ -28,7 +28,7 @@ def measure(rounds: int, record: Path, progress: bool) -> dict[str, Any]:
     for sweep, tokens, channels, layers in _sizes():
         for dtype_name, dtype in DTYPES.items():
             shape = (tokens // _BATCH, _BATCH, channels)
-            every = competitors(shape, dtype, layers)
+            every, _ = competitors(shape, dtype, layers)
             turns = take_turns({n: every[n] for n in (BASELINE, *layers)}, rounds, progress)
             elements = tokens * channels
             for name in turns.seconds:
@@ -37,7 +37,9 @@ def measure(rounds: int, record: Path, progress: bool) -> dict[str, Any]:
                         "sweep": sweep,
                         "tokens": tokens,
                         "channels": channels,
-                        "groups": layers[name][1].get("num_groups") if name in layers else None,
+                        "groups": layers[name].options.get("num_groups")
+                        if name in layers
+                        else None,
                         "dtype": dtype_name,
                         "layer": name,
                         "nanoseconds_per_element": [
@@ -57,10 +59,10 @@ def measure(rounds: int, record: Path, progress: bool) -> dict[str, Any]:
     return write_record(record, "scaling", {"rounds": rounds}, result)
 
 
-def _sizes() -> list[tuple[str, int, int, dict[str, tuple[str, dict[str, Any]]]]]:
+def _sizes() -> list[tuple[str, int, int, dict[str, Layer]]]:
     """What is varied, tokens, channels and layers of every measurement."""
     by_groups = {
-        f"power_released, {groups} groups": (
+        f"power_released, {groups} groups": Layer(
             "power_released",
             {"warmup_steps": 0, "num_groups": groups},
         )

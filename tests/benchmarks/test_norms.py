@@ -16,6 +16,9 @@ def test_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     result = norms.measure(3, record, progress=False)
     assert json.loads(record.read_text(encoding="utf-8")) == result
     assert result["malloc"] == {"MALLOC_TOP_PAD_": "1000"}
+    kernels = {one["layer"]: one["kernels"] for one in result["measured"]}
+    assert kernels["power, plain torch"] == kernels["unified"] == "plain"
+    assert kernels["power"] in ("native", "triton", "plain") and kernels["nn.LayerNorm"] is None
     layers = {one["layer"] for one in result["measured"]}
     assert layers == {*norms.LAYERS, "nn.LayerNorm", "F.rms_norm", "F.batch_norm, no mask"}
     assert len(result["measured"]) == 2 * len(layers)
@@ -27,7 +30,7 @@ def test_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_every_competitor_gives_the_gradients_of_its_layer() -> None:
     """Of x and of each parameter, in the type of each; F.batch_norm's are masked BN's."""
-    calls = norms.competitors((4, 6, 8), torch.bfloat16)
+    calls, _ = norms.competitors((4, 6, 8), torch.bfloat16)
     for call in calls.values():
         gradients = call()
         assert gradients[0].shape == (4, 6, 8) and gradients[0].dtype == torch.bfloat16
@@ -35,3 +38,9 @@ def test_every_competitor_gives_the_gradients_of_its_layer() -> None:
         assert all(gradient.isfinite().all() for gradient in gradients)
     padded = calls["power"]()[0].abs().sum(-1) == 0
     assert 0 < padded.sum() < 12
+
+
+def test_kernels_differ_in_rounding_only() -> None:
+    calls, _ = norms.competitors((4, 6, 8), torch.float32)
+    for name in ("power", "power_v", "batch", "power_released"):
+        torch.testing.assert_close(calls[name](), calls[f"{name}, plain torch"]())
