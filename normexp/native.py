@@ -24,6 +24,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -187,7 +188,9 @@ def sources() -> list[Path]:
 def main() -> None:
     """Compile everything; print where it lies. Exits 0 also where plain kernels have to do."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    ready = [source.stem for source in sources() if load(source)]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        made = list(pool.map(load, sources()))
+    ready = [source.stem for source, usable in zip(sources(), made, strict=True) if usable]
     print(f"compiled kernels in {cache_folder()}: {', '.join(ready) or 'none'}")
 
 
