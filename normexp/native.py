@@ -35,8 +35,8 @@ logger = logging.getLogger(__name__)
 
 _FLAGS = (
     *("-std=c++20", "-O3", "-fPIC", "-fopenmp"),
-    # Sums over channels are to be vectorized; infinities and NaN keep their meaning.
-    *("-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math"),
+    # What vectorizing needs; infinities and NaN keep their meaning, and so do parentheses.
+    *("-fno-math-errno", "-fno-trapping-math"),
 )
 _SECONDS_TO_COMPILE = 600
 

@@ -35,7 +35,7 @@ def settings(plain: Mapping[str, Any]) -> dict[str, Any]:
         raise UserError(f"speed.{min(unknown)} is unknown; known: {', '.join(STOCK)}")
     if chosen["precision"] not in PRECISIONS:
         raise UserError(f"speed.precision={chosen['precision']!r}; known: {', '.join(PRECISIONS)}")
-    chosen = {"kernels": STOCK["kernels"], **chosen}
+    chosen = {**STOCK, **chosen}
     if chosen["kernels"] not in kernels.CHOICES:
         known = ", ".join(kernels.CHOICES)
         raise UserError(f"speed.kernels={chosen['kernels']!r}; known: {known}")

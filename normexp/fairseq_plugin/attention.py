@@ -55,11 +55,15 @@ class FastAttention(MultiheadAttention):
         length, sentences, _ = query.shape
         q, k, v = (self._heads(x) for x in self._projected(query, key, value))
         scores = torch.bmm(q * self.scaling, k.transpose(1, 2))
-        if attn_mask is not None:
+        # Not minus infinity: of a sentence that is nothing but padding softmax would make NaN.
+        lowest = torch.finfo(scores.dtype).min
+        if attn_mask is not None and attn_mask.dtype == torch.bool:
+            scores.masked_fill_(attn_mask, lowest)
+        elif attn_mask is not None:
             scores += attn_mask
         if key_padding_mask is not None:
             hidden = key_padding_mask.bool()[:, None, None]
-            scores.unflatten(0, (sentences, -1)).masked_fill_(hidden, -torch.inf)
+            scores.unflatten(0, (sentences, -1)).masked_fill_(hidden, lowest)
         wide = torch.promote_types(scores.dtype, torch.float32)
         weights = self.dropout_module(scores.softmax(-1, dtype=wide))
         mixed = torch.bmm(weights.to(v.dtype), v).transpose(0, 1)

@@ -107,6 +107,7 @@ class RunningNorm(nn.Module):
         if (
             self.native_source is None
             or type(x) not in (Tensor, nn.Parameter)  # subclasses may have no memory to read
+            or self.weight.dtype == torch.float16
             or (self.sync and several_ranks())
         ):
             return "plain"

@@ -121,6 +121,7 @@ class Standardize : public torch::autograd::Function<Standardize> {
                                const Tensor& running_mean, const Tensor& running_var,
                                const Tensor& step, const Tensor& rejected,
                                const Options& options) {
+    check(x, mask, {&weight, &bias, &running_mean, &running_var}, {&step, &rejected});
     const int64_t channels = x.size(-1), rows = num_rows(x);
     const Padding padding(x, mask);
     const Tensor y = at::empty_like(x);
@@ -149,13 +150,13 @@ class Standardize : public torch::autograd::Function<Standardize> {
     const Tensor count = at::full({}, n, type);
     ctx->mark_non_differentiable({count});
     variable_list result{y, make(mean, type), make(var, type), count};
-    keep(ctx, ForBackward{mask, std::move(mean), std::move(var), n, options});
+    keep(ctx, ForBackward{copy_of(mask), std::move(mean), std::move(var), n, options});
     return result;
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& gradients) {
     const auto saved = ctx->get_saved_variables();
-    const Tensor &x = saved[0], &weight = saved[1];
+    const Tensor x = saved[0].contiguous(), weight = saved[1];  // hooks may have changed strides
     const ForBackward& of = kept<ForBackward>(ctx);
     if (at::GradMode::is_enabled()) {
       return differentiable(x, weight, of.mask, gradients, of.options);

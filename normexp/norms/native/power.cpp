@@ -40,6 +40,7 @@ class Quadratic : public torch::autograd::Function<Quadratic> {
                         const Tensor& running, const std::optional<Tensor>& nu,
                         const Tensor& step, const Tensor& rejected, const Options& options,
                         Taken* taken) {
+    check(x, mask, {&weight, &bias, &running, nu ? &*nu : &running}, {&step, &rejected});
     const int64_t channels = x.size(-1), rows = num_rows(x);
     const Padding padding(x, mask);
     const Tensor y = at::empty_like(x);
@@ -93,14 +94,14 @@ class Quadratic : public torch::autograd::Function<Quadratic> {
       count_step(step);
     }
     ctx->save_for_backward({x, weight});
-    keep(ctx, ForBackward{mask, nu, rejected, std::move(inverse), taken->gamma, exact, taken->n,
+    keep(ctx, ForBackward{copy_of(mask), nu, rejected, std::move(inverse), taken->gamma, exact, taken->n,
                           options});
     return y;
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& gradients) {
     const auto saved = ctx->get_saved_variables();
-    const Tensor &x = saved[0], &weight = saved[1];
+    const Tensor x = saved[0].contiguous(), weight = saved[1];  // hooks may have changed strides
     const ForBackward& of = kept<ForBackward>(ctx);
     if (!of.nu && at::GradMode::is_enabled()) {
       return differentiable(x, weight, of.mask, gradients[0], of.options.eps);
@@ -216,6 +217,7 @@ std::tuple<Tensor, Tensor, Tensor> power(
     bool bound_nu) {
   Taken taken{};
   if (recalled) {
+    TORCH_CHECK_VALUE(recalled->numel() == 2 * x.size(-1) + 2, "not what a forward took");
     const Vector packed = read(*recalled);
     const auto channels = packed.begin() + x.size(-1);
     taken = {{}, Vector(packed.begin(), channels), Vector(channels, packed.end() - 2),

@@ -45,16 +45,38 @@ void by_kind(const Tensor& x, const Padding& padding, Sums<A>& sums, const Body&
   });
 }
 
-// 1 / sqrt(mean of x^2 over a group + eps) for several rows: one after the other, each addition
-// would have to wait for the one before.
+// Sums of term(row, c) over c < size for each of kRows rows: four at once, because one after the
+// other each addition would have to wait for the one before. The order of the additions is the
+// compiler's choice here and nowhere else.
+template <int kRows, class A, class Term>
+std::array<A, kRows> sum_for_rows(int64_t size, const Term& term) {
+  if constexpr (kRows == 4) {
+    A s0 = 0, s1 = 0, s2 = 0, s3 = 0;
+#pragma omp simd reduction(+ : s0, s1, s2, s3)
+    for (int64_t c = 0; c < size; ++c) {
+      s0 += term(0, c);
+      s1 += term(1, c);
+      s2 += term(2, c);
+      s3 += term(3, c);
+    }
+    return {s0, s1, s2, s3};
+  } else {
+    static_assert(kRows == 1);
+    A sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t c = 0; c < size; ++c) sum += term(0, c);
+    return {sum};
+  }
+}
+
+// 1 / sqrt(mean of x^2 over a group + eps)
 template <int kRows, class T>
 void inverse_rms(const T* const* rows, int64_t size, double eps, Accumulator<T>* result) {
   using A = Accumulator<T>;
-  A sums[kRows] = {};
-  for (int64_t c = 0; c < size; ++c) {
-#pragma GCC unroll 4
-    for (int i = 0; i < kRows; ++i) sums[i] += load(rows[i][c]) * load(rows[i][c]);
-  }
+  const auto sums = sum_for_rows<kRows, A>(size, [&](int i, int64_t c) {
+    const A value = load(rows[i][c]);
+    return value * value;
+  });
   for (int i = 0; i < kRows; ++i) {
     result[i] = 1 / std::sqrt(sums[i] / static_cast<A>(size) + static_cast<A>(eps));
   }
@@ -66,6 +88,7 @@ class Released : public torch::autograd::Function<Released> {
                         const Tensor& bias, const std::optional<Tensor>& mask,
                         const Tensor& running, const Tensor& e, const Tensor& step,
                         const Tensor& rejected, const Options& options, Taken* taken) {
+    check(x, mask, {&weight, &bias, &running, &e}, {&step, &rejected});
     const int64_t channels = x.size(-1), rows = num_rows(x), groups = options.groups;
     const Padding padding(x, mask);
     const Tensor y = at::empty_like(x);
@@ -137,7 +160,7 @@ class Released : public torch::autograd::Function<Released> {
 
   static variable_list backward(AutogradContext* ctx, const variable_list& gradients) {
     const auto saved = ctx->get_saved_variables();
-    const Tensor &x = saved[0], &weight = saved[1];
+    const Tensor x = saved[0].contiguous(), weight = saved[1];  // hooks may have changed strides
     const ForBackward& of = kept<ForBackward>(ctx);
     const Tensor gradient = gradients[0].contiguous(), dx = at::empty_like(x);
     const Vector w = read(weight);
@@ -272,14 +295,10 @@ class Released : public torch::autograd::Function<Released> {
             out[i] = to + offset;
             factor[i] = inverse[rows[i] * groups + group];
           }
-          A dots[kRows] = {};
-          for (int64_t c = 0; c < size; ++c) {
-#pragma GCC unroll 4
-            for (int i = 0; i < kRows; ++i) {
-              const A value = load(in[i][c]) * factor[i];
-              dots[i] += (load(up[i][c]) * scale[c] + value * slope[c]) * value;
-            }
-          }
+          const auto dots = sum_for_rows<kRows, A>(size, [&](int i, int64_t c) {
+            const A value = load(in[i][c]) * factor[i];
+            return (load(up[i][c]) * scale[c] + value * slope[c]) * value;
+          });
           for (int i = 0; i < kRows; ++i) mean[i] = dots[i] / static_cast<A>(size);
           A *products = block + group * size, *plain = products + channels;
 #pragma omp simd
@@ -312,6 +331,7 @@ std::tuple<Tensor, Tensor, Tensor> power_released(
     int64_t warmup_steps) {
   Taken taken{};
   if (recalled) {
+    TORCH_CHECK_VALUE(recalled->numel() == 2 * x.size(-1) + 2, "not what a forward took");
     const Vector packed = read(*recalled);
     const auto channels = packed.begin() + x.size(-1);
     taken = {{}, Vector(packed.begin(), channels), Vector(channels, packed.end() - 2),

@@ -15,6 +15,7 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -226,6 +227,36 @@ const T* content(const Tensor& x) {
 template <class T>
 T* writable(const Tensor& x) {
   return const_cast<T*>(content<T>(x));
+}
+
+// Raises ValueError unless x lies dense in this CPU's memory, each of `vectors` has a value per
+// channel there and each of `counters` is one int64 there. Nothing else looks at sizes.
+inline void check(const Tensor& x, const std::optional<Tensor>& mask,
+                  std::initializer_list<const Tensor*> vectors,
+                  std::initializer_list<const Tensor*> counters) {
+  const auto here = [](const Tensor& t) { return t.device().is_cpu() && t.layout() == at::kStrided; };
+  TORCH_CHECK_VALUE((x.dim() == 2 || x.dim() == 3) && here(x) && x.is_contiguous(),
+                    "x must be a contiguous tensor (T, B, C) or (N, C) on the CPU");
+  for (const Tensor* vector : vectors) {
+    TORCH_CHECK_VALUE(here(*vector) && vector->dim() == 1 && vector->size(0) == x.size(-1),
+                      "parameters and buffers must be on the CPU and have ", x.size(-1),
+                      " entries, got ", vector->sizes(), " on ", vector->device());
+  }
+  for (const Tensor* counter : counters) {
+    TORCH_CHECK_VALUE(here(*counter) && counter->numel() == 1 && counter->scalar_type() == at::kLong,
+                      "counters must be one int64 on the CPU");
+  }
+  if (!mask) return;
+  const auto fits = x.dim() == 3 ? mask->dim() == 2 && mask->size(0) == x.size(1) &&
+                                       mask->size(1) == x.size(0)
+                                 : mask->dim() == 1 && mask->size(0) == x.size(0);
+  TORCH_CHECK_VALUE(here(*mask) && mask->scalar_type() == at::kBool && fits,
+                    "the mask must be bool (B, T) or (N,) on the CPU, got ", mask->sizes());
+}
+
+// A copy, because the caller may write to his own before backward.
+inline std::optional<Tensor> copy_of(const std::optional<Tensor>& mask) {
+  return mask ? std::optional<Tensor>(mask->clone()) : std::nullopt;
 }
 
 inline int64_t num_rows(const Tensor& x) { return x.numel() / std::max<int64_t>(1, x.size(-1)); }
