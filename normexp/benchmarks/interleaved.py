@@ -13,6 +13,7 @@ from tqdm import tqdm
 _BLOCK_SECONDS = 0.5  # the clock of /proc/stat ticks every 10 ms
 _OTHERS_AT_MOST = 0.03
 _ATTEMPTS = 4
+_TURN_SECONDS, _MOST_CALLS = 0.005, 100
 
 
 @dataclass(frozen=True)
@@ -40,17 +41,22 @@ class Turns:
 def take_turns(
     competitors: Mapping[str, Callable[[], object]], rounds: int, progress: bool
 ) -> Turns:
-    """Call each competitor once in every round, after two unmeasured rounds.
+    """Give each competitor a turn in every round, after two unmeasured rounds.
 
-    On a GPU a call lasts until its work is done.
+    A turn is one call, or as many as take five milliseconds, whose mean counts: a single short call
+    would be judged by whether its code is still in the processor's caches, which it is for whoever
+    shares code with the competitor before. On a GPU a call lasts until its work is done.
     """
-    for call in [*competitors.values()] * 2:
-        call()
+    calls = {name: 1 for name in competitors}
+    for _ in range(2):
+        for name, call in competitors.items():
+            seconds = _turn(call, 1)
+            calls[name] = min(_MOST_CALLS, max(1, round(_TURN_SECONDS / seconds)))
     clean: list[dict[str, float]] = []
     others: list[dict[str, float]] = []
     with tqdm(total=rounds, desc="rounds", leave=False, disable=not progress or None) as bar:
         while len(clean) < rounds and len(clean) + len(others) < _ATTEMPTS * rounds:
-            block, share = _block(competitors, rounds - len(clean))
+            block, share = _block(competitors, calls, rounds - len(clean))
             (clean if share <= _OTHERS_AT_MOST else others).extend(block)
             bar.update(len(block) if share <= _OTHERS_AT_MOST else 0)
     disturbed = len(clean) < max(2, rounds // 4)
@@ -67,19 +73,22 @@ def quartiles(values: list[float]) -> list[float]:
     return statistics.quantiles(values, n=4, method="inclusive")
 
 
+def _turn(call: Callable[[], object], times: int) -> float:
+    """Mean seconds of so many calls."""
+    start = _now()
+    for _ in range(times):
+        call()
+    return (_now() - start) / times
+
+
 def _block(
-    competitors: Mapping[str, Callable[[], object]], most: int
+    competitors: Mapping[str, Callable[[], object]], calls: Mapping[str, int], most: int
 ) -> tuple[list[dict[str, float]], float]:
     """Rounds of half a second, at most so many, and the share of other processes meanwhile."""
     block: list[dict[str, float]] = []
     started, own, busy = time.perf_counter(), _own_seconds(), _busy_seconds()
     while len(block) < most and time.perf_counter() - started < _BLOCK_SECONDS:
-        seconds = {}
-        for name, call in competitors.items():
-            start = _now()
-            call()
-            seconds[name] = _now() - start
-        block.append(seconds)
+        block.append({name: _turn(call, calls[name]) for name, call in competitors.items()})
     elapsed = time.perf_counter() - started
     by_others = (_busy_seconds() - busy) - (_own_seconds() - own)
     return block, by_others / (elapsed * (os.cpu_count() or 1))

@@ -44,6 +44,23 @@ def test_competitors_take_turns(clocks) -> None:
     assert turns == Turns({"slow": [2.0] * 4, "fast": [1.0] * 4}, dropped=0, disturbed=False)
 
 
+def test_short_calls_are_made_several_times(clocks, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Five milliseconds a turn, of which the mean counts; at most a hundred calls."""
+    count, now = {"short": 0, "tiny": 0}, {"wall": 0.0}
+    clocks([0.0] * 9)
+    monkeypatch.setattr(interleaved, "_now", lambda: now["wall"])
+    monkeypatch.setattr(interleaved.time, "perf_counter", lambda: 10 * now["wall"])
+
+    def call(name: str, seconds: float) -> None:
+        count[name] += 1
+        now["wall"] += seconds
+
+    competitors = {"short": lambda: call("short", 0.001), "tiny": lambda: call("tiny", 1e-6)}
+    turns = take_turns(competitors, 3, progress=False)
+    assert count == {"short": 2 + 3 * 5, "tiny": 2 + 3 * 100}
+    assert turns.seconds["short"] == pytest.approx([0.001] * 3)
+
+
 def test_disturbed_rounds_are_dropped(clocks) -> None:
     turns = take_turns(clocks([0.0, 0.5, 0.02, 0.04, 0.0, 0.0]), 4, progress=False)
     assert (turns.dropped, turns.disturbed, len(turns.seconds["fast"])) == (2, False, 4)
@@ -66,7 +83,7 @@ def test_time_of_others_is_all_but_our_own(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(interleaved, "_now", lambda: 0.0)
     monkeypatch.setattr(interleaved, "_own_seconds", lambda: next(ticks["own"]))
     monkeypatch.setattr(interleaved, "_busy_seconds", lambda: next(ticks["busy"]))
-    block, share = interleaved._block({"a": lambda: None}, 5)
+    block, share = interleaved._block({"a": lambda: None}, {"a": 1}, 5)
     assert len(block) == 1 and share == pytest.approx(0.25)
 
 
