@@ -119,6 +119,7 @@ def _measured(arguments: argparse.Namespace) -> dict[str, Any]:
 
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
+    logging.getLogger("fairseq").setLevel(logging.WARNING)  # it tells of every batch iterator
     measure = importlib.import_module(f"normexp.benchmarks.{arguments.benchmark}").measure
     progress = sys.stderr.isatty()
     if arguments.benchmark != "preparation":
