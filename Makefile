@@ -24,7 +24,7 @@ $(VENV)/.installed: pyproject.toml Makefile scripts/install.sh
 DEMO := OMP_NUM_THREADS=1 $(BIN)/python scripts/train.py -m task=toy_translation,toy_language_model \
 	results_dir=results/demo
 
-demo: install  ## train LN, BN, PN-V and PN on two toy tasks and print the tables (about 7 minutes, 2 cores)
+demo: install  ## train LN, BN, PN-V and PN on two toy tasks and print the tables (about 5 minutes, 2 cores)
 	@$(DEMO) norm=layer,batch & first=$$!; $(DEMO) norm=power_v,power; second=$$?; \
 		wait $$first && exit $$second
 	@$(BIN)/python scripts/report.py --results results/demo --console-only
