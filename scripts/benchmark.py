@@ -137,9 +137,9 @@ def _measured(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _show(benchmark: str, record: dict[str, Any]) -> None:
-    from normexp.report.benchmarks import tables
     from rich.console import Console
 
+    from normexp.report.benchmarks import tables
     from normexp.report.console import print_table
 
     console = Console() if sys.stdout.isatty() else Console(width=200)
