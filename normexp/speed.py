@@ -25,7 +25,7 @@ _FUSED_MODELS = ("normexp_transformer", "normexp_transformer_lm")
 
 
 def settings(plain: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a resolved configuration; `STOCK` where it is older than they are.
+    """The settings of a resolved configuration; those it does not have, as in `STOCK`.
 
     Raises UserError for unknown names and values.
     """
@@ -33,9 +33,9 @@ def settings(plain: Mapping[str, Any]) -> dict[str, Any]:
     unknown = set(chosen) - set(STOCK)
     if unknown:
         raise UserError(f"speed.{min(unknown)} is unknown; known: {', '.join(STOCK)}")
+    chosen = {**STOCK, **chosen}
     if chosen["precision"] not in PRECISIONS:
         raise UserError(f"speed.precision={chosen['precision']!r}; known: {', '.join(PRECISIONS)}")
-    chosen = {**STOCK, **chosen}
     if chosen["kernels"] not in kernels.CHOICES:
         known = ", ".join(kernels.CHOICES)
         raise UserError(f"speed.kernels={chosen['kernels']!r}; known: {known}")

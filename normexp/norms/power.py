@@ -7,7 +7,6 @@ from torch import Tensor
 
 from normexp.norms import checks
 from normexp.norms.averaging import average_
-from normexp.norms.masking import flatten_tokens, zero_padding_
 from normexp.norms.quadratic_norm import QuadraticNorm
 from normexp.norms.recomputation import recomputing
 from normexp.norms.registry import register_norm
@@ -84,13 +83,6 @@ class PowerNorm(QuadraticNorm):
         if recalled is None:
             self._recent.remember(squares, taken)
         return y
-
-    def _recalled(self, x: Tensor, padding_mask: Tensor | None) -> Tensor | None:
-        """What the forward that this one repeats took from the state; None if it repeats none."""
-        if not recomputing():
-            return None
-        tokens, real = flatten_tokens(x.detach(), padding_mask, self.num_features)
-        return self._recent.recall(zero_padding_(tokens.square(), real).sum(0))[0]
 
     @torch.no_grad()
     def _step(self, squares: Tensor, n: Tensor) -> tuple[Tensor, ...]:

@@ -8,7 +8,7 @@ from torch.autograd.function import once_differentiable
 
 from normexp.norms import checks
 from normexp.norms.averaging import average_
-from normexp.norms.masking import flatten_tokens, num_real, zero_padding_
+from normexp.norms.masking import num_real, zero_padding_
 from normexp.norms.recomputation import recomputing
 from normexp.norms.registry import register_norm
 from normexp.norms.running_norm import NATIVE_SOURCES, RunningNorm
@@ -70,13 +70,8 @@ class PowerNormReleased(RunningNorm):
             self._recent.remember(squares, taken)
         return y
 
-    def _recalled(self, x: Tensor, padding_mask: Tensor | None) -> Tensor | None:
-        """What the forward that this one repeats took from the state; None if it repeats none."""
-        if not recomputing():
-            return None
-        tokens, real = flatten_tokens(x.detach(), padding_mask, self.num_features)
-        squares = zero_padding_(self._scale_groups(tokens).square(), real).sum(0)
-        return self._recent.recall(squares)[0]
+    def _scaled(self, tokens: Tensor) -> Tensor:
+        return self._scale_groups(tokens)
 
     def _normalize(self, tokens: Tensor, real: Tensor | None) -> Tensor:
         return _ScaleReleased.apply(tokens, self.weight, self.bias, real, self)

@@ -13,8 +13,8 @@ from normexp import native
 from normexp.kernels import chosen_kernels
 from normexp.norms import checks, triton
 from normexp.norms.compilation import eager
-from normexp.norms.masking import check_input, flatten_tokens
-from normexp.norms.recomputation import RecentForwards
+from normexp.norms.masking import check_input, flatten_tokens, zero_padding_
+from normexp.norms.recomputation import RecentForwards, recomputing
 from normexp.norms.synchronization import several_ranks, warn_of_private_statistics
 
 _HALF = (torch.float16, torch.bfloat16)
@@ -123,6 +123,17 @@ class RunningNorm(nn.Module):
         Returns y like x.
         """
         raise NotImplementedError
+
+    def _recalled(self, x: Tensor, padding_mask: Tensor | None) -> Tensor | None:
+        """What a kernel took from the state in the forward that this one repeats, if it does."""
+        if not recomputing():
+            return None
+        tokens, real = flatten_tokens(x.detach(), padding_mask, self.num_features)
+        return self._recent.recall(zero_padding_(self._scaled(tokens).square(), real).sum(0))[0]
+
+    def _scaled(self, tokens: Tensor) -> Tensor:
+        """What the layer takes the squares of, by which a repeated forward is recognised."""
+        return tokens
 
     def _normalize(self, tokens: Tensor, real: Tensor | None) -> Tensor:
         """Training: tokens (T*B, C), real (T*B, 1) bool or None -> (T*B, C)."""

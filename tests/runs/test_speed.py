@@ -130,4 +130,5 @@ def test_what_the_settings_choose_in_fairseq() -> None:
 def test_older_run_folders_are_stock() -> None:
     """A configuration written before there were such settings."""
     assert speed.settings({"task": {}}) == speed.STOCK
+    assert speed.settings({"speed": {"fused_loss": True}}) == speed.STOCK | {"fused_loss": True}
     assert json.loads(json.dumps(speed.STOCK)) == speed.STOCK

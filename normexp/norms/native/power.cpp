@@ -217,11 +217,8 @@ std::tuple<Tensor, Tensor, Tensor> power(
     bool bound_nu) {
   Taken taken{};
   if (recalled) {
-    TORCH_CHECK_VALUE(recalled->numel() == 2 * x.size(-1) + 2, "not what a forward took");
-    const Vector packed = read(*recalled);
-    const auto channels = packed.begin() + x.size(-1);
-    taken = {{}, Vector(packed.begin(), channels), Vector(channels, packed.end() - 2),
-             packed[packed.size() - 2] != 0, packed.back()};
+    auto [psi2, gamma, exact, n] = unpack(*recalled, x.size(-1));
+    taken = {{}, std::move(psi2), std::move(gamma), exact, n};
   }
   const Tensor y =
       Quadratic::apply(x, weight, bias, mask, running_psi2, std::optional<Tensor>(nu), step,
@@ -229,10 +226,7 @@ std::tuple<Tensor, Tensor, Tensor> power(
                        Options{eps, alpha_fwd, alpha_bwd, warmup_steps, bound_nu, recalled.has_value()},
                        &taken);
   const auto type = x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-  Vector packed = std::move(taken.psi2);
-  packed.insert(packed.end(), taken.gamma.begin(), taken.gamma.end());
-  packed.insert(packed.end(), {static_cast<double>(taken.exact), taken.n});
-  return {y, make(taken.squares, type), make(packed, at::kDouble)};
+  return {y, make(taken.squares, type), pack({taken.psi2, taken.gamma, taken.exact, taken.n})};
 }
 
 Tensor power_v(const Tensor& x, const std::optional<Tensor>& mask, const Tensor& weight,

@@ -331,21 +331,16 @@ std::tuple<Tensor, Tensor, Tensor> power_released(
     int64_t warmup_steps) {
   Taken taken{};
   if (recalled) {
-    TORCH_CHECK_VALUE(recalled->numel() == 2 * x.size(-1) + 2, "not what a forward took");
-    const Vector packed = read(*recalled);
-    const auto channels = packed.begin() + x.size(-1);
-    taken = {{}, Vector(packed.begin(), channels), Vector(channels, packed.end() - 2),
-             packed.back(), packed[packed.size() - 2] != 0};
+    auto [psi2, psi2_batch, by_batch, n] = unpack(*recalled, x.size(-1));
+    taken = {{}, std::move(psi2), std::move(psi2_batch), n, by_batch};
   }
   const Tensor y =
       Released::apply(x, weight, bias, mask, running_psi2, e, step, rejected,
                       Options{groups, eps, alpha_fwd, alpha_bwd, warmup_steps, recalled.has_value()},
                       &taken);
   const auto type = x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-  Vector packed = std::move(taken.psi2);
-  packed.insert(packed.end(), taken.psi2_batch.begin(), taken.psi2_batch.end());
-  packed.insert(packed.end(), {static_cast<double>(taken.by_batch), taken.n});
-  return {y, make(taken.real_squares, type), make(packed, at::kDouble)};
+  return {y, make(taken.real_squares, type),
+          pack({taken.psi2, taken.psi2_batch, taken.by_batch, taken.n})};
 }
 
 TORCH_LIBRARY_FRAGMENT(normexp, library) {

@@ -280,6 +280,28 @@ const Content& kept(torch::autograd::AutogradContext* ctx) {
   return static_cast<const Kept<Content>&>(*capsule).content;
 }
 
+// What a forward took from the state: two vectors, a decision and the number of real tokens.
+struct Choice {
+  Vector first, second;
+  bool by_batch;
+  double n;
+};
+
+inline Tensor pack(const Choice& choice) {
+  Vector packed = choice.first;
+  packed.insert(packed.end(), choice.second.begin(), choice.second.end());
+  packed.insert(packed.end(), {static_cast<double>(choice.by_batch), choice.n});
+  return make(packed, at::kDouble);
+}
+
+inline Choice unpack(const Tensor& tensor, int64_t channels) {
+  TORCH_CHECK_VALUE(tensor.numel() == 2 * channels + 2, "not what a forward took");
+  const Vector packed = read(tensor);
+  const auto middle = packed.begin() + channels;
+  return {Vector(packed.begin(), middle), Vector(middle, packed.end() - 2),
+          packed[packed.size() - 2] != 0, packed.back()};
+}
+
 // Whether a batch of n real tokens with these statistics may change the state; if it is only not
 // finite, counts it in `rejected`. As RunningNorm._usable.
 inline bool usable(double n, const Tensor& buffer, const Tensor& rejected,
