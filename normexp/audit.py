@@ -134,7 +134,7 @@ def main(
         raise UserError(f"--segments={segments} must be at least 1")
     run = _Run.read(model) if model.is_dir() else None
     loaded = run.load(cpu) if run else _of_checkpoint(model, data, user_dir, cpu)
-    if loaded.cfg.task._name != "language_modeling":
+    if loaded.cfg.task._name not in config.FAIRSEQ_TASKS["language_model"]:
         raise UserError(f"{model} is no language model but a model for {loaded.cfg.task._name}")
     dependence = dependence_on_future(loaded, split, segments, seed=seed)
     use = use_of_future(loaded, split, segments, seed, progress=True)

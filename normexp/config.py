@@ -42,7 +42,10 @@ MODELS = {
     "translation": ("normexp_transformer",),
     "language_model": ("normexp_transformer_lm", "normexp_tensorized_lm"),
 }
-FAIRSEQ_TASKS = {"translation": "translation", "language_model": "language_modeling"}
+FAIRSEQ_TASKS = {
+    "translation": ("translation",),
+    "language_model": ("language_modeling", "normexp_language_modeling"),
+}
 
 # What may differ between two runs of the same experiment.
 NOT_PART_OF_THE_EXPERIMENT = ("data", "results_dir", "run_dir", "tracking")
@@ -78,7 +81,7 @@ def validate(cfg: DictConfig) -> dict[str, dict[str, Any]]:
     _check_names(plain)
     _check_evaluation(plain["evaluation"])
     _check_windows(plain)
-    _check_blocks(plain["fairseq"]["task"])
+    _check_blocks(plain["fairseq"])
     _check_stopping(plain["fairseq"])
     _check_hardware(plain["fairseq"])
     _check_tracking(plain["tracking"]["mode"])
@@ -134,10 +137,10 @@ def _check_kind(cfg: DictConfig) -> None:
             f"type {' or '.join(MODELS[kind])}, but the model is {model!r}; choose another model= "
             "(configs/model/)"
         )
-    if task != FAIRSEQ_TASKS[kind]:
+    if task not in FAIRSEQ_TASKS[kind]:
         raise UserError(
             f"fairseq.task._name={task!r} does not fit task.kind={kind}; "
-            f"it must be {FAIRSEQ_TASKS[kind]!r}"
+            f"it must be {' or '.join(FAIRSEQ_TASKS[kind])}"
         )
 
 
@@ -179,7 +182,19 @@ def _check_windows(plain: dict[str, Any]) -> None:
     stride_for(length, context_window, stride)
 
 
-def _check_blocks(task: dict[str, Any]) -> None:
+def _check_blocks(node: dict[str, Any]) -> None:
+    task = node["task"]
+    if task.get("streams"):
+        from normexp.fairseq_plugin.streams import check_streams
+
+        try:
+            check_streams(
+                task["streams"],
+                node["dataset"].get("batch_size"),
+                task.get("sample_break_mode", "none"),
+            )
+        except ValueError as error:
+            raise UserError(f"fairseq.task and fairseq.dataset: {error}") from None
     if task.get("sample_break_mode") == "eos" and not hasattr(np, "compat"):
         raise UserError(
             "fairseq.task.sample_break_mode=eos fails in fairseq-fixed with NumPy "

@@ -5,8 +5,8 @@
 
 Registers the models `normexp_transformer`, `normexp_transformer_lm` and `normexp_tensorized_lm`,
 one architecture `normexp_<stem>` for every configs/model/<stem>.yaml, fairseq's criterions with
-the layers' penalties as `normexp_<criterion>`, the optimizer `normexp_adam`, and the types that
-checkpoints may hold.
+the layers' penalties as `normexp_<criterion>`, the task `normexp_language_modeling`, the optimizer
+`normexp_adam`, and the types that checkpoints may hold.
 """
 
 import importlib
@@ -21,6 +21,7 @@ if __name__ == _NAME:
         checkpoint_types,
         criterions,
         language_model,
+        streams,
         tensorized,
         transformer,
     )

@@ -109,6 +109,8 @@ SET_UPS = {
         "model.decoder_ffn_embed_dim": 2184,  # for as many parameters as the baseline
         "model.dropout": 0.3,
         "task.tokens_per_sample": 32,
+        "task.streams": 120,
+        "dataset.batch_size": 120,
         "dataset.max_tokens": 32 * 120,
         "optimization.lr": [2.5e-4],
         "optimization.max_update": 20000,
@@ -122,6 +124,8 @@ SET_UPS = {
         "model.decoder_normalize_before": False,
         "model.dropout": 0.3,
         "task.tokens_per_sample": 32,
+        "task.streams": 120,
+        "dataset.batch_size": 120,
         "dataset.max_tokens": 32 * 120,
         "optimization.lr": [2.5e-4],
         "optimization.max_update": 20000,
@@ -132,6 +136,8 @@ SET_UPS = {
         "model.dropout": 0.1,
         "criterion._name": "normexp_adaptive_loss",
         "task.tokens_per_sample": 80,
+        "task.streams": 60,
+        "dataset.batch_size": 60,
         "dataset.max_tokens": 80 * 60,
         "optimization.lr": [2.5e-4],
         "optimization.max_update": 200000,
@@ -141,6 +147,8 @@ SET_UPS = {
         "model.dropout": 0.1,
         "criterion._name": "normexp_adaptive_loss",
         "task.tokens_per_sample": 80,
+        "task.streams": 60,
+        "dataset.batch_size": 60,
         "dataset.max_tokens": 80 * 60,
         "optimization.max_update": 200000,
     },
@@ -227,6 +235,11 @@ BAD = [
     (["evaluation.beam=0"], "layer", "evaluation.beam=0 must be"),
     (["evaluation.splits=[tset]"], "layer", "known: valid, test"),
     (["tracking.mode=on"], "layer", "tracking"),
+    (
+        ["+experiment=table2_ptb", "fairseq.dataset.batch_size=50"],
+        "layer",
+        "batch_size that divides them, not 50",
+    ),
 ]
 
 

@@ -91,6 +91,26 @@ def test_run_leaves_its_record_and_folder(task, test_metrics, overrides, tmp_pat
     assert rows and all(now.strip() == then.strip() for _, _, now, then in rows)
 
 
+def test_run_walks_through_streams(overrides, tmp_path) -> None:
+    streams = (
+        "fairseq.task._name=normexp_language_modeling",
+        "+fairseq.task.streams=40",
+        "+fairseq.dataset.batch_size=20",
+    )
+    record = pipeline.run(composed(*overrides("toy_language_model", "norm=power", *streams)))
+    length = record.config["fairseq"]["task"]["tokens_per_sample"]
+    (num_tokens,) = record.corpus["counts"]["train"]["tokens"].values()
+    longest = -(-num_tokens // 40)
+    assert record.num_updates == 2 * 2 * -(-longest // length)  # epochs, halves of the streams
+    # what is scored does not depend on it
+    assert record.metrics["test"].keys() == {
+        "loss_per_token_nats",
+        "perplexity_per_token",
+        "perplexity_per_word",
+    }
+    assert not record.sees_future_tokens
+
+
 @pytest.mark.parametrize("task", ["toy_translation", "toy_language_model"])
 def test_killed_run_resumes_as_if_nothing_had_happened(task, overrides, tmp_path) -> None:
     """SIGKILL in the third epoch; data order, dropout, optimizer and norm state go on as before."""
