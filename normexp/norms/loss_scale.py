@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from normexp.norms import checks
+from normexp.norms.exchange import EXCHANGE
 from normexp.norms.running_norm import RunningNorm
 
 
@@ -26,6 +27,7 @@ def follow_loss_scale(model: nn.Module, factor: float) -> None:
     Raises ValueError unless factor is a number greater than 0.
     """
     checks.positive(factor=factor)
+    EXCHANGE.settle()
     for norm in model.modules():
         if isinstance(norm, RunningNorm):
             for name in norm.averages_of_gradients:

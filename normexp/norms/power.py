@@ -7,10 +7,12 @@ from torch import Tensor
 
 from normexp.norms import checks
 from normexp.norms.averaging import average_
+from normexp.norms.exchange import EXCHANGE
+from normexp.norms.power_ranks import step_of_ranks
 from normexp.norms.quadratic_norm import QuadraticNorm
-from normexp.norms.recomputation import recomputing
+from normexp.norms.recomputation import RecentForwards, recomputing
 from normexp.norms.registry import register_norm
-from normexp.norms.running_norm import NATIVE_SOURCES
+from normexp.norms.running_norm import NATIVE_SOURCES, operators
 from normexp.norms.synchronization import pooled_mean, sum_over_ranks
 
 
@@ -70,6 +72,8 @@ class PowerNorm(QuadraticNorm):
         self.warmup_steps, self.bound_nu = warmup_steps, bound_nu
         self.register_buffer("running_psi2", torch.ones(num_features))
         self.register_buffer("nu", torch.zeros(num_features))
+        self._warm = False
+        self._recent_of_ranks = RecentForwards()
 
     def _kernel_step(self, operators: Any, x: Tensor, padding_mask: Tensor | None) -> Tensor:
         recalled = self._recalled(x, padding_mask)
@@ -83,6 +87,29 @@ class PowerNorm(QuadraticNorm):
         if recalled is None:
             self._recent.remember(squares, taken)
         return y
+
+    def _step_of_ranks(self, kernels: str, x: Tensor, padding_mask: Tensor | None) -> Tensor | None:
+        if EXCHANGE.owes((self, "psi2")) or EXCHANGE.owes((self, "nu")):
+            EXCHANGE.complete()
+        if kernels == "plain" or not self._past_warmup():
+            return None
+        again = None
+        if recomputing():
+            again = self._recent_of_ranks.find(self._squares(x, padding_mask))
+            if again is None:  # its forward was still in the warm-up
+                return None
+        self._computed_by(kernels)
+        return step_of_ranks(self, operators(kernels), x.contiguous(), padding_mask, again)
+
+    def _past_warmup(self) -> bool:
+        # On a GPU reading waits for it: no more once it is so.
+        if not self._warm or self.step.device.type == "cpu":
+            self._warm = int(self.step) >= self.warmup_steps
+        return self._warm
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._warm = False
 
     @torch.no_grad()
     def _step(self, squares: Tensor, n: Tensor) -> tuple[Tensor, ...]:
@@ -106,15 +133,21 @@ class PowerNorm(QuadraticNorm):
         lam = sum_over_ranks(products, self.sync) / n.clamp(min=1)
         # During warm-up psi2 is the batch's own and the exact gradient (PN-V's) is at hand.
         correction = torch.where(in_warmup, lam, self.nu.to(lam.dtype))
+        self._advance_nu(lam, gamma, n)
+        return correction
+
+    def _advance_nu(self, lam: Tensor, gamma: Tensor, n: Tensor) -> None:
+        """From Lambda and Gamma (C,) of an iteration with n real tokens."""
         pace = gamma.new_full((), 1 - self.alpha_bwd)
         if self.bound_nu:
             pace = torch.minimum(pace, 1 / gamma)
         nu = self.nu * (1 - pace * gamma) + pace * lam
         self.nu.copy_(torch.where(self._usable(n, nu), nu, self.nu))
-        return correction
 
     def inference_affine(self) -> tuple[Tensor, Tensor]:
+        EXCHANGE.settle()
         return torch.rsqrt(self.running_psi2 + self.eps) * self.weight, self.bias
 
     def statistics(self) -> dict[str, Tensor]:
+        EXCHANGE.settle()
         return {"psi2": self.running_psi2, "nu": self.nu}

@@ -2,6 +2,7 @@
 
 from collections import deque
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,16 +33,26 @@ class RecentForwards:
     def __init__(self) -> None:
         self._forwards: deque[_Forward] = deque(maxlen=_REMEMBERED)
 
-    def remember(self, batch_statistic: Tensor, *taken: Tensor) -> None:
-        """Keep the tensors `taken` of a forward, to be found by its batch_statistic (C,)."""
+    def remember(self, batch_statistic: Tensor, *taken: Any) -> None:
+        """Keep what was `taken` by a forward, to be found by its batch_statistic (C,)."""
         if not torch.is_inference_mode_enabled():  # no backward pass can follow
             self._forwards.append(_Forward(batch_statistic.detach(), taken))
 
-    def recall(self, batch_statistic: Tensor) -> tuple[Tensor, ...]:
-        """Tensors of the forward with this batch_statistic (C,).
+    def recall(self, batch_statistic: Tensor) -> tuple[Any, ...]:
+        """As `find`; RuntimeError when there is none."""
+        taken = self.find(batch_statistic)
+        if taken is None:
+            raise RuntimeError(
+                "activation checkpointing repeats a forward that is not among the layer's last "
+                f"{_REMEMBERED} in training; run backward after fewer forwards"
+            )
+        return taken
+
+    def find(self, batch_statistic: Tensor) -> tuple[Any, ...] | None:
+        """What the forward with this batch_statistic (C,) took, if it is among the last 64.
 
         Among equal ones those recalled least come first, then the latest: the order in which
-        backward meets them. Raises RuntimeError when there is none among the last 64 forwards.
+        backward meets them.
         """
         wanted = batch_statistic.detach().nan_to_num()
         past = list(reversed(self._forwards))
@@ -50,10 +61,7 @@ class RecentForwards:
             statistics = torch.stack([forward.batch_statistic for forward in past]).nan_to_num()
             distances = (statistics - wanted).abs().sum(1).tolist()
         if min(distances) > _TOLERANCE * float(wanted.abs().sum()):
-            raise RuntimeError(
-                "activation checkpointing repeats a forward that is not among the layer's last "
-                f"{_REMEMBERED} in training; run backward after fewer forwards"
-            )
+            return None
         best = min(range(len(past)), key=lambda i: (distances[i], past[i].recalls))
         past[best].recalls += 1
         return past[best].taken
@@ -68,5 +76,5 @@ class RecentForwards:
 @dataclass
 class _Forward:
     batch_statistic: Tensor
-    taken: tuple[Tensor, ...]
+    taken: tuple[Any, ...]
     recalls: int = 0

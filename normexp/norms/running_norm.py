@@ -13,6 +13,7 @@ from normexp import native
 from normexp.kernels import chosen_kernels
 from normexp.norms import checks, triton
 from normexp.norms.compilation import eager
+from normexp.norms.exchange import EXCHANGE
 from normexp.norms.masking import check_input, flatten_tokens, zero_padding_
 from normexp.norms.recomputation import RecentForwards, recomputing
 from normexp.norms.synchronization import several_ranks, warn_of_private_statistics
@@ -48,8 +49,8 @@ class RunningNorm(nn.Module):
     - Training steps are computed by a kernel compiled for the CPU (normexp.native) or by Triton on
       a GPU (normexp.norms.triton), where the layer has one and it can be had, else by torch's
       operations: the same up to rounding.
-      Statistics of several ranks are left to torch, and so is inference. `kernels` tells what
-      computed the last forward in training mode.
+      Statistics of several ranks are left to torch but for PN's after its warm-up, and so is
+      inference. `kernels` tells what computed the last forward in training mode.
 
     Subclasses offer `_normalize` (training) and `inference_affine`, and where they name a
     `native_source`, `_kernel_step`.
@@ -94,21 +95,30 @@ class RunningNorm(nn.Module):
         if not self.sync and several_ranks():
             warn_of_private_statistics()
         kernels = self._kernels_for(x)
-        if kernels != self.kernels:  # torch makes setting an attribute slow
-            self.kernels = kernels
-        if kernels == "native":
-            return self._kernel_step(torch.ops.normexp, x.contiguous(), padding_mask)
-        if kernels == "triton":
-            return self._kernel_step(triton.operators(), x.contiguous(), padding_mask)
+        if self.sync and several_ranks():
+            y = self._step_of_ranks(kernels, x, padding_mask)
+            if y is not None:
+                return y
+            kernels = "plain"
+        self._computed_by(kernels)
+        if kernels != "plain":
+            return self._kernel_step(operators(kernels), x.contiguous(), padding_mask)
         tokens, real = flatten_tokens(x, padding_mask, self.num_features)
         return self._normalize(tokens, real).to(x.dtype).reshape(x.shape)
+
+    def _step_of_ranks(self, kernels: str, x: Tensor, padding_mask: Tensor | None) -> Tensor | None:
+        """Training with synchronized statistics by kernels; None: plain torch has to do it."""
+        return None
+
+    def _computed_by(self, kernels: str) -> None:
+        if kernels != self.kernels:  # torch makes setting an attribute slow
+            self.kernels = kernels
 
     def _kernels_for(self, x: Tensor) -> str:
         if (
             self.native_source is None
             or type(x) not in (Tensor, nn.Parameter)  # subclasses may have no memory to read
             or self.weight.dtype == torch.float16
-            or (self.sync and several_ranks())
         ):
             return "plain"
         # On a CPU triton only interprets its kernels, for tests.
@@ -126,10 +136,12 @@ class RunningNorm(nn.Module):
 
     def _recalled(self, x: Tensor, padding_mask: Tensor | None) -> Tensor | None:
         """What a kernel took from the state in the forward that this one repeats, if it does."""
-        if not recomputing():
-            return None
+        return self._recent.recall(self._squares(x, padding_mask))[0] if recomputing() else None
+
+    def _squares(self, x: Tensor, padding_mask: Tensor | None) -> Tensor:
+        """Sums (C,) by which a repeated forward is recognised."""
         tokens, real = flatten_tokens(x.detach(), padding_mask, self.num_features)
-        return self._recent.recall(zero_padding_(self._scaled(tokens).square(), real).sum(0))[0]
+        return zero_padding_(self._scaled(tokens).square(), real).sum(0)
 
     def _scaled(self, tokens: Tensor) -> Tensor:
         """What the layer takes the squares of, by which a repeated forward is recognised."""
@@ -165,6 +177,7 @@ class RunningNorm(nn.Module):
 
     def train(self, mode: bool = True) -> "RunningNorm":
         """Switch to training or eval mode; on leaving training, tell of rejected batches."""
+        EXCHANGE.settle()
         if self.training and not mode and not self.rejected.is_meta:
             rejected = int(self.rejected)
             if rejected > self._rejected_told:
@@ -176,7 +189,16 @@ class RunningNorm(nn.Module):
             self._rejected_told = rejected
         return super().train(mode)
 
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        EXCHANGE.settle()
+        super()._save_to_state_dict(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        EXCHANGE.settle()
+        return self.__dict__.copy()
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "RunningNorm":
+        EXCHANGE.settle()
         # With eight bits of mantissa a running average would stand still: its steps are too small.
         before = dict(self._buffers)
         super()._apply(fn, recurse)
@@ -186,6 +208,7 @@ class RunningNorm(nn.Module):
         return self
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        EXCHANGE.settle()
         super()._load_from_state_dict(*args, **kwargs)
         # Not part of a checkpoint, and without content in a layer that was built on "meta".
         self.rejected = torch.zeros_like(self.step)
@@ -197,3 +220,8 @@ class RunningNorm(nn.Module):
         if self.kernels:
             shown.append(f"kernels={self.kernels}")
         return ", ".join(shown)
+
+
+def operators(kernels: str) -> Any:
+    """The namespace of a kernel's operators; kernels: native or triton."""
+    return triton.operators() if kernels == "triton" else torch.ops.normexp

@@ -393,6 +393,41 @@ FAULTS = [
         "gradient of the moments not summed over ranks",
         SYNC,
     ),
+    Fault(
+        "exchange.py",
+        "self.settle()",
+        "pass",
+        "a step begins before the totals of the last one are used",
+        SYNC,
+    ),
+    Fault(
+        "exchange.py",
+        "zip(sent.posts, sent.packed.split(sizes), strict=True)",
+        "zip(sent.posts[::-1], sent.packed.split(sizes), strict=True)",
+        "totals of one layer used by another",
+        SYNC,
+    ),
+    Fault(
+        "power_ranks.py",
+        "nu.copy_(norm.nu)",
+        "pass",
+        "nu as it was at the forward, not at the backward",
+        SYNC,
+    ),
+    Fault(
+        "power_ranks.py",
+        "products = d_weight.detach() * weight.detach()",
+        "products = d_weight.detach()",
+        "Lambda without the layer's weight",
+        SYNC,
+    ),
+    Fault(
+        "power_ranks.py",
+        'if EXCHANGE.owes((norm, "nu")):',
+        "if False:",
+        "a second backward reads nu before the first one's has arrived",
+        SYNC,
+    ),
 ]
 
 

@@ -19,7 +19,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from normexp.norms import norm_options, pool_statistics
+from normexp.kernels import use_kernels
+from normexp.norms import build_norm, norm_options, pool_statistics
 
 # Those that stay in warm-up are left out: the others start in it.
 SYNC_CASES = [
@@ -277,8 +278,54 @@ def half_precision(rank: int, world: int) -> dict[str, object]:
     return results
 
 
+def stack(shared: bool, frozen: bool) -> nn.Module:
+    """Three PN past their warm-up between linear layers, or one PN three times."""
+
+    class Stack(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linears = nn.ModuleList(nn.Linear(C, C) for _ in range(3))
+            norms = [build_norm("power", C, warmup_steps=0, sync=True) for _ in range(3)]
+            self.norms = nn.ModuleList([norms[0]] * 3 if shared else norms)
+
+        def forward(self, x: torch.Tensor, pad: torch.Tensor) -> torch.Tensor:
+            for linear, norm in zip(self.linears, self.norms, strict=True):
+                x = norm(linear(x), pad).tanh()
+            return x
+
+    torch.manual_seed(5)
+    model = Stack().double()
+    for norm in model.norms:
+        norm.weight.requires_grad_(not frozen)
+    return model
+
+
+def iterate(model: nn.Module, batches: list[Batch]) -> dict[str, list]:
+    """Forward and backward of each batch, the third without backward: state, gradients, calls."""
+    counted, steps = Collectives(), []
+    for number, of in enumerate(batches):
+        x = torch.from_numpy(of.x.reshape(-1, C)).requires_grad_()
+        y = model(x, torch.from_numpy(of.pad.T.reshape(-1)))
+        if number != 2:
+            (y * _weights(of)).sum().backward()
+        steps.append({"gx": x.grad, "collectives": counted.since(), "state": state(model)})
+    counted.stop()
+    return {"steps": steps}
+
+
+def several_layers(rank: int, world: int) -> dict[str, object]:
+    """PN past its warm-up, several in a model."""
+    batches = [batch_of(rank, step, world) for step in range(STEPS)]
+    return {
+        f"{shared}-{frozen}": iterate(stack(shared, frozen), batches)
+        for shared in (False, True)
+        for frozen in (False, True)
+    }
+
+
 SCENARIOS = [
     private,
+    several_layers,
     training,
     not_finite,
     checkpointing,
@@ -288,8 +335,9 @@ SCENARIOS = [
 ]
 
 
-def _run(rank: int, world: int, folder: Path) -> None:
+def _run(rank: int, world: int, kernels: str, folder: Path) -> None:
     torch.set_num_threads(1)
+    use_kernels(kernels)
     warnings.simplefilter("ignore")
     # Collectives that do not match end in an error instead of a silent wait.
     dist.init_process_group(
@@ -304,7 +352,7 @@ def _run(rank: int, world: int, folder: Path) -> None:
     dist.destroy_process_group()
 
 
-def run_all(world: int, folder: Path) -> list[dict[str, dict]]:
+def run_all(world: int, kernels: str, folder: Path) -> list[dict[str, dict]]:
     """Run every scenario on `world` ranks; the results by rank."""
-    torch.multiprocessing.spawn(_run, args=(world, folder), nprocs=world)
+    torch.multiprocessing.spawn(_run, args=(world, kernels, folder), nprocs=world)
     return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(world)]

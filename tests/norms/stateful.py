@@ -83,7 +83,8 @@ def train(norm: torch.nn.Module, seeds: Iterable[int]) -> list[torch.Tensor]:
 
 
 def state(module: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Copies of all buffers."""
+    """Copies of all buffers, after what a layer has under way over the ranks has arrived."""
+    module.state_dict()
     return {name: buffer.clone() for name, buffer in module.named_buffers()}
 
 

@@ -28,10 +28,22 @@ def alone(norm: nn.Module, rank: int, world: int, steps: Sequence[int]) -> list[
     return states
 
 
-@pytest.fixture(scope="module", params=[2, 3], ids=["2-ranks", "3-ranks"])
-def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Results:
+@pytest.fixture(scope="module", params=["3-native", "2-plain"])
+def setting(request: pytest.FixtureRequest) -> tuple[int, str]:
+    """Number of ranks and what computes."""
+    world, kernels = request.param.split("-")
+    return int(world), kernels
+
+
+@pytest.fixture(scope="module")
+def kernels(setting: tuple[int, str]) -> str:
+    return setting[1]
+
+
+@pytest.fixture(scope="module")
+def results(setting: tuple[int, str], tmp_path_factory: pytest.TempPathFactory) -> Results:
     """Of every scenario, by rank. Starting processes takes seconds, so they run all of them."""
-    return ranks.run_all(request.param, tmp_path_factory.mktemp("ranks"))
+    return ranks.run_all(*setting, tmp_path_factory.mktemp("ranks"))
 
 
 def test_every_layer_with_the_option_is_tried() -> None:
@@ -76,13 +88,41 @@ def test_state_is_the_same_on_all_ranks_to_the_bit(results: Results, case: str) 
 
 
 @every_case
-def test_one_collective_per_pass(results: Results, case: str) -> None:
-    """None at inference."""
+def test_one_collective_per_pass(results: Results, kernels: str, case: str) -> None:
+    """PN past its warm-up: one of both passes, which begins when they are over; inference: none."""
+    warmup = getattr(CASES[case].build(sync=True), "warmup_steps", 0)
+    packs = CASES[case].name == "power" and kernels == "native"
     for of_rank in results:
         recorded = of_rank["training"][case]
+        before = 0
         for step in recorded["steps"]:
-            assert step["collectives"] == [1, 1]
+            past = packs and before >= warmup
+            assert step["collectives"] == ([0, 1] if past else [1, 1])
+            before = int(step["state"]["step"])
+        assert before > warmup
         assert recorded["collectives_eval"] == 0
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_several_layers_share_a_collective(
+    results: Results, kernels: str, shared: bool, frozen: bool
+) -> None:
+    """One a step for all layers; and as one process, also after a forward without backward."""
+    world = len(results)
+    batches, sizes = zip(*(concatenated(world, step) for step in range(STEPS)), strict=True)
+    expected = ranks.iterate(ranks.stack(shared, frozen), list(batches))["steps"]
+    for rank, of_rank in enumerate(results):
+        obtained = of_rank["several_layers"][f"{shared}-{frozen}"]["steps"]
+        for number, (one, many) in enumerate(zip(expected, obtained, strict=True)):
+            if number == 2:
+                assert many["gx"] is None  # nothing has to have arrived yet
+                continue
+            assert_same(many["gx"], one["gx"].split(sizes[number])[rank], TOLERANCE)
+            assert_same(many["state"], one["state"], TOLERANCE)
+            if kernels == "native" and not shared:
+                # that of the forward without backward comes with the next forward
+                assert many["collectives"] == (2 if number == 3 else 1)
 
 
 @every_case
