@@ -67,6 +67,12 @@ BENCHMARKS = {
         "published and causal. Needs Linux where there is no GPU.",
         15,
     ),
+    "ranks": Benchmark(
+        "what statistics of all ranks cost, by two processes on this machine: 1 minute",
+        "Forward and backward of a chain of layers, statistics synchronized or not, on two ranks "
+        "of one thread each.",
+        40,
+    ),
     "preparation": Benchmark(
         "time and memory of every stage of WMT14's preparation: 10 minutes",
         "Generates text with WMT14's lengths of sentences and words and prepares it as "

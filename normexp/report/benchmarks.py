@@ -215,6 +215,18 @@ def _attention(record: Content) -> list[tuple[str, Table]]:
     return [("", _listed(record["measured"], columns))]
 
 
+def _ranks(record: Content) -> list[tuple[str, Table]]:
+    columns = {
+        "layer": lambda row: row["layer"],
+        "collectives in a step": lambda row: str(row["collectives"]),
+        "ms per step": lambda row: _quartiles(row["milliseconds"]),
+        "time / LN's": lambda row: _ratio(row, "ratio_to_layer"),
+    }
+    shape = " × ".join(map(str, record["shape"]))
+    title = f"{record['layers']} layers on {record['ranks']} ranks, {shape} on each"
+    return [(title, _listed(record["measured"], columns))]
+
+
 def _preparation(record: Content) -> list[tuple[str, Table]]:
     stages: list[list[Cell]] = [
         [
@@ -249,6 +261,7 @@ TITLES = {
     "inference": "Inference",
     "data": "Reading of data",
     "attention": "Attention of the Tensorized Transformer",
+    "ranks": "Statistics of several ranks",
     "preparation": "Preparation of WMT14",
 }
 _TABLES: dict[str, Callable[[Content], list[tuple[str, Table]]]] = {
@@ -258,6 +271,7 @@ _TABLES: dict[str, Callable[[Content], list[tuple[str, Table]]]] = {
     "inference": _inference,
     "data": _data,
     "attention": _attention,
+    "ranks": _ranks,
     "preparation": _preparation,
 }
 
