@@ -5,7 +5,7 @@ from pathlib import Path
 
 from normexp.audits import Audit
 from normexp.report import cells
-from normexp.report.cells import Cell, Link, Note, Table
+from normexp.report.cells import Cell, Link, Note, Number, Table
 
 
 def audits_table(task: str, audits: Mapping[Path, Audit]) -> Table:
@@ -20,7 +20,7 @@ def audits_table(task: str, audits: Mapping[Path, Audit]) -> Table:
                 audit.label,
                 str(audit.seed),
                 "yes" if audit.sees_future_tokens else "no",
-                f"{100 * audit.changed:.1f} %",
+                Number(f"{100 * audit.changed:.1f} %", audit.changed),
                 *(cells.number(value, "perplexity") for value in perplexities),
                 f"{audit.split}, {audit.blocks} blocks",
                 audit.code_commit[:7],

@@ -10,6 +10,16 @@ from normexp.report.aggregate import Row, Sample
 from normexp.report.paper import Published
 
 UNVERIFIED, BUDGET, FUTURE = "†", "‡", "§"
+ABOUT_THE_NUMBERS = """\
+Every number is the mean ± standard deviation over n seeds of the runs whose records are linked in
+its row. The rules under which the runs were made and compared, written before they were run, are
+in {protocol}"""
+MARKS = {
+    UNVERIFIED: "a published number that has not been verified at its source",
+    BUDGET: "a smaller budget than the paper's: not comparable with the paper",
+    FUTURE: """a language model that sees the tokens it predicts, as the published ones do; its
+  perplexity is not the perplexity of a language model, and comparable only with its like""",
+}
 
 METRIC_NAMES = {
     "bleu_tokenised": "BLEU (tokenised)",
@@ -30,7 +40,22 @@ class Link:
     target: Path
 
 
-Cell = str | list[Link]
+class Number(str):
+    """A number as it is written, which knows what it is sorted by.
+
+    published: the entry of results/paper.yaml that it is; None for one of ours.
+    """
+
+    value: float
+    published: Published | None
+
+    def __new__(cls, text: str, value: float, published: Published | None = None) -> "Number":
+        number = super().__new__(cls, text)
+        number.value, number.published = value, published
+        return number
+
+
+Cell = str | list[Link]  # a Number is a str
 
 
 @dataclass(frozen=True)
@@ -61,21 +86,23 @@ def with_marks(name: str, row: Row) -> str:
     return f"{name} {marks}" if marks else name
 
 
-def mean(sample: Sample, metric: str, signed: bool = False) -> str:
+def mean(sample: Sample, metric: str, signed: bool = False) -> Number:
     """Mean, standard deviation and number of seeds, as in "35.81 ± 0.05 (n = 3)"."""
     sd = "" if sample.sd is None else f" ± {sample.sd:.{_decimals(metric)}f}"
-    return f"{number(sample.mean, metric, signed)}{sd} (n = {sample.n})"
+    text = f"{number(sample.mean, metric, signed)}{sd} (n = {sample.n})"
+    return Number(text, sample.mean)
 
 
-def number(value: float, metric: str, signed: bool = False) -> str:
+def number(value: float, metric: str, signed: bool = False) -> Number:
     """A value of a metric with the decimals the metric deserves."""
-    return minus(f"{value:{'+' if signed else ''}.{_decimals(metric)}f}")
+    return Number(minus(f"{value:{'+' if signed else ''}.{_decimals(metric)}f}"), value)
 
 
-def published(entry: Published) -> str:
+def published(entry: Published) -> Number:
     """A published number as it was published, a difference with its sign."""
     value = str(entry.value) if entry.minus is None else f"{entry.value:+}"
-    return minus(value) + ("" if entry.verified else f" {UNVERIFIED}")
+    mark = "" if entry.verified else f" {UNVERIFIED}"
+    return Number(minus(value) + mark, entry.value, published=entry)
 
 
 def minus(text: str) -> str:
@@ -92,12 +119,12 @@ def status(run: Record) -> str:
 
 def count(value: int | None) -> str:
     """A count with separators; empty if unknown."""
-    return "" if value is None else f"{value:,}"
+    return "" if value is None else Number(f"{value:,}", value)
 
 
 def memory(num_bytes: int | None) -> str:
     """A size in GiB; empty if unknown."""
-    return "" if num_bytes is None else f"{num_bytes / 2**30:.2f} GiB"
+    return "" if num_bytes is None else Number(f"{num_bytes / 2**30:.2f} GiB", num_bytes)
 
 
 def duration(seconds: float | None) -> str:
@@ -105,9 +132,9 @@ def duration(seconds: float | None) -> str:
     if seconds is None:
         return ""
     if seconds < 59.5:
-        return f"{seconds:.0f} s"
+        return Number(f"{seconds:.0f} s", seconds)
     hours, minutes = divmod(round(seconds / 60), 60)
-    return f"{hours} h {minutes:02d} min"
+    return Number(f"{hours} h {minutes:02d} min", seconds)
 
 
 def hardware(facts: Mapping[str, Any]) -> str:

@@ -9,7 +9,7 @@ from normexp.audits import Audit
 from normexp.report.aggregate import Row
 from normexp.report.audits import audits_table
 from normexp.report.benchmarks import TITLES, Benchmarks, authors_table, circumstances, tables
-from normexp.report.cells import BUDGET, FUTURE, UNVERIFIED, Cell, Link, Table
+from normexp.report.cells import ABOUT_THE_NUMBERS, MARKS, Cell, Link, Table
 from normexp.report.paper import Paper
 from normexp.report.tables import differences_table, published_table, results_table, runs_table
 
@@ -17,15 +17,9 @@ HEAD = f"""# Results
 
 <!-- Made by `python scripts/report.py` from the records; do not edit. -->
 
-Every number is the mean ± standard deviation over n seeds of the runs whose records are linked in
-its row. The rules under which the runs were made and compared, written before they were run, are
-in [PROTOCOL.md]({{protocol}}); the tables are also in `tables/` as CSV and LaTeX.
+{ABOUT_THE_NUMBERS}; the tables are also in `tables/` as CSV and LaTeX.
 
-- {UNVERIFIED} a published number that has not been verified at its source
-- {BUDGET} a smaller budget than the paper's: not comparable with the paper
-- {FUTURE} a language model that sees the tokens it predicts, as the published ones do; its
-  perplexity is not the perplexity of a language model, and comparable only with its like
-"""
+""" + "".join(f"- {mark} {meaning}\n" for mark, meaning in MARKS.items())
 
 BENCHMARKS_HEAD = """# Benchmarks
 
@@ -50,11 +44,12 @@ def results_page(
     figures: the validation curves of the tasks that have any; benchmarks: the page on speed.
     """
     folder = page.parent
-    parts = [HEAD.format(protocol=_relative(home / "PROTOCOL.md", folder))]
+    protocol = f"[PROTOCOL.md]({_relative(home / 'PROTOCOL.md', folder)})"
+    parts = [HEAD.format(protocol=protocol)]
     if benchmarks:
         link = _relative(benchmarks, folder)
         parts.append(f"Times of layers, training and inference are in [{link}]({link}).\n")
-    for task in _in_order(rows_by_task, paper):
+    for task in paper.in_order(rows_by_task):
         rows, published = rows_by_task.get(task, []), paper.task(task)
         parts.append(f"## {task}: {published.title}\n" if published else f"## {task}\n")
         if published:
@@ -122,14 +117,6 @@ def table(content: Table, folder: Path) -> str:
         link = f" ({_link(note.link, folder)})" if note.link else ""
         text += f"- {_escape(note.text)}{link}\n"
     return text
-
-
-def _in_order(rows_by_task: dict[str, list[Row]], paper: Paper) -> list[str]:
-    """The paper's tasks, each followed by those that share its numbers, then the others."""
-    tasks = []
-    for name, published in paper.tasks.items():
-        tasks += [name, *(task for task in published.also if task in rows_by_task)]
-    return tasks + sorted(rows_by_task.keys() - set(tasks))
 
 
 def _cell(cell: Cell, folder: Path) -> str:

@@ -1,6 +1,7 @@
 """The published numbers of `results/paper.yaml`."""
 
 import json
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
@@ -66,6 +67,13 @@ class Paper:
     def task(self, name: str) -> PublishedTask | None:
         """What the paper says of the setting of our task."""
         return self.tasks.get(self._published_name(name))
+
+    def in_order(self, tasks: Collection[str]) -> list[str]:
+        """The paper's tasks, each followed by those of ours that share its numbers; the others."""
+        found = []
+        for name, published in self.tasks.items():
+            found += [name, *(task for task in published.also if task in tasks)]
+        return found + sorted(set(tasks) - set(found))
 
     def values_of(self, task: str) -> list[Published]:
         """The published values of our task."""

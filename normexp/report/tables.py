@@ -2,7 +2,7 @@
 
 from normexp.report import cells
 from normexp.report.aggregate import PRIMARY_METRIC, Row, differences, label_rank, row_name
-from normexp.report.cells import Cell, Link, Table, metric_name, with_marks
+from normexp.report.cells import Cell, Link, Number, Table, metric_name, with_marks
 from normexp.report.notes import notes
 from normexp.report.paper import Paper, Published
 
@@ -76,7 +76,7 @@ def differences_table(task: str, rows: list[Row], paper: Paper) -> Table:
                 with_marks(names, found.row),
                 f"test {metric_name(metric)}",
                 cells.mean(found.sample, metric, signed=True),
-                " to ".join(ends),
+                Number(" to ".join(ends), interval[0]) if ends else "",
                 found.verdict,
                 theirs,
             ]
@@ -97,9 +97,9 @@ def runs_table(rows: list[Row]) -> Table:
                     str(run.seed),
                     cells.status(run),
                     cells.count(run.num_updates),
-                    "" if epochs is None else f"{epochs:g}",
+                    "" if epochs is None else Number(f"{epochs:g}", epochs),
                     cells.count(run.num_parameters),
-                    "" if speed is None else f"{speed:,.0f}",
+                    "" if speed is None else Number(f"{speed:,.0f}", speed),
                     cells.memory(run.peak_memory_bytes),
                     cells.duration(run.wall_time_seconds),
                     cells.hardware(run.hardware),
@@ -160,5 +160,8 @@ def _beside(row: Row, entry: Published | None) -> list[Cell]:
         return ["not comparable", ""]
     sample = row.sample("test", entry.metric)
     # Published values have one decimal; more digits of the difference would mean nothing.
-    ours = "" if sample is None else cells.minus(f"{sample.mean - entry.value:+.1f}")
+    ours: Cell = ""
+    if sample is not None:
+        difference = sample.mean - entry.value
+        ours = Number(cells.minus(f"{difference:+.1f}"), difference)
     return [cells.published(entry), ours]
