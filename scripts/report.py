@@ -1,4 +1,4 @@
-"""Make the tables from the records: `python scripts/report.py`."""
+"""Make the tables from the records: `python scripts/report.py`; `html=true` adds a page."""
 
 import argparse
 import sys
@@ -6,13 +6,15 @@ from pathlib import Path
 
 from rich.console import Console
 
+from normexp.atomic import whole_file
 from normexp.audits import load_audits
 from normexp.errors import UserError
-from normexp.records import load_records
+from normexp.records import load_records, utc_now
 from normexp.report.aggregate import rows_by_task
 from normexp.report.benchmarks import load_benchmarks
 from normexp.report.console import print_results
 from normexp.report.files import check_files, report_files, write_files
+from normexp.report.html import report_html, unfinished_runs
 from normexp.report.paper import load_paper
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
@@ -30,10 +32,21 @@ def main() -> None:
     parser.add_argument(
         "--paper", type=Path, default=RESULTS / "paper.yaml", help="published numbers (%(default)s)"
     )
+    parser.add_argument(
+        "html",
+        nargs="?",
+        metavar="html=true",
+        choices=("html=true", "html=false"),
+        default="html=false",
+        help="write also RESULTS/report.html, the same and more on one page for a browser",
+    )
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--console-only", action="store_true", help="print, write no file")
     what.add_argument("--check", action="store_true", help="fail if the files are out of date")
     options = parser.parse_args()
+    with_html = options.html == "html=true"
+    if with_html and (options.check or options.console_only):
+        parser.error("html=true writes a page: leave out --check or --console-only")
 
     if not options.results.is_dir():
         raise UserError(f"no folder {options.results}; train something first, or mend --results")
@@ -54,6 +67,12 @@ def main() -> None:
     if not options.console_only:
         write_files(report_files(rows, paper, page, options.paper.parent, audits, benchmarks))
         console.print(f"written: {page} and {page.parent}/tables")
+    if with_html:
+        path = options.results / "report.html"
+        text = report_html(rows, paper, audits, unfinished_runs(options.results), utc_now())
+        with whole_file(path) as file:
+            file.write(text)
+        console.print(f"written: {path} ({len(text.encode()) / 1e6:.2f} MB); open it in a browser")
 
 
 if __name__ == "__main__":

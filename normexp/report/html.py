@@ -1,0 +1,335 @@
+"""`results/report.html`: everything that the records say on one page that needs no network.
+
+The page is complete without scripts; its script sorts, filters and reads values off the charts. A
+content security policy allows that one script and no connection, so that nothing a record contains
+can run or load anything even if it got past the escaping.
+"""
+
+import base64
+import hashlib
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import yaml
+from markupsafe import Markup
+
+from normexp.audits import Audit
+from normexp.records import Record
+from normexp.report import cells
+from normexp.report.aggregate import PRIMARY_METRIC, Row, differences, row_name
+from normexp.report.audits import audits_table
+from normexp.report.cells import ABOUT_THE_NUMBERS, MARKS, Link, Number, Table, metric_name
+from normexp.report.charts import Chart, chart
+from normexp.report.paper import Paper, Published, PublishedTask
+from normexp.report.tables import differences_table, published_table, results_table, runs_table
+
+TEMPLATES = Path(__file__).parent / "templates"
+FIXED_IDS = ("top", "filter", "filter-text", "filter-norm", "filter-status", "filtered")
+SECTIONS = {
+    "failures": "Failures",
+    "runs": "Runs in detail",
+    "corpora": "Corpora",
+    "published": "Published numbers",
+}
+
+
+@dataclass(frozen=True)
+class Unfinished:
+    """A run folder without a record: under way, or interrupted."""
+
+    path: Path
+    changed: str
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of a table: where its numbers lead, and what it is filtered by."""
+
+    cells: list[cells.Cell]
+    href: str
+    norm: str
+    statuses: frozenset[str] = frozenset()
+    id: str = ""
+
+
+@dataclass(frozen=True)
+class Lines:
+    """A table with what the page needs of each line; numeric columns are aligned to the right."""
+
+    title: str
+    header: list[str]
+    lines: list[Line]
+    notes: list[cells.Note]
+
+    @property
+    def numeric(self) -> list[bool]:
+        """By column."""
+        return [
+            any(isinstance(line.cells[i], Number) for line in self.lines)
+            for i in range(len(self.header))
+        ]
+
+
+@dataclass(frozen=True)
+class Section:
+    """What the page says of a task."""
+
+    task: str
+    id: str
+    published: PublishedTask | None
+    rows: list[Row]
+    tables: list[Lines]
+    chart: Chart | None
+    after_chart: list[Lines]
+
+
+def unfinished_runs(results: Path) -> list[Unfinished]:
+    """The run folders below `results`/runs that have a configuration and no record yet."""
+    found = []
+    for config in sorted((results / "runs").glob("*/*/config.yaml")):
+        folder = config.parent
+        if not (folder / "record.json").exists():
+            seconds = max(path.stat().st_mtime for path in folder.iterdir())
+            changed = datetime.fromtimestamp(seconds, UTC).isoformat(" ", timespec="minutes")
+            found.append(Unfinished(folder.relative_to(results), changed.replace("+00:00", " UTC")))
+    return found
+
+
+def report_html(
+    rows_by_task: dict[str, list[Row]],
+    paper: Paper,
+    audits: Mapping[Path, Audit],
+    unfinished: Iterable[Unfinished],
+    made_at: str,
+) -> str:
+    """The whole page; made_at: as `utc_now()` gives it."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["yaml"] = _yaml
+    environment.globals |= {"cells": cells, "metric_name": metric_name, "row_name": row_name}
+    script = (TEMPLATES / "report.js").read_text(encoding="utf-8")
+    content = _Content(rows_by_task, paper, audits)
+    return environment.get_template("report.html").render(
+        page=content,
+        sections=content.sections,
+        runs=content.runs,
+        statuses=Counter(run.status for run in content.runs.values()),
+        num_audits=len(audits),
+        unfinished=list(unfinished),
+        made_at=made_at[:16].replace("T", " "),
+        about=ABOUT_THE_NUMBERS.format(protocol="results/PROTOCOL.md"),
+        marks=MARKS,
+        section_titles=SECTIONS,
+        style=Markup((TEMPLATES / "report.css").read_text(encoding="utf-8")),
+        script=Markup(script),
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+    )
+
+
+class _Content:
+    """What the template shows, and the ids by which it is linked."""
+
+    def __init__(
+        self, rows_by_task: dict[str, list[Row]], paper: Paper, audits: Mapping[Path, Audit]
+    ) -> None:
+        self.paper = paper
+        self._audits = audits
+        self._taken = {*FIXED_IDS, *SECTIONS}
+        self.rows_by_task = rows_by_task
+        every_row = [row for rows in rows_by_task.values() for row in rows]
+        self.runs: dict[Path, Record] = {}
+        for row in every_row:
+            self.runs |= row.runs
+        self.ids = {path: self._new_id(run.task, path.stem) for path, run in self.runs.items()}
+        self.ids |= {path: self._new_id("audit", a.task, path.stem) for path, a in audits.items()}
+        self._row_ids = {
+            id(row): self._new_id("row", row.first.task, row_name(row, rows))
+            for rows in rows_by_task.values()
+            for row in rows
+        }
+        self._norms = {run.label: run.norm for run in self.runs.values()}
+        self._corpora: dict[str, str] = {}
+        for run in self.runs.values():
+            if _canonical(run.corpus) not in self._corpora:
+                self._corpora[_canonical(run.corpus)] = self._new_id("corpus", run.task)
+        self.published = self._published()
+        self.sections = [self._section(task) for task in paper.in_order(rows_by_task)]
+        self.failures = self._failures(every_row)
+        self.norms = self._norm_names()
+
+    @property
+    def corpora(self) -> dict[str, Record]:
+        """By id, any run that was made with the corpus."""
+        return {self.corpus_id(run): run for run in self.runs.values()}
+
+    def row_id(self, row: Row) -> str:
+        """Of the row's runs in detail."""
+        return self._row_ids[id(row)]
+
+    def href(self, row: Row) -> str:
+        """The record of a row's only run, or the list of its runs."""
+        only = len(row.runs) == 1
+        return "#" + (self.ids[next(iter(row.runs))] if only else self.row_id(row))
+
+    def norm_of(self, label: str) -> str:
+        """The norm of the runs with that label; a label without runs stands for itself."""
+        return self._norms.get(label, label)
+
+    def corpus_id(self, run: Record) -> str:
+        """Of what the record says of its corpus."""
+        return self._corpora[_canonical(run.corpus)]
+
+    def number_href(self, number: Number, line: Line) -> str:
+        """Where a number comes from: a published one from its source, ours from its records."""
+        entry = number.published
+        return line.href if entry is None else "#" + self._published_ids[_name(entry)]
+
+    def headline(self, run: Record) -> str:
+        """The metric that the run is judged by."""
+        value = run.metrics.get("test", {}).get(metric := PRIMARY_METRIC[run.kind])
+        if not isinstance(value, int | float):
+            return ""
+        return f"test {metric_name(metric)} {cells.number(value, metric)}"
+
+    def audits_of(self, task: str) -> dict[Path, Audit]:
+        """The audits of a task's runs."""
+        return {path: audit for path, audit in self._audits.items() if audit.task == task}
+
+    def _section(self, task: str) -> Section:
+        rows, own = self.rows_by_task.get(task, []), self.audits_of(task)
+        tables = [self._of_rows("Results", results_table(task, rows, self.paper), rows)]
+        compared = differences_table(task, rows, self.paper)
+        if compared.rows:
+            tables.append(self._of_differences(compared, rows))
+        after = []
+        if rows:
+            if own:
+                after.append(self._of_audits(audits_table(task, own), own))
+            after.append(self._of_rows("Runs", runs_table(rows), rows))
+        return Section(
+            task=task,
+            id=self._new_id("task", task),
+            published=self.paper.task(task),
+            rows=rows,
+            tables=tables,
+            chart=chart(rows),
+            after_chart=after,
+        )
+
+    def _of_rows(self, title: str, table: Table, rows: list[Row]) -> Lines:
+        """Lines whose last cell links the records that they speak of, or none."""
+        lines = []
+        for line in table.rows:
+            paths = [link.target for link in line[-1]]
+            if not paths:
+                lines.append(Line(line, "", self.norm_of(line[0]), frozenset(["no runs"])))
+                continue
+            [row] = [row for row in rows if paths[0] in row.runs]
+            href = f"#{self.ids[paths[0]]}" if len(paths) == 1 else self.href(row)
+            statuses = frozenset(self.runs[path].status for path in paths)
+            lines.append(Line(line, href, row.first.norm, statuses))
+        return Lines(title, table.header, lines, table.notes)
+
+    def _of_differences(self, table: Table, rows: list[Row]) -> Lines:
+        """Lines with links to the records of both rows."""
+        lines = []
+        for line, found in zip(table.rows, differences(rows), strict=True):
+            both = [found.row, found.baseline]
+            links = [
+                Link(f"{row_name(row, rows)}, seed {run.seed}", path)
+                for row in both
+                for path, run in row.runs.items()
+                if run.seed in found.sample.values
+            ]
+            statuses = frozenset(self.runs[link.target].status for link in links)
+            href = self.href(found.row)
+            lines.append(Line([*line, links], href, found.row.first.norm, statuses))
+        header = [*table.header, "records"]
+        return Lines("Differences on the same seeds", header, lines, table.notes)
+
+    def _of_audits(self, table: Table, audits: Mapping[Path, Audit]) -> Lines:
+        lines = [
+            Line(line, f"#{self.ids[path]}", self.norm_of(audit.label))
+            for line, (path, audit) in zip(table.rows, audits.items(), strict=True)
+        ]
+        return Lines("Without the future tokens (audits)", table.header, lines, table.notes)
+
+    def _published(self) -> Lines:
+        table = published_table(self.paper)
+        entries = [*self.paper.values, *self.paper.differences]
+        self._published_ids = {
+            _name(entry): self._new_id("published", *filter(None, _name(entry)))
+            for entry in entries
+        }
+        lines = []
+        for line, entry in zip(table.rows, entries, strict=True):
+            own = self._published_ids[_name(entry)]
+            lines.append(Line(line, f"#{own}", self.norm_of(entry.norm), id=own))
+        return Lines(SECTIONS["published"], table.header, lines, table.notes)
+
+    def _failures(self, rows: Iterable[Row]) -> Lines:
+        lines = []
+        for row in rows:
+            for path, run in row.runs.items():
+                if run.status == "complete":
+                    continue
+                line: list[cells.Cell] = [
+                    run.task,
+                    row_name(row, self.rows_by_task[run.task]),
+                    str(run.seed),
+                    run.status,
+                    cells.count(run.diverged_at_update or run.num_updates),
+                    " ".join((run.reason or "").split()),
+                    [Link("record", path)],
+                ]
+                lines.append(Line(line, f"#{self.ids[path]}", run.norm, frozenset([run.status])))
+        header = ["task", "norm", "seed", "status", "at update", "reason", "record"]
+        return Lines("Runs that diverged or failed", header, lines, [])
+
+    def _norm_names(self) -> dict[str, str]:
+        """By the name to filter by, how it is shown: "power (PN)", with its shortest label."""
+        labels: dict[str, set[str]] = {}
+        for label, norm in self._norms.items():
+            labels.setdefault(norm, set()).add(label)
+        for entry in [*self.paper.values, *self.paper.differences]:
+            if entry.norm not in self._norms:
+                labels.setdefault(entry.norm, set())
+        shown = {}
+        for norm, own in sorted(labels.items()):
+            shortest = min(own, key=lambda label: (len(label), label), default=norm)
+            shown[norm] = norm if shortest == norm else f"{norm} ({shortest})"
+        return shown
+
+    def _new_id(self, *parts: str) -> str:
+        plain = re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join(parts)).strip("-")
+        name, number = plain, 1
+        while name in self._taken:
+            number += 1
+            name = f"{plain}-{number}"
+        self._taken.add(name)
+        return name
+
+
+def _name(entry: Published) -> tuple[str, str, str | None, str]:
+    return entry.task, entry.norm, entry.minus, entry.metric
+
+
+def _canonical(corpus: Mapping[str, Any]) -> str:
+    return json.dumps(corpus, sort_keys=True)
+
+
+def _yaml(content: Any) -> str:
+    dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
+    return yaml.dump(content, Dumper=dumper, allow_unicode=True, width=100).rstrip()

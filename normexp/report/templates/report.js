@@ -1,0 +1,162 @@
+"use strict";
+document.documentElement.classList.add("scripted");
+
+const all = (selector, from = document) => [...from.querySelectorAll(selector)];
+const byText = new Intl.Collator("en", { numeric: true });
+
+// Sorting: a button in every column head. Cells without a value come last either way.
+for (const table of all("table.sortable")) {
+  const heads = [...table.tHead.rows[0].cells];
+  const body = table.tBodies[0];
+  heads.forEach((head, column) => {
+    if ("unsorted" in head.dataset) return;
+    const isNumeric = [...body.rows].some((row) => "sort" in row.cells[column].dataset);
+    const button = document.createElement("button");
+    button.type = "button";
+    button.append(...head.childNodes);
+    head.append(button);
+    button.addEventListener("click", () => {
+      const sign = head.getAttribute("aria-sort") === "ascending" ? -1 : 1;
+      heads.forEach((other) => other.removeAttribute("aria-sort"));
+      head.setAttribute("aria-sort", sign > 0 ? "ascending" : "descending");
+      const keyed = [...body.rows].map((row) => {
+        const cell = row.cells[column];
+        const key = isNumeric ? parseFloat(cell.dataset.sort) : cell.textContent.trim();
+        return { row, key, isEmpty: key === "" || Number.isNaN(key) };
+      });
+      keyed.sort((a, b) => {
+        if (a.isEmpty || b.isEmpty) return a.isEmpty - b.isEmpty;
+        return sign * (isNumeric ? a.key - b.key : byText.compare(a.key, b.key));
+      });
+      body.append(...keyed.map((one) => one.row));
+    });
+  });
+}
+
+// Filtering: rows of tables and runs in detail, by words, norm and status.
+const form = document.getElementById("filter");
+const filtered = all("[data-norm]");
+const counts = all(".count").map((count) => [count, all("tbody tr", count.closest("table"))]);
+const words = new Map(); // in lower case, collected when they are first needed
+
+function wordsOf(element) {
+  if (!words.has(element)) {
+    const heading = element.closest("section").querySelector("h2");
+    words.set(element, `${heading ? heading.textContent : ""} ${element.textContent}`.toLowerCase());
+  }
+  return words.get(element);
+}
+
+function filter() {
+  const [sought, norm, status] = ["text", "norm", "status"].map(
+    (name) => document.getElementById(`filter-${name}`).value,
+  );
+  const every = sought.toLowerCase().split(/\s+/).filter(Boolean);
+  for (const element of filtered) {
+    const { norm: own, status: ends } = element.dataset;
+    const isShown =
+      (!norm || own === norm) &&
+      (!status || ends === undefined || ends.split(",").includes(status)) &&
+      every.every((word) => wordsOf(element).includes(word));
+    element.hidden = !isShown;
+  }
+  for (const [count, rows] of counts) {
+    const shown = rows.filter((row) => !row.hidden).length;
+    count.textContent = `${shown < rows.length ? `${shown} of ` : ""}${rows.length} rows`;
+  }
+  const runs = all("#runs details[data-status]");
+  const shown = runs.filter((run) => !run.hidden).length;
+  document.getElementById("filtered").textContent = `${shown} of ${runs.length} runs shown`;
+  charts.forEach((draw) => draw());
+}
+
+form.addEventListener("input", filter);
+form.addEventListener("reset", () => setTimeout(filter)); // after the fields are empty
+form.addEventListener("submit", (event) => event.preventDefault());
+
+// Charts: curves follow their rows; the cursor reads the values at one update.
+const charts = all(".chart").map((chart) => {
+  const plot = chart.querySelector(".plot");
+  const cursor = chart.querySelector(".cursor");
+  const head = chart.querySelector(".cursor-head");
+  const right = Number(plot.dataset.right);
+  const curves = all("tbody tr", chart).map((row) => {
+    const drawn = all(`[data-key="${row.dataset.key}"]`, plot);
+    const points = (shape) =>
+      shape ? shape.getAttribute("points").split(" ").map((pair) => pair.split(",").map(Number)) : [];
+    const band = points(drawn[0].querySelector("polygon"));
+    const low = new Map(band.slice(0, band.length / 2));
+    const high = new Map(band.slice(band.length / 2));
+    return { row, drawn, low, high, mean: new Map(points(drawn[0].querySelector("polyline"))) };
+  });
+  const isShown = ({ row }) => !row.hidden && row.querySelector("input").checked;
+  let at = null;
+
+  function draw() {
+    curves.forEach((curve) => curve.drawn.forEach((part) => part.toggleAttribute("hidden", !isShown(curve))));
+    cursor.hidden = at === null;
+    if (at === null) return;
+    cursor.style.left = `${(100 * at) / right}%`;
+    head.textContent = `at ${at.toLocaleString("en")}`;
+    for (const { row, mean, low, high } of curves) {
+      const band = low.has(at) ? ` (${low.get(at).toFixed(3)} to ${high.get(at).toFixed(3)})` : "";
+      row.lastElementChild.textContent = mean.has(at) ? mean.get(at).toFixed(3) + band : "–";
+    }
+  }
+
+  function updates() {
+    const shown = curves.filter(isShown).flatMap(({ mean }) => [...mean.keys()]);
+    return [...new Set(shown)].sort((a, b) => a - b);
+  }
+
+  function point(event) {
+    const box = plot.getBoundingClientRect();
+    const wanted = (right * (event.clientX - box.left)) / box.width;
+    const nearer = (a, b) => (Math.abs(b - wanted) < Math.abs(a - wanted) ? b : a);
+    at = updates().reduce(nearer, Infinity);
+    if (at === Infinity) at = null;
+    draw();
+  }
+
+  plot.addEventListener("pointermove", point);
+  plot.addEventListener("pointerdown", point);
+  plot.tabIndex = 0;
+  plot.addEventListener("keydown", (event) => {
+    const step = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
+    const every = updates();
+    if (!step || !every.length) return;
+    event.preventDefault();
+    const next = every.indexOf(at) + step;
+    at = every[Math.max(0, Math.min(every.length - 1, next))];
+    draw();
+  });
+  chart.addEventListener("change", draw);
+  return draw;
+});
+
+// A link to a run opens it, though it be filtered out or the browser leave it closed.
+function open() {
+  const target = document.getElementById(decodeURIComponent(location.hash.slice(1)));
+  if (!target) return;
+  if (target.closest("[hidden]") || target.querySelector("[hidden]")) {
+    form.reset();
+    filter();
+  }
+  for (let parent = target; parent; parent = parent.parentElement) {
+    if (parent.tagName === "DETAILS") parent.open = true;
+  }
+  target.scrollIntoView();
+}
+
+window.addEventListener("hashchange", open);
+open();
+
+// Of the tables in sight only those that scroll need the keyboard's attention. (To measure one in a
+// closed run would lay it out.)
+function fit() {
+  const boxes = all("section > .scroll, .chart > .scroll");
+  const scrolls = boxes.map((box) => box.scrollWidth > box.clientWidth);
+  boxes.forEach((box, number) => (box.tabIndex = scrolls[number] ? 0 : -1));
+}
+window.addEventListener("resize", fit);
+fit();
