@@ -6,6 +6,7 @@ can run or load anything even if it got past the escaping.
 """
 
 import base64
+import functools
 import hashlib
 import json
 import re
@@ -110,18 +111,9 @@ def report_html(
     made_at: str,
 ) -> str:
     """The whole page; made_at: as `utc_now()` gives it."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["yaml"] = _yaml
-    environment.globals |= {"cells": cells, "metric_name": metric_name, "row_name": row_name}
     script = (TEMPLATES / "report.js").read_text(encoding="utf-8")
     content = _Content(rows_by_task, paper, audits)
-    return environment.get_template("report.html").render(
+    return _template().render(
         page=content,
         sections=content.sections,
         runs=content.runs,
@@ -136,6 +128,20 @@ def report_html(
         script=Markup(script),
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     )
+
+
+@functools.cache
+def _template() -> jinja2.Template:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["yaml"] = _yaml
+    environment.globals |= {"cells": cells, "row_name": row_name}
+    return environment.get_template("report.html")
 
 
 class _Content:

@@ -41,8 +41,10 @@ const words = new Map(); // in lower case, collected when they are first needed
 
 function wordsOf(element) {
   if (!words.has(element)) {
-    const heading = element.closest("section").querySelector("h2");
-    words.set(element, `${heading ? heading.textContent : ""} ${element.textContent}`.toLowerCase());
+    const around = [element.closest("section"), element.closest(".group")].map((part) =>
+      part?.querySelector("h2, h4")?.textContent,
+    );
+    words.set(element, [...around, element.textContent].join(" ").toLowerCase());
   }
   return words.get(element);
 }
@@ -70,7 +72,7 @@ function filter() {
   charts.forEach((draw) => draw());
 }
 
-form.addEventListener("input", filter);
+["input", "change"].forEach((kind) => form.addEventListener(kind, filter));
 form.addEventListener("reset", () => setTimeout(filter)); // after the fields are empty
 form.addEventListener("submit", (event) => event.preventDefault());
 
@@ -82,8 +84,9 @@ const charts = all(".chart").map((chart) => {
   const right = Number(plot.dataset.right);
   const curves = all("tbody tr", chart).map((row) => {
     const drawn = all(`[data-key="${row.dataset.key}"]`, plot);
+    const point = ([update, loss]) => [Number(update), loss];
     const points = (shape) =>
-      shape ? shape.getAttribute("points").split(" ").map((pair) => pair.split(",").map(Number)) : [];
+      shape ? shape.getAttribute("points").split(" ").map((pair) => point(pair.split(","))) : [];
     const band = points(drawn[0].querySelector("polygon"));
     const low = new Map(band.slice(0, band.length / 2));
     const high = new Map(band.slice(band.length / 2));
@@ -99,8 +102,8 @@ const charts = all(".chart").map((chart) => {
     cursor.style.left = `${(100 * at) / right}%`;
     head.textContent = `at ${at.toLocaleString("en")}`;
     for (const { row, mean, low, high } of curves) {
-      const band = low.has(at) ? ` (${low.get(at).toFixed(3)} to ${high.get(at).toFixed(3)})` : "";
-      row.lastElementChild.textContent = mean.has(at) ? mean.get(at).toFixed(3) + band : "–";
+      const band = low.has(at) ? ` (${low.get(at)} to ${high.get(at)})` : "";
+      row.lastElementChild.textContent = mean.has(at) ? mean.get(at) + band : "–";
     }
   }
 
@@ -109,7 +112,7 @@ const charts = all(".chart").map((chart) => {
     return [...new Set(shown)].sort((a, b) => a - b);
   }
 
-  function point(event) {
+  function read(event) {
     const box = plot.getBoundingClientRect();
     const wanted = (right * (event.clientX - box.left)) / box.width;
     const nearer = (a, b) => (Math.abs(b - wanted) < Math.abs(a - wanted) ? b : a);
@@ -118,8 +121,8 @@ const charts = all(".chart").map((chart) => {
     draw();
   }
 
-  plot.addEventListener("pointermove", point);
-  plot.addEventListener("pointerdown", point);
+  plot.addEventListener("pointermove", read);
+  plot.addEventListener("pointerdown", read);
   plot.tabIndex = 0;
   plot.addEventListener("keydown", (event) => {
     const step = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
@@ -138,12 +141,12 @@ const charts = all(".chart").map((chart) => {
 function open() {
   const target = document.getElementById(decodeURIComponent(location.hash.slice(1)));
   if (!target) return;
-  if (target.closest("[hidden]") || target.querySelector("[hidden]")) {
-    form.reset();
-    filter();
-  }
   for (let parent = target; parent; parent = parent.parentElement) {
     if (parent.tagName === "DETAILS") parent.open = true;
+  }
+  if (!target.getClientRects().length) {
+    form.reset();
+    filter();
   }
   target.scrollIntoView();
 }
