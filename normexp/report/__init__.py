@@ -1,1 +1,1 @@
-"""Tables from records: records -> rows (aggregate) -> cells (tables) -> text in four formats."""
+"""Tables from records: records -> rows (aggregate) -> cells (tables) -> text in five formats."""

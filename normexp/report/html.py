@@ -97,7 +97,8 @@ def unfinished_runs(results: Path) -> list[Unfinished]:
     for config in sorted((results / "runs").glob("*/*/config.yaml")):
         folder = config.parent
         if not (folder / "record.json").exists():
-            seconds = max(path.stat().st_mtime for path in folder.iterdir())
+            log = folder / "log.txt"
+            seconds = (log if log.exists() else config).stat().st_mtime
             changed = datetime.fromtimestamp(seconds, UTC).isoformat(" ", timespec="minutes")
             found.append(Unfinished(folder.relative_to(results), changed.replace("+00:00", " UTC")))
     return found
@@ -165,15 +166,20 @@ class _Content:
             for rows in rows_by_task.values()
             for row in rows
         }
+        published = [*paper.values, *paper.differences]
+        self._published_ids = {
+            _name(entry): self._new_id("published", *filter(None, _name(entry)))
+            for entry in published
+        }
         self._norms = {run.label: run.norm for run in self.runs.values()}
         self._corpora: dict[str, str] = {}
         for run in self.runs.values():
             if _canonical(run.corpus) not in self._corpora:
                 self._corpora[_canonical(run.corpus)] = self._new_id("corpus", run.task)
-        self.published = self._published()
+        self.published = self._published(published)
         self.sections = [self._section(task) for task in paper.in_order(rows_by_task)]
         self.failures = self._failures(every_row)
-        self.norms = self._norm_names()
+        self.norms = self._norm_names(entry.norm for entry in published)
 
     @property
     def corpora(self) -> dict[str, Record]:
@@ -272,13 +278,8 @@ class _Content:
         ]
         return Lines("Without the future tokens (audits)", table.header, lines, table.notes)
 
-    def _published(self) -> Lines:
+    def _published(self, entries: Iterable[Published]) -> Lines:
         table = published_table(self.paper)
-        entries = [*self.paper.values, *self.paper.differences]
-        self._published_ids = {
-            _name(entry): self._new_id("published", *filter(None, _name(entry)))
-            for entry in entries
-        }
         lines = []
         for line, entry in zip(table.rows, entries, strict=True):
             own = self._published_ids[_name(entry)]
@@ -304,17 +305,14 @@ class _Content:
         header = ["task", "norm", "seed", "status", "at update", "reason", "record"]
         return Lines("Runs that diverged or failed", header, lines, [])
 
-    def _norm_names(self) -> dict[str, str]:
+    def _norm_names(self, published: Iterable[str]) -> dict[str, str]:
         """By the name to filter by, how it is shown: "power (PN)", with its shortest label."""
         labels: dict[str, set[str]] = {}
-        for label, norm in self._norms.items():
-            labels.setdefault(norm, set()).add(label)
-        for entry in [*self.paper.values, *self.paper.differences]:
-            if entry.norm not in self._norms:
-                labels.setdefault(entry.norm, set())
+        for label in {*self._norms, *published}:
+            labels.setdefault(self.norm_of(label), set()).add(label)
         shown = {}
         for norm, own in sorted(labels.items()):
-            shortest = min(own, key=lambda label: (len(label), label), default=norm)
+            shortest = min(own, key=lambda label: (len(label), label))
             shown[norm] = norm if shortest == norm else f"{norm} ({shortest})"
         return shown
 
