@@ -242,7 +242,7 @@ def test_the_cursor_reads_values_off_the_curves(reader) -> None:
         return f"{sum(losses) / len(losses):.4f} ({low:.4f} to {high:.4f})"
 
     def shown() -> tuple[str, str]:
-        value = reader.find(f"{chart} tr[data-key=A] td:last-child").text
+        value = reader.find(f"{chart} tr[data-key=A] .at-cursor").text
         return reader.find(f"{chart} .cursor-head").text, value
 
     right = float(plot.get_attribute("data-right"))
@@ -291,7 +291,7 @@ def test_without_scripts_it_is_a_page_to_read(reader) -> None:
         assert not any(box.is_displayed() for box in reader.find_all("input, select, button"))
         assert reader.column(FUTURE, 2)[1] == "197.86 (n = 1)"
         assert len([line for line in reader.find_all("polyline") if line.is_displayed()]) >= 10
-        assert reader.column("#task-ptb_future .legend", 6)[0] == "4.8056"
+        assert reader.column("#task-ptb_future .legend", 7)[0] == "4.8056"
         summary = reader.find("#runs summary")
         summary.click()
         assert reader.find("#runs details .run").is_displayed()

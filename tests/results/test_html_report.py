@@ -146,6 +146,16 @@ def test_a_mean_leads_to_all_of_its_runs(make_record) -> None:
     ]
 
 
+def test_the_papers_number_beside_ours_leads_to_its_source(make_record, published_paper) -> None:
+    page = page_of(make_record(), paper=published_paper)
+    results = table(page, "Results", "task-iwslt14")
+    [ours, theirs, difference] = results.xpath(".//tr[starts-with(th, 'PN')][1]/td/a")[:3]
+    assert (words(ours), words(theirs), words(difference)) == ("35.50 (n = 1)", "35.9", "−0.4")
+    assert ours.get("href") == difference.get("href") == "#iwslt14-PN-seed1"
+    [source] = page.xpath("//*[@id=$id]", id=theirs.get("href")[1:])
+    assert "README of the authors' code" in words(source)
+
+
 def test_nothing_is_loaded_and_only_our_script_may_run(committed) -> None:
     assert not committed.xpath("//@src | //@srcset | //iframe | //object | //embed | //base")
     assert {link.split(",")[0] for link in committed.xpath("//link/@href")} == {"data:"}
@@ -264,7 +274,7 @@ def test_curves_are_means_with_bands(make_record) -> None:
     assert diverged.xpath("./polyline/@points") == ["100,9.0000 200,80.0000"]
     lines = body(table(page, "Curves"))
     assert [line[1] for line in lines] == ["LN", "PN", "PN, seed 3 (diverged)"]
-    assert lines[1][2:7] == ["2", "2.5000", "200", "2.5000", "200"]
+    assert lines[1][3:] == ["2", "2.5000", "200", "2.5000", "200"]
     [view] = page.xpath("//figure//div/svg/@viewbox | //figure//div/svg/@viewBox")
     _, top, width, height = map(float, view.split())
     assert 200 <= width < 220

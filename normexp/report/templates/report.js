@@ -103,21 +103,26 @@ const charts = all(".chart").map((chart) => {
     head.textContent = `at ${at.toLocaleString("en")}`;
     for (const { row, mean, low, high } of curves) {
       const band = low.has(at) ? ` (${low.get(at)} to ${high.get(at)})` : "";
-      row.lastElementChild.textContent = mean.has(at) ? mean.get(at) + band : "–";
+      row.querySelector(".at-cursor").textContent = mean.has(at) ? mean.get(at) + band : "–";
     }
   }
 
+  // The updates at which curves in sight have values, in order, and how many of them.
   function updates() {
-    const shown = curves.filter(isShown).flatMap(({ mean }) => [...mean.keys()]);
-    return [...new Set(shown)].sort((a, b) => a - b);
+    const number = new Map();
+    for (const { mean } of curves.filter(isShown))
+      for (const update of mean.keys()) number.set(update, (number.get(update) ?? 0) + 1);
+    return [...number].sort((a, b) => a[0] - b[0]);
   }
 
+  // The nearest update, or one almost as near at which more curves have a value.
   function read(event) {
     const box = plot.getBoundingClientRect();
     const wanted = (right * (event.clientX - box.left)) / box.width;
-    const nearer = (a, b) => (Math.abs(b - wanted) < Math.abs(a - wanted) ? b : a);
-    at = updates().reduce(nearer, Infinity);
-    if (at === Infinity) at = null;
+    const near = updates().sort((a, b) => Math.abs(a[0] - wanted) - Math.abs(b[0] - wanted));
+    const close = near.filter(([update]) => Math.abs(update - wanted) < 0.015 * right);
+    const most = Math.max(...close.map(([, number]) => number));
+    at = (close.find(([, number]) => number === most) ?? near[0] ?? [null])[0];
     draw();
   }
 
@@ -126,7 +131,7 @@ const charts = all(".chart").map((chart) => {
   plot.tabIndex = 0;
   plot.addEventListener("keydown", (event) => {
     const step = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
-    const every = updates();
+    const every = updates().map(([update]) => update);
     if (!step || !every.length) return;
     event.preventDefault();
     const next = every.indexOf(at) + step;
