@@ -259,6 +259,16 @@ def test_the_cursor_reads_values_off_the_curves(reader) -> None:
     assert shown() == ("at 260", expected(260))
 
 
+def test_the_cursor_prefers_updates_that_most_curves_have(reader) -> None:
+    """Runs of 6 epochs were validated at 1,800 updates, all of them at 1,816."""
+    reader.open()
+    plot = reader.find("#task-ptb_future .plot")
+    reader.run("arguments[0].scrollIntoView({block: 'center'})", plot)
+    x = (1801 / float(plot.get_attribute("data-right")) - 0.5) * plot.size["width"]
+    ActionChains(reader.driver).move_to_element_with_offset(plot, x, 0).perform()
+    assert reader.find("#task-ptb_future .cursor-head").text == "at 1,816"
+
+
 def test_a_link_opens_the_run_it_leads_to(reader) -> None:
     for with_scripts in (True, False):
         reader.devtools("Emulation.setScriptExecutionDisabled", value=not with_scripts)
