@@ -211,11 +211,14 @@ def test_the_environment_chooses() -> None:
 
 
 def test_every_source_is_shipped() -> None:
-    """Sources and headers are package data; python -m normexp.native compiles all of them."""
+    """Sources, headers and the report's templates are package data; python -m normexp.native
+    compiles all of the sources.
+    """
     package = Path(native.__file__).parent
     settings = tomllib.loads((package.parent / "pyproject.toml").read_text())
     patterns = settings["tool"]["setuptools"]["package-data"]["normexp"]
     shipped = {path for pattern in patterns for path in package.glob(pattern)}
     headers = {path for source in native.sources() for path in source.parent.glob("*.h")}
-    assert shipped == {*native.sources(), *headers}
+    templates = (package / "report" / "templates").iterdir()
+    assert shipped == {*native.sources(), *headers, *templates}
     assert {path.stem for path in native.sources()} >= {"power", "power_released", "batch"}
