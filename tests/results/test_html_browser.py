@@ -181,12 +181,15 @@ def test_rows_and_runs_are_filtered_and_counted(reader) -> None:
     assert reader.find("#filtered").text.startswith("1 of ")
     assert [run.text for run in reader.find_all("#runs h4") if run.is_displayed()] == labels[:1]
     shown = [curve for curve in reader.find_all("#task-ptb_future g") if curve.is_displayed()]
-    assert [curve.get_attribute("data-key") for curve in shown] == ["G"]
+    (key,) = [curve.get_attribute("data-key") for curve in shown]
+    head = reader.find(f"#task-ptb_future tr[data-key='{key}'] th")
+    assert head.get_attribute("textContent") == labels[0]
     reader.find("#filter button").click()
-    reader.settle(lambda: len(reader.column(FUTURE, 1)) == 10)
-    assert reader.find(f"{FUTURE} .count").text == "10 rows"
+    reader.settle(lambda: len(reader.column(FUTURE, 1)) == num_rows)
+    assert reader.find(f"{FUTURE} .count").text == f"{num_rows} rows"
     reader.find("#filter-text").send_keys("there is no such word")
-    assert reader.column(FUTURE, 1) == [] and reader.find(f"{FUTURE} .count").text == "0 of 10 rows"
+    assert reader.column(FUTURE, 1) == []
+    assert reader.find(f"{FUTURE} .count").text == f"0 of {num_rows} rows"
 
 
 def test_failures_are_found_by_their_status(reader, make_record) -> None:
