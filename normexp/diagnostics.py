@@ -136,7 +136,9 @@ def _gradient_norms(model: nn.Module) -> dict[str, Tensor]:
     for site, module in _sites(model):
         gradients = [p.grad for p in module.parameters() if p.grad is not None]
         if gradients and all(g.dtype in (torch.float32, torch.float64) for g in gradients):
-            scalars[f"{site}/grad_norm"] = torch.stack([g.double().norm() for g in gradients]).norm()
+            scalars[f"{site}/grad_norm"] = torch.stack(
+                [g.double().norm() for g in gradients]
+            ).norm()
     return scalars
 
 
