@@ -14,6 +14,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import textwrap
 import urllib.error
 import urllib.request
 from collections.abc import Iterable, Iterator
@@ -26,7 +27,7 @@ from normexp.errors import UserError
 CONNECT_TIMEOUT_SECONDS = 10.0
 UPLOAD_TIMEOUT_SECONDS = 1800.0
 _HEADER_BYTES = 7  # of W&B's file: all there is if a process was killed in its first 15 s
-_RETRIES = "3"
+_RETRIED = ("GRAPHQL", "FILE_STREAM", "FILE_TRANSFER")
 
 
 class UploadError(Exception):
@@ -114,12 +115,15 @@ def check_connection() -> None:
 def upload(log: Path) -> None:
     """Upload one part by `wandb sync`; after an interruption it is uploaded anew.
 
+    The server appends. What it had of a part before an interruption it then has twice, with the
+    same steps and values: curves and summary stay as they are.
+
     Raises UploadError where W&B says so, or where another process is at it.
     """
     sync = [sys.executable, "-m", "wandb", "sync", str(log.parent)]
     with _holding(_begun(log)), tempfile.TemporaryDirectory() as elsewhere:
         _mark(log).unlink(missing_ok=True)
-        limits = {f"WANDB__{part}_RETRY_MAX": _RETRIES for part in _PARTS_THAT_RETRY}
+        limits = {f"WANDB__{what}_RETRY_MAX": "3" for what in _RETRIED}
         environment = os.environ | limits | {"WANDB_DIR": elsewhere, "WANDB_SILENT": "false"}
         environment.pop("WANDB_MODE", None)
         try:
@@ -137,13 +141,12 @@ def upload(log: Path) -> None:
             raise UploadError(f"not done after {UPLOAD_TIMEOUT_SECONDS / 60:.0f} minutes") from None
         lines = [line.removeprefix("wandb: ").strip() for line in done.stdout.split("\n")]
         complaints = [line for line in lines if line.startswith(("ERROR", "Error"))]
-        if complaints or done.returncode != 0 or not _mark(log).exists():
-            shown = [x for x in complaints or lines if x and "detailed error logs" not in x]
-            raise UploadError(shown[-1] if shown else f"wandb sync: status {done.returncode}")
+        if complaints and all("ends with an incomplete record" in line for line in complaints):
+            _mark(log).touch()  # of a killed process: there will never be more
+        elif complaints or done.returncode != 0 or not _mark(log).exists():
+            said = "; ".join(complaints or lines[-2:])
+            raise UploadError(textwrap.shorten(said, 300) or f"status {done.returncode}")
         _begun(log).unlink()
-
-
-_PARTS_THAT_RETRY = ("GRAPHQL", "FILE_STREAM", "FILE_TRANSFER")
 
 
 def _mark(log: Path) -> Path:

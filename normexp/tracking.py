@@ -100,9 +100,6 @@ class Tracker:
                     "python scripts/sync_wandb.py uploads all of them in their order"
                 )
                 mode = "offline"
-            # A first part replaces what the server may have of a run of this id, so that uploading
-            # it again after an interruption is harmless; only later parts are appended.
-            about["resume"] = "allow" if logs else None
             run = _open_run(mode, run_dir, about)
             _define_curves(run)
             if logs:
@@ -257,7 +254,7 @@ def _open_run(mode: str, run_dir: Path, about: dict[str, Any]) -> Any:
         init_timeout=INIT_TIMEOUT_SECONDS,
         finish_timeout=FINISH_TIMEOUT_SECONDS,
     )
-    init = partial(wandb.init, dir=str(run_dir), settings=settings, **about)
+    init = partial(wandb.init, dir=str(run_dir), resume="allow", settings=settings, **about)
     if mode == "online":
         try:
             if wandb.login(prompt=False, verify=False):

@@ -149,8 +149,7 @@ def test_a_resumed_run_logs_each_step_once(tmp_path, inspect):
     assert [entry["_step"] for entry in history(first)] == [2, 4, 6, 8]
     assert [entry["_step"] for entry in history(second)] == [10, 12]
     assert second["run"][0]["run_id"] == first["run"][0]["run_id"]
-    # The first part takes the place of what the server has of this id, later ones are appended.
-    assert not first["run"][0].get("resume") and second["run"][0]["resume"]
+    assert second["run"][0]["resume"]
 
 
 def test_an_online_run_goes_on_where_it_stopped(tmp_path, wandb_server):
