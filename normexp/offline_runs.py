@@ -125,7 +125,8 @@ def upload(log: Path) -> None:
         _mark(log).unlink(missing_ok=True)
         limits = {f"WANDB__{what}_RETRY_MAX": "3" for what in _RETRIED}
         environment = os.environ | limits | {"WANDB_DIR": elsewhere, "WANDB_SILENT": "false"}
-        environment.pop("WANDB_MODE", None)
+        for name in ("WANDB_MODE", "WANDB_SERVICE"):  # a mode, or a process, of its own
+            environment.pop(name, None)
         try:
             done = subprocess.run(
                 sync,
