@@ -1,6 +1,7 @@
 """Scalars that show whether normalization layers are sane: their statistics and gradients."""
 
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -25,7 +26,7 @@ def norm_diagnostics(model: nn.Module) -> dict[str, float]:
     of this process whose statistics were not finite and therefore left out. A model without such
     layers gives an empty dict.
     """
-    return _transferred(_statistics(model))
+    return _transferred(_statistics(dict(_sites(model))))
 
 
 @contextmanager
@@ -58,22 +59,24 @@ def update_diagnostics(
     if update % trainer.cfg.common.log_interval or not trainer.is_data_parallel_master:
         yield
         return
-    before = _snapshot(trainer.get_model())
+    sites = dict(_sites(trainer.get_model()))
+    before = _snapshot(sites)
     yield
     if trainer.get_num_updates() != update:  # fp16: an overflow, and nothing was updated
         return
-    model = trainer.get_model()
-    scalars = _statistics(model) | _distances(before) | _gradient_norms(model)
+    scalars = _statistics(sites) | _distances(sites, before) | _gradient_norms(sites)
     report(update, _transferred(scalars))
+
+
+_Sites = Mapping[str, nn.Module]
 
 
 @dataclass(frozen=True)
 class _Before:
-    """What a layer's statistics were before an update."""
+    """What a layer's averages of batches were before an update, and the step they were of."""
 
-    layer: nn.Module
     step: Tensor
-    statistics: dict[str, Tensor]
+    averages: dict[str, Tensor]
 
 
 def _sites(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -84,9 +87,9 @@ def _sites(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield f"norm/{site or path}", module
 
 
-def _statistics(model: nn.Module) -> dict[str, Tensor]:
+def _statistics(sites: _Sites) -> dict[str, Tensor]:
     scalars = {}
-    for site, module in _sites(model):
+    for site, module in sites.items():
         if not callable(getattr(module, "statistics", None)):
             continue
         for name, value in module.statistics().items():
@@ -100,46 +103,53 @@ def _statistics(model: nn.Module) -> dict[str, Tensor]:
     return scalars
 
 
-def _snapshot(model: nn.Module) -> dict[str, _Before]:
+def _averages(layer: nn.Module) -> dict[str, Tensor]:
+    """Of a layer's statistics those that forwards average: not nu, which backwards do."""
+    found = layer.statistics().items()
+    return {name: x.detach() for name, x in found if name in (*SECOND_MOMENTS, "mean")}
+
+
+def _snapshot(sites: _Sites) -> dict[str, _Before]:
     return {
         site: _Before(
-            module,
-            module.step.clone(),
-            {name: value.detach().clone() for name, value in module.statistics().items()},
+            layer.step.clone(),
+            {name: x.to(torch.float64, copy=True) for name, x in _averages(layer).items()},
         )
-        for site, module in _sites(model)
-        if callable(getattr(module, "retained", None))
+        for site, layer in sites.items()
+        if callable(getattr(layer, "retained", None))
     }
 
 
-def _distances(before: dict[str, _Before]) -> dict[str, Tensor]:
+def _distances(sites: _Sites, before: Mapping[str, _Before]) -> dict[str, Tensor]:
     scalars = {}
     for site, then in before.items():
-        kept = then.layer.retained(then.step, then.layer.step)
+        layer = sites[site]
+        kept = layer.retained(then.step, layer.step)
         if kept is None:
             continue
-        now = then.layer.statistics()
-        for name, running in then.statistics.items():
-            if name in SECOND_MOMENTS:
-                unit = running.double().norm()
-            elif name == "mean":
-                unit = then.statistics["var"].double().sum().sqrt()
-            else:
-                continue  # not an average of something that a batch has in forward
-            moved = (now[name].detach().double() - running.double()).norm()
-            scalars[f"{site}/{name}_distance"] = moved / ((1 - kept.double()) * unit)
+        for name, now in _averages(layer).items():
+            running = then.averages[name]
+            unit = then.averages["var"].sum().sqrt() if name == "mean" else running.norm()
+            scalars[f"{site}/{name}_distance"] = (now.double() - running).norm() / (
+                (1 - kept) * unit
+            )
     return scalars
 
 
-def _gradient_norms(model: nn.Module) -> dict[str, Tensor]:
-    scalars = {}
-    for site, module in _sites(model):
-        gradients = [p.grad for p in module.parameters() if p.grad is not None]
-        if gradients and all(g.dtype in (torch.float32, torch.float64) for g in gradients):
-            scalars[f"{site}/grad_norm"] = torch.stack(
-                [g.double().norm() for g in gradients]
-            ).norm()
-    return scalars
+def _gradient_norms(sites: _Sites) -> dict[str, Tensor]:
+    found = {
+        site: [p.grad for p in module.parameters() if p.grad is not None]
+        for site, module in sites.items()
+    }
+    whole = (torch.float32, torch.float64)
+    found = {site: all_ for site, all_ in found.items() if all_ and all_[0].dtype in whole}
+    if not found:
+        return {}
+    norms = iter(torch._foreach_norm([gradient for all_ in found.values() for gradient in all_]))
+    return {
+        f"{site}/grad_norm": torch.stack(list(itertools.islice(norms, len(all_)))).double().norm()
+        for site, all_ in found.items()
+    }
 
 
 def _transferred(scalars: dict[str, Tensor]) -> dict[str, float]:

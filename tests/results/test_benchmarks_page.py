@@ -102,6 +102,22 @@ RECORDS: dict[str, dict[str, Any]] = {
             }
         ],
     },
+    "diagnostics": {
+        "what": "updates",
+        "measured": [
+            {
+                "norm": "power",
+                "values": 60,
+                "milliseconds_per_update": [190.0, 200.0, 225.0],
+                "milliseconds_of_diagnostics": [1.25, 1.5, 1.75],
+                "ratio_with_to_without": [0.98, 1.01, 1.03],
+                "share_of_logged_update": [0.006, 0.0075, 0.009],
+                "log_interval": 50,
+                "share_of_training": [0.00012, 0.00015, 0.00018],
+                "disturbed": False,
+            }
+        ],
+    },
 }
 LINES = [
     "| nn.LayerNorm | 1.00 · 2.5 ms |",
