@@ -130,9 +130,8 @@ def _distances(sites: _Sites, before: Mapping[str, _Before]) -> dict[str, Tensor
         for name, now in _averages(layer).items():
             running = then.averages[name]
             unit = then.averages["var"].sum().sqrt() if name == "mean" else running.norm()
-            scalars[f"{site}/{name}_distance"] = (now.double() - running).norm() / (
-                (1 - kept) * unit
-            )
+            moved = (now.double() - running).norm()
+            scalars[f"{site}/{name}_distance"] = moved / ((1 - kept) * unit)
     return scalars
 
 

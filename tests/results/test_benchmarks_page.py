@@ -132,6 +132,8 @@ LINES = [
     "| ours | 5 | 500 | 0 | 128.2 | 0.88 (0.80–0.90) |",
     r"| toy\_translation | reading | 0.75 (0.50–1.00) | 1,333.3 | 1,428,000 | 0.0076 "
     "(0.0060–0.0087) |",
+    "| power | 60 | 200.00 (190.00–225.00) | 1.50 (1.25–1.75) | 1.01 (0.98–1.03) | 0.75 % "
+    "| 0.015 % (every 50 updates) |",
 ]
 AUTHORS = """
 what: a layer
@@ -189,7 +191,7 @@ def test_the_authors_times_are_quoted_with_their_source_and_as_multiples(results
 
 
 def test_what_was_not_measured_is_absent(results: Path) -> None:
-    for name in ("norms", "scaling", "training", "data"):
+    for name in ("norms", "scaling", "training", "data", "diagnostics"):
         (results / "benchmarks" / f"{name}.json").unlink()
     files = _files(results)
     headings = re.findall("^## (.*)$", files[results / "benchmarks" / "README.md"], re.MULTILINE)
