@@ -52,18 +52,19 @@ def _row(norm: str, folder: Path, rounds: int, progress: bool) -> dict[str, Any]
     trainer = Trainer(cfg, task, model, criterion)
     batches = list(itertools.islice(trainer.get_train_iterator(1).next_epoch_itr(), 8))
     trainer.begin_epoch(1)
-    endless = itertools.cycle(batches)
+    # One each, so that in a round both train on the same batch.
+    own, its = itertools.cycle(batches), itertools.cycle(batches)
     reports: list[dict[str, float]] = []
 
     def report(_: int, values: dict[str, float]) -> None:
         reports[:] = [values]
 
     def update() -> None:
-        trainer.train_step([next(endless)])
+        trainer.train_step([next(own)])
 
     def update_with_diagnostics() -> None:
         with update_diagnostics(trainer, report):
-            update()
+            trainer.train_step([next(its)])
 
     def alone() -> None:
         with update_diagnostics(_AfterAnUpdate(trainer), report):
