@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -27,13 +28,15 @@ def log_part(folder: Path, run_id: str, steps: tuple[int, ...]) -> None:
 
 
 @pytest.fixture
-def runs(tmp_path: Path, isolated_wandb: None) -> Path:
-    """Run a in two parts, run b in one."""
-    log_part(tmp_path / "runs/toy/a", "a", (2, 4, 6))
-    log_part(tmp_path / "runs/toy/a", "a", (8, 10))
-    log_part(tmp_path / "runs/toy/b", "b", (1, 2))
-    wandb.teardown()  # what W&B has read of the environment
-    return tmp_path / "runs"
+def runs(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, isolated_wandb: None) -> Path:
+    """Run a in two parts, run b in one; logged once and copied for every test."""
+    logged = tmp_path_factory.getbasetemp() / "logged_offline"
+    if not logged.exists():
+        log_part(logged / "toy/a", "a", (2, 4, 6))
+        log_part(logged / "toy/a", "a", (8, 10))
+        log_part(logged / "toy/b", "b", (1, 2))
+        wandb.teardown()  # what W&B has read of the environment
+    return shutil.copytree(logged, tmp_path / "runs", symlinks=True)
 
 
 def synchronize(*arguments: object, **environment: str) -> subprocess.CompletedProcess:
