@@ -283,8 +283,9 @@ def _for_the_dashboard(
     plain: dict[str, Any], sites: dict[str, dict[str, Any]], facts: dict[str, Any]
 ) -> dict[str, Any]:
     """W&B's config: what one filters and groups by on top, the complete configuration below."""
-    handles = ("task", "norm", "label", "seed", "config_hash", "code_commit", "budget")
-    return {name: facts[name] for name in handles} | {
+    handles = ("task", "kind", "norm", "label", "seed", "config_hash", "budget", "corpus")
+    circumstances = ("code_commit", "code_dirty", "command", "hardware", "versions")
+    return {name: facts[name] for name in (*handles, *circumstances)} | {
         "sites": sites,
         "experiment": {key: value for key, value in plain.items() if key not in ("task", "norm")},
         "task_config": plain["task"],
@@ -298,9 +299,9 @@ def _flat(record: Record) -> dict[str, Any]:
         for split, values in record.metrics.items()
         for name, value in values.items()
     }
-    for name in ("status", "num_updates", "num_parameters", "tokens_per_second"):
-        flat[name] = getattr(record, name)
-    return flat
+    course = ("status", "reason", "diverged_at_update", "num_updates", "num_epochs")
+    cost = ("num_parameters", "tokens_per_second", "peak_memory_bytes", "wall_time_seconds")
+    return flat | {name: getattr(record, name) for name in (*course, *cost)}
 
 
 def _local(plain: dict[str, Any]) -> Path | None:

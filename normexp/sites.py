@@ -22,6 +22,12 @@ SITES: dict[str, tuple[str, ...]] = {
     ),
     "language_model": ("decoder_attention", "decoder_ffn", "decoder_final"),
 }
+# fairseq's names for the norms of a layer.
+_ATTRIBUTES = {
+    "self_attn_layer_norm": "attention",
+    "encoder_attn_layer_norm": "cross",
+    "final_layer_norm": "ffn",
+}
 # Both kinds of model take their defaults from fairseq's dataclasses.
 _DEFAULT_CHANNELS = 512
 
@@ -79,6 +85,20 @@ def resolve_sites(kind: str, model: Mapping[str, Any]) -> dict[str, dict[str, An
             resolved[site] = {"name": "layer", **norm_options("layer")}
         _refuse_future(site, resolved[site]["name"])
     return resolved
+
+
+def site_of(path: str) -> str | None:
+    """Site and layer of a module: "encoder.layers.0.final_layer_norm" -> "encoder_ffn/0".
+
+    The norm after a stack has no layer: "encoder_final". None for what is no norm of a site.
+    """
+    match path.split("."):
+        case [("encoder" | "decoder") as stack, "layers", layer, attribute]:
+            part = _ATTRIBUTES.get(attribute)
+            return f"{stack}_{part}/{layer}" if part else None
+        case [("encoder" | "decoder") as stack, "layer_norm"]:
+            return f"{stack}_final"
+    return None
 
 
 def _refuse_future(site: str, name: str) -> None:

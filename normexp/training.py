@@ -13,7 +13,7 @@ import torch
 from omegaconf import DictConfig
 
 from normexp import checkpoints, speed
-from normexp.diagnostics import norm_diagnostics
+from normexp.diagnostics import norm_diagnostics, update_diagnostics
 from normexp.kernels import use_kernels
 from normexp.metrics_file import MetricsFile
 from normexp.norms.loss_scale import follow_loss_scale
@@ -61,9 +61,10 @@ def train(
 ) -> TrainingResult:
     """Train to the end as configured, from checkpoint_last.pt where there is one.
 
-    metrics and sinks receive every logged value as sink(tag, update, {name: value}), and after
-    each validation the norms' statistics under the tag "diagnostics". Raises Diverged when a loss
-    or gradient is not finite.
+    metrics and sinks receive every logged value as sink(tag, update, {name: value}), and under the
+    tag "diagnostics" what normexp.diagnostics says of the norms: after each validation of their
+    statistics, and at every update that is logged of that update. Raises Diverged when a loss or
+    gradient is not finite.
 
     speed_settings: of normexp.speed, which have decided the loss and the optimizer in fairseq_cfg
     and here decide precision, dropout and kernels.
@@ -74,11 +75,13 @@ def train(
     observed = Observed()
     sinks = [metrics, *sinks]
 
+    def report(step: int, found: Mapping[str, float]) -> None:
+        for sink in sinks:
+            sink("diagnostics", step, found)
+
     def diagnostics(tag: str, step: int, values: Mapping[str, float]) -> None:
         if tag == "valid":
-            found = norm_diagnostics(observed.trainer.get_model())
-            for sink in sinks:
-                sink("diagnostics", step, found)
+            report(step, norm_diagnostics(observed.trainer.get_model()))
 
     def resume(step: int) -> None:
         metrics.truncate_after(step)
@@ -91,7 +94,7 @@ def train(
     with (
         metrics_to(*sinks, diagnostics),
         checkpoints.atomic_copies(),
-        _observed_trainer(fairseq_train, observed, resume, speed_settings),
+        _observed_trainer(fairseq_train, observed, resume, report, speed_settings),
     ):
         fairseq_train.main(fairseq_cfg)
     trainer = observed.trainer
@@ -131,6 +134,7 @@ def _observed_trainer(
     fairseq_train: Any,
     observed: Observed,
     resume: Callable[[int], None],
+    report: Callable[[int, Mapping[str, float]], None],
     speed_settings: Mapping[str, Any],
 ) -> Iterator[None]:
     """Let fairseq's training loop build a trainer that can be seen from outside."""
@@ -148,7 +152,8 @@ def _observed_trainer(
             started = time.perf_counter()
             scale = _loss_scale(self.optimizer)
             try:
-                output = super().train_step(samples, *args, **kwargs)
+                with update_diagnostics(self, report):
+                    output = super().train_step(samples, *args, **kwargs)
             except (FloatingPointError, StopIteration) as error:
                 # On a gradient that is not finite fairseq looks for the layer it came from, and
                 # that search dies of StopIteration at the encoder, whose output holds no tensor.

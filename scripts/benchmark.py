@@ -61,6 +61,12 @@ BENCHMARKS = {
         "Batches of the toy corpus as a training reads them, alone and with the steps.",
         9,
     ),
+    "diagnostics": Benchmark(
+        "what the diagnostics of logged updates cost: 2 minutes",
+        "Updates of a small Transformer with and without the statistics and gradients of its "
+        "norms being looked at, in turn in one process.",
+        40,
+    ),
     "attention": Benchmark(
         "the Tensorized Transformer's attention against the straightforward einsum: 2 minutes",
         "Forward and backward of one layer, and its memory, at the sizes of PTB and WikiText-103, "

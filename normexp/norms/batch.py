@@ -86,6 +86,9 @@ class BatchNorm(RunningNorm):
     def statistics(self) -> dict[str, Tensor]:
         return {"mean": self.running_mean, "var": self.running_var}
 
+    def retained(self, first: Tensor, last: Tensor) -> Tensor:
+        return (1 - self.momentum) ** (last - first)
+
 
 class _Standardize(torch.autograd.Function):
     """x -> y, mu_B, var_B, N; of all ranks where the layer is synchronized.

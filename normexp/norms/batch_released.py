@@ -64,3 +64,6 @@ class BatchNormReleased(RunningNorm):
 
     def statistics(self) -> dict[str, Tensor]:
         return {"mean": self.running_mean, "var": self.running_var}
+
+    def retained(self, first: Tensor, last: Tensor) -> Tensor:
+        return (1 - self.momentum) ** (last - first)

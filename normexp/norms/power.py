@@ -151,3 +151,6 @@ class PowerNorm(QuadraticNorm):
     def statistics(self) -> dict[str, Tensor]:
         EXCHANGE.settle()
         return {"psi2": self.running_psi2, "nu": self.nu}
+
+    def retained(self, first: Tensor, last: Tensor) -> Tensor:
+        return self.alpha_fwd ** (last - first)

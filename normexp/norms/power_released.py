@@ -120,6 +120,13 @@ class PowerNormReleased(RunningNorm):
         """Running statistics, each (C,), for diagnostics; nu in Algorithm 2's scale."""
         return {"psi2": self.running_psi2, "nu": (1 - self.alpha_bwd) * self.e}
 
+    def retained(self, first: Tensor, last: Tensor) -> Tensor:
+        # Before the exponential average a step s < warmup_steps keeps (s - 1) / s; these cancel.
+        cumulative = last.clamp(max=self.warmup_steps - 1).maximum(first)
+        # Nothing is left of the initial values if there was such a step, and all if there was none.
+        share = torch.where(cumulative > first, first / cumulative.clamp(min=1), 1.0)
+        return share * self.alpha_fwd ** (last - first)
+
 
 class _ScaleReleased(torch.autograd.Function):
     """x -> y; backward divides by the batch's statistic and drives `e` to cancel Lambda.

@@ -68,6 +68,9 @@ class PowerNormV(QuadraticNorm):
     def statistics(self) -> dict[str, Tensor]:
         return {"psi2": self.running_psi2}
 
+    def retained(self, first: Tensor, last: Tensor) -> Tensor:
+        return self.alpha ** (last - first)
+
 
 class _ExactScale(Scale):
     """Its gradient is the derivative of the forward and can be differentiated in turn."""

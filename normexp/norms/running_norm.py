@@ -163,6 +163,14 @@ class RunningNorm(nn.Module):
         """Running statistics, each (C,), for diagnostics."""
         raise NotImplementedError
 
+    def retained(self, first: Tensor, last: Tensor) -> Tensor | None:
+        """Weight that running statistics after `first` steps have in those after `last` steps.
+
+        For diagnostics. first, last: scalars, counts as in `step`. The rest of the weight, up to 1,
+        is the batches' in between. None where a layer does not tell.
+        """
+        return None
+
     @torch.no_grad()
     def _usable(self, n: Tensor, *statistics: Tensor) -> Tensor:
         """Whether a batch of n real tokens with these statistics may change the state.

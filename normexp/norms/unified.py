@@ -130,6 +130,9 @@ class UnifiedNorm(RunningNorm):
     def statistics(self) -> dict[str, Tensor]:
         return {"psi2": self.running_psi2, "e": self.e}
 
+    def retained(self, first: Tensor, last: Tensor) -> Tensor:
+        return self.momentum ** (last - first)
+
 
 class _NormalizeUnified(torch.autograd.Function):
     """y = w x_hat + b with the backward of unified normalization."""

@@ -202,6 +202,21 @@ def _data(record: Content) -> list[tuple[str, Table]]:
     return [("", _listed(record["measured"], columns))]
 
 
+def _diagnostics(record: Content) -> list[tuple[str, Table]]:
+    columns = {
+        "norm at all sites": lambda row: row["norm"],
+        "values": lambda row: str(row["values"]),
+        "ms per update": lambda row: _quartiles(row["milliseconds_per_update"]),
+        "ms of diagnostics": lambda row: _quartiles(row["milliseconds_of_diagnostics"]),
+        "update with / without": lambda row: _ratio(row, "ratio_with_to_without"),
+        "share of a logged update": lambda row: f"{100 * row['share_of_logged_update'][1]:.2f} %",
+        "share of training": lambda row: (
+            f"{100 * row['share_of_training'][1]:.3f} % (every {row['log_interval']} updates)"
+        ),
+    }
+    return [("", _listed(record["measured"], columns))]
+
+
 def _attention(record: Content) -> list[tuple[str, Table]]:
     columns = {
         "shape": lambda row: row["shape"],
@@ -260,6 +275,7 @@ TITLES = {
     "training": "Training",
     "inference": "Inference",
     "data": "Reading of data",
+    "diagnostics": "Diagnostics of training",
     "attention": "Attention of the Tensorized Transformer",
     "ranks": "Statistics of several ranks",
     "preparation": "Preparation of WMT14",
@@ -270,6 +286,7 @@ _TABLES: dict[str, Callable[[Content], list[tuple[str, Table]]]] = {
     "training": _training,
     "inference": _inference,
     "data": _data,
+    "diagnostics": _diagnostics,
     "attention": _attention,
     "ranks": _ranks,
     "preparation": _preparation,

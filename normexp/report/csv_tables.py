@@ -25,6 +25,11 @@ RUN_COLUMNS = (
 
 def results_csv(rows: list[Row], paper: Paper, folder: Path) -> str:
     """One line per row and metric; paths of records are relative to `folder`."""
+    return _csv(RESULT_COLUMNS, result_lines(rows, paper, folder))
+
+
+def result_lines(rows: list[Row], paper: Paper, folder: Path) -> list[dict[str, Any]]:
+    """The lines of `results_csv`; a column without a value in a line is absent."""
     lines = []
     for row in rows:
         first = row.first
@@ -43,7 +48,7 @@ def results_csv(rows: list[Row], paper: Paper, folder: Path) -> str:
                 if sample is not None:
                     line["ours_minus_paper"] = sample.mean - entry.value
             lines.append(line)
-    return _csv(RESULT_COLUMNS, lines)
+    return lines
 
 
 def runs_csv(rows: Iterable[Row], folder: Path) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from normexp.benchmarks import data, inference
+from normexp.benchmarks import data, diagnostics, inference
 from normexp.benchmarks.toy import toy_task
 
 SMALL = [
@@ -18,13 +18,13 @@ SMALL = [
 
 @pytest.fixture
 def small_toy(tmp_path_factory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both benchmarks prepare the corpus once, and their models are small."""
+    """The benchmarks prepare the corpus once, and their models are small."""
     folder = tmp_path_factory.getbasetemp() / "toy_corpora"
 
-    def small(task: str, _: Path):
-        return toy_task(task, folder, *SMALL)
+    def small(task: str, _: Path, *overrides: str):
+        return toy_task(task, folder, *overrides, *SMALL)
 
-    for module in (data, inference):
+    for module in (data, diagnostics, inference):
         monkeypatch.setattr(module, "toy_task", small)
 
 
@@ -67,6 +67,24 @@ def test_record_of_reading(
     for row in (reading, step):
         seconds = row["milliseconds_per_batch"][1] / 1e3
         assert row["tokens_per_second"] == pytest.approx(row["tokens_per_batch"] / seconds, rel=0.1)
+
+
+def test_record_of_diagnostics(
+    small_toy: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(diagnostics, "NORMS", ("layer", "power"))
+    record = tmp_path / "results" / "diagnostics.json"
+    result = diagnostics.measure(2, record, progress=False)
+    assert json.loads(record.read_text(encoding="utf-8")) == result
+    layer, power = result["measured"]
+    # 2 + 2 layers with 2 and 3 norms and one behind each stack; PN tells psi2, its distance, nu,
+    # what it rejected and its gradient.
+    assert (layer["values"], power["values"]) == (12, 5 * 12)
+    for row in (layer, power):
+        assert row["milliseconds_of_diagnostics"][1] > 0
+        assert row["share_of_training"][1] == pytest.approx(
+            row["share_of_logged_update"][1] / row["log_interval"], rel=1e-2
+        )
 
 
 def _one_round(take_turns, calls, rounds, progress):

@@ -102,6 +102,22 @@ RECORDS: dict[str, dict[str, Any]] = {
             }
         ],
     },
+    "diagnostics": {
+        "what": "updates",
+        "measured": [
+            {
+                "norm": "power",
+                "values": 60,
+                "milliseconds_per_update": [190.0, 200.0, 225.0],
+                "milliseconds_of_diagnostics": [1.25, 1.5, 1.75],
+                "ratio_with_to_without": [0.98, 1.01, 1.03],
+                "share_of_logged_update": [0.006, 0.0075, 0.009],
+                "log_interval": 50,
+                "share_of_training": [0.00012, 0.00015, 0.00018],
+                "disturbed": False,
+            }
+        ],
+    },
 }
 LINES = [
     "| nn.LayerNorm | 1.00 · 2.5 ms |",
@@ -116,6 +132,8 @@ LINES = [
     "| ours | 5 | 500 | 0 | 128.2 | 0.88 (0.80–0.90) |",
     r"| toy\_translation | reading | 0.75 (0.50–1.00) | 1,333.3 | 1,428,000 | 0.0076 "
     "(0.0060–0.0087) |",
+    "| power | 60 | 200.00 (190.00–225.00) | 1.50 (1.25–1.75) | 1.01 (0.98–1.03) | 0.75 % "
+    "| 0.015 % (every 50 updates) |",
 ]
 AUTHORS = """
 what: a layer
@@ -173,7 +191,7 @@ def test_the_authors_times_are_quoted_with_their_source_and_as_multiples(results
 
 
 def test_what_was_not_measured_is_absent(results: Path) -> None:
-    for name in ("norms", "scaling", "training", "data"):
+    for name in ("norms", "scaling", "training", "data", "diagnostics"):
         (results / "benchmarks" / f"{name}.json").unlink()
     files = _files(results)
     headings = re.findall("^## (.*)$", files[results / "benchmarks" / "README.md"], re.MULTILINE)

@@ -334,35 +334,3 @@ def test_full_disk_is_named_and_loses_nothing(overrides, tmp_path) -> None:
         assert shown.returncode == 0, shown.stderr
     finally:
         subprocess.run(["umount", str(disk)], check=True)
-
-
-def test_dashboard_gets_what_compares_runs(overrides, tmp_path) -> None:
-    """Group, tags, configuration, curves, statistics and final metrics, read back from disk."""
-    settings = overrides("toy_language_model", "norm=power", "tracking=offline", "seed=3")
-    settings.remove("tracking=disabled")
-    record = pipeline.run(composed(*settings))
-    folder = run_folder(tmp_path / "results", "toy_language_model", "PN-seed3")
-    (log,) = (folder / "wandb").glob("offline-run-*/*.wandb")
-    leet = [sys.executable, "-m", "wandb", "leet", "inspect"]
-    summary = json.loads(
-        subprocess.run([*leet, "--summary", "--json", log], capture_output=True, check=True).stdout
-    )
-    assert summary["name"] == "PN-seed3"
-    assert set(summary["tags"]) == {"toy_language_model", "power", "seed3"}
-    assert summary["config"]["norm"] == "power" and summary["config"]["seed"] == 3
-    assert summary["config"]["config_hash"] == record.config_hash
-    final = summary["summary"]
-    expected = record.metrics["test"]["perplexity_per_word"]
-    assert final["test/perplexity_per_word"] == pytest.approx(expected)
-    shown = subprocess.run([*leet, "--json", log], capture_output=True, check=True, text=True)
-    entries = [json.loads(line) for line in shown.stdout.split("\n") if line]
-    (run,) = [entry["run"] for entry in entries if entry["type"] == "run"]
-    assert run["run_group"] == "toy_language_model"
-    logged = {
-        key for entry in entries if entry["type"] == "history" for key in entry["history"]["item"]
-    }
-    assert {"train_inner/loss", "train/loss", "valid/loss", "valid/ppl"} <= logged
-    sites = ("self_attn_layer_norm", "final_layer_norm")
-    for site in sites:
-        assert f"diagnostics/norm/decoder.layers.0.{site}/psi2_mean" in logged
-        assert f"diagnostics/norm/decoder.layers.0.{site}/nu_norm" in logged

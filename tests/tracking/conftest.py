@@ -3,9 +3,11 @@
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from wandb_server import KEY, Server, running_server
 
 
 @pytest.fixture
@@ -23,6 +25,18 @@ def isolated_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     wandb.teardown()  # the settings of an earlier test would outlive its environment
     yield
     wandb.teardown()
+
+
+@pytest.fixture
+def wandb_server(isolated_wandb, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    """A server for W&B's client on this machine, and a key for it."""
+    import wandb
+
+    with running_server() as server:
+        monkeypatch.setenv("WANDB_BASE_URL", server.url)
+        monkeypatch.setenv("WANDB_API_KEY", KEY)
+        yield server
+        wandb.teardown()
 
 
 @pytest.fixture

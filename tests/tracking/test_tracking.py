@@ -1,5 +1,6 @@
 """What a W&B run contains, read back from disk, and that no failure of W&B reaches training."""
 
+import json
 import logging
 import os
 import pty
@@ -8,9 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from wandb_server import KEY
 
 from normexp import tracking
 from normexp.errors import UserError
+from normexp.offline_runs import upload
 from normexp.tracking import Tracker
 
 pytestmark = pytest.mark.usefixtures("isolated_wandb")
@@ -33,13 +36,17 @@ def logs(run_dir: Path) -> list[Path]:
 
 
 def history(records: dict) -> list[dict]:
+    """What was logged; every entry has the common x axis as well."""
+    assert all(
+        entry["item"]["num_updates"] == entry["item"]["_step"] for entry in records["history"]
+    )
     return [
         {name: value for name, value in entry["item"].items() if name not in PRIVATE}
         for entry in records["history"]
     ]
 
 
-PRIVATE = ("_runtime", "_timestamp")
+PRIVATE = ("_runtime", "_timestamp", "num_updates")
 
 
 def notices(caplog) -> list[str]:
@@ -65,6 +72,7 @@ def test_offline_run_holds_what_was_logged(tmp_path, inspect):
     [run] = records["run"]
     assert (run["run_id"], run["project"]) == ("toy-PN-1", "normexp")
     assert (run["run_group"], run["tags"]) == ("toy_translation", ["PN", "seed1"])
+    assert run["job_type"] == "train"
     assert summary["name"] == "toy PN seed 1"
     assert summary["config"] == {"norm": {"name": "power", "alpha_fwd": 0.9}, "seed": 1}
     assert summary["summary"]["test/bleu_tokenised"] == 35.87
@@ -75,24 +83,109 @@ def test_offline_run_holds_what_was_logged(tmp_path, inspect):
 def test_a_run_left_by_an_exception_is_marked_as_failed(tmp_path, inspect):
     with pytest.raises(FloatingPointError), start(tmp_path) as tracker:
         tracker.log({"loss": float("nan")}, step=1)
-        raise FloatingPointError
+        raise FloatingPointError("no number")
     [log] = logs(tmp_path)
     _, summary = inspect(log)
     assert (summary["state"], summary["exit_code"]) == ("failed", 1)
+    assert summary["summary"]["status"] == "failed"
+    assert summary["summary"]["reason"] == "FloatingPointError: no number"
+
+
+def test_a_divergence_counts_as_failed(tmp_path, inspect):
+    with start(tmp_path) as tracker:
+        tracker.summarize({"status": "diverged", "reason": "loss is nan in update 7"})
+    [log] = logs(tmp_path)
+    _, summary = inspect(log)
+    assert (summary["state"], summary["exit_code"]) == ("failed", 1)
+    assert summary["summary"]["reason"] == "loss is nan in update 7"
+
+
+def test_curves_share_their_axis_and_the_summary_has_the_best(tmp_path, inspect):
+    with start(tmp_path) as tracker:
+        for step, loss in ((1, 3.0), (2, 1.0), (3, float("nan")), (4, 2.0)):
+            tracker("valid", step, {"loss": loss, "bleu": 10 * loss})
+            tracker("train", step, {"loss": loss})
+    [log] = logs(tmp_path)
+    records, summary = inspect(log)
+    defined = {x.get("name") or x["glob_name"]: x for x in records["metric"]}
+    assert defined["*"]["step_metric"] == "num_updates"
+    assert defined["valid/loss"]["step_metric"] == "num_updates"
+    assert summary["summary"]["valid/loss"] == {"min": 1.0}
+    assert summary["summary"]["valid/bleu"] == {"max": 30.0}
+    assert summary["summary"]["train/loss"] == 2.0
+
+
+def test_a_table_keeps_its_rows(tmp_path, inspect):
+    with start(tmp_path, job_type="report") as tracker:
+        tracker.table("results", ["label", "mean"], [["PN", 35.5], ["LN", None]])
+    [log] = logs(tmp_path)
+    records, summary = inspect(log)
+    assert summary["summary"]["results"]["nrows"] == 2
+    assert records["run"][0]["job_type"] == "report"
+    [table] = log.parent.glob("files/media/table/results*.json")
+    content = json.loads(table.read_text(encoding="utf-8"))
+    assert content == {"columns": ["label", "mean"], "data": [["PN", 35.5], ["LN", None]]}
 
 
 def test_a_resumed_run_logs_each_step_once(tmp_path, inspect):
-    with start(tmp_path) as tracker:
+    with pytest.raises(SystemExit), start(tmp_path) as tracker:
         for step in (2, 4, 6, 8):
-            tracker.log({"loss": float(step)}, step=step)
+            tracker("valid", step, {"loss": 1.0 + step, "bleu": 40.0 - step})
+        raise SystemExit(143)
     with start(tmp_path) as tracker:  # from the checkpoint of update 4
         for step in (6, 8, 10, 12):
-            tracker.log({"loss": float(step)}, step=step)
-    first, second = (inspect(log)[0] for log in logs(tmp_path))
+            tracker("valid", step, {"loss": 20.0 + step, "bleu": 40.0 - step})
+        tracker.summarize({"status": "complete"})
+    (first, interrupted), (second, complete) = (inspect(log) for log in logs(tmp_path))
+    assert interrupted["state"] == "failed"
+    assert interrupted["summary"]["status"] == "interrupted"
+    assert interrupted["summary"]["reason"] == "SystemExit: 143"
+    assert complete["state"] == "finished"
+    assert complete["summary"]["status"] == "complete"
+    assert complete["summary"].get("reason") is None
+    # the best of both parts
+    assert complete["summary"]["valid/loss"] == {"min": 3.0}
+    assert complete["summary"]["valid/bleu"] == {"max": 38.0}
     assert [entry["_step"] for entry in history(first)] == [2, 4, 6, 8]
     assert [entry["_step"] for entry in history(second)] == [10, 12]
     assert second["run"][0]["run_id"] == first["run"][0]["run_id"]
     assert second["run"][0]["resume"]
+
+
+def test_an_online_run_goes_on_where_it_stopped(tmp_path, wandb_server):
+    with pytest.raises(SystemExit), start(tmp_path, mode="online") as tracker:
+        for step in (2, 4, 6, 8):
+            tracker("valid", step, {"loss": float(step)})
+        raise SystemExit(143)
+    run = wandb_server.runs["toy-PN-1"]
+    assert (run.exit_code, run.summary["status"]) == (1, "interrupted")
+    with start(tmp_path, mode="online") as tracker:  # from the checkpoint of update 4
+        for step in (6, 8, 10, 12):
+            tracker("valid", step, {"loss": float(step)})
+        tracker.summarize({"status": "complete"})
+    assert run.steps == [2, 4, 6, 8, 10, 12]
+    assert (run.exit_code, run.summary["status"]) == (0, "complete")
+    assert run.summary["valid/loss"] == {"min": 2.0}
+    assert (run.about["groupName"], run.about["jobType"]) == ("toy_translation", "train")
+    assert not logs(tmp_path)
+
+
+def test_online_goes_on_offline_behind_parts_that_are_not_uploaded(
+    tmp_path, wandb_server, caplog, inspect
+):
+    """The server appends what comes, so an online part must not come before an offline one."""
+    for mode, step in (("offline", 2), ("online", 4)):
+        with start(tmp_path, mode=mode) as tracker:
+            tracker.log({"loss": 1.0}, step=step)
+    [notice] = notices(caplog)
+    assert "goes on offline" in notice and "sync_wandb.py" in notice
+    assert [history(inspect(log)[0])[0]["_step"] for log in logs(tmp_path)] == [2, 4]
+    assert not wandb_server.runs
+    for log in logs(tmp_path):
+        upload(log)
+    with start(tmp_path, mode="online") as tracker:
+        tracker.log({"loss": 1.0}, step=6)
+    assert wandb_server.runs["toy-PN-1"].steps == [2, 4, 6]
 
 
 def test_another_run_in_the_same_folder_starts_from_its_own_beginning(tmp_path, inspect):
@@ -125,7 +218,7 @@ def test_online_without_a_key_is_logged_offline_with_one_notice(tmp_path, caplog
 
 def test_online_without_a_network_is_logged_offline(tmp_path, monkeypatch, caplog, inspect):
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
-    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
     monkeypatch.setattr(tracking, "INIT_TIMEOUT_SECONDS", 2.0)
     with start(tmp_path, mode="online") as tracker:
         tracker.log({"loss": 1.0}, step=1)
@@ -137,9 +230,14 @@ def test_online_without_a_network_is_logged_offline(tmp_path, monkeypatch, caplo
     assert summary["state"] == "finished"
 
 
-def test_a_terminal_is_never_asked_for_a_key(tmp_path):
+@pytest.mark.parametrize("key", [None, KEY])
+def test_a_terminal_is_never_asked_for_a_key(tmp_path, monkeypatch, key):
+    if key is not None:
+        monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+        monkeypatch.setenv("WANDB_API_KEY", key)
     script = (
-        "from pathlib import Path; from normexp.tracking import Tracker\n"
+        "from pathlib import Path; from normexp import tracking; from normexp.tracking import *\n"
+        "tracking.INIT_TIMEOUT_SECONDS = 2.0\n"
         f"Tracker.start('online', 'p', Path({str(tmp_path)!r}), 'id', 'n', 'g', [], {{}}).finish()"
     )
     master, slave = pty.openpty()
@@ -152,7 +250,8 @@ def test_a_terminal_is_never_asked_for_a_key(tmp_path):
         os.close(slave)
         os.close(master)
     assert done.returncode == 0
-    assert "no API key" in shown and "choice" not in shown
+    assert ("no connection" if key else "no API key") in shown
+    assert "choice" not in shown
     assert len(logs(tmp_path)) == 1
 
 

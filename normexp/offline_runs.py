@@ -1,0 +1,170 @@
+"""W&B's offline runs on disk: which there are, which are uploaded, and their upload.
+
+A run that was interrupted has several parts with one id, folders `offline-run-<start>-<id>`. Each
+is uploaded by a call of `wandb sync` of its own, because (all seen with wandb 0.31) that command
+
+- takes the parts of a run in any order when it is given several, while the server appends;
+- exits with status 0 when an upload failed, and even leaves its mark of success,
+  `run-<id>.wandb.synced`, when the server refuses the data;
+- waits for an unreachable server for more than a minute.
+"""
+
+import fcntl
+import os
+import subprocess
+import sys
+import tempfile
+import textwrap
+import urllib.error
+import urllib.request
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from normexp.errors import UserError
+
+CONNECT_TIMEOUT_SECONDS = 10.0
+UPLOAD_TIMEOUT_SECONDS = 1800.0
+_HEADER_BYTES = 7  # of W&B's file: all there is if a process was killed in its first 15 s
+_RETRIED = ("GRAPHQL", "FILE_STREAM", "FILE_TRANSFER")
+
+
+class UploadError(Exception):
+    """W&B did not take a part; the message is W&B's."""
+
+
+def is_offline(log: Path) -> bool:
+    """Whether `run-<id>.wandb` was written offline."""
+    return log.parent.name.startswith("offline-run-")
+
+
+def is_uploaded(log: Path) -> bool:
+    """Whether the upload of a part has succeeded, by this module or by `wandb sync`."""
+    return _mark(log).exists() and not _begun(log).exists()
+
+
+@dataclass(frozen=True)
+class OfflineRun:
+    """The parts of one run in the order in which they were written."""
+
+    folder: Path  # of the run
+    run_id: str
+    logs: tuple[Path, ...]
+
+    @property
+    def name(self) -> str:
+        """Task and label with seed, as in the path of the run folder."""
+        return "/".join(self.folder.parts[-2:])
+
+    @property
+    def waiting(self) -> tuple[Path, ...]:
+        """What is to be uploaded: parts that are not yet, and that hold anything."""
+        return tuple(
+            log for log in self.logs if not is_uploaded(log) and log.stat().st_size > _HEADER_BYTES
+        )
+
+    @property
+    def is_being_written(self) -> bool:
+        """Whether a process holds the run folder."""
+        try:
+            with open(self.folder / ".lock", "rb") as lock:
+                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except FileNotFoundError:
+            return False
+        except BlockingIOError:
+            return True
+        return False
+
+
+def find_offline_runs(paths: Iterable[Path]) -> list[OfflineRun]:
+    """All offline runs at or below these folders. Raises UserError for one that does not exist."""
+    found: dict[tuple[Path, str], set[Path]] = {}
+    for path in paths:
+        if not path.is_dir():
+            raise UserError(f"no folder {path}; name run folders, or a folder that holds some")
+        path = path.resolve()
+        parts = [path] if path.name.startswith("offline-run-") else path.rglob("offline-run-*")
+        for part in parts:
+            for log in part.glob("run-*.wandb"):
+                key = part.parents[1], log.name.removeprefix("run-").removesuffix(".wandb")
+                found.setdefault(key, set()).add(log)
+    # The names of a run's parts differ by their time only.
+    return [OfflineRun(*key, tuple(sorted(logs))) for key, logs in sorted(found.items())]
+
+
+def check_connection() -> None:
+    """Raise UserError where there is no API key or the server does not answer within seconds."""
+    import wandb
+
+    url = wandb.setup(settings=wandb.Settings(silent=True)).settings.base_url
+    if not wandb.login(prompt=False, verify=False):
+        raise UserError(f"no API key for {url}; give one by `wandb login` or WANDB_API_KEY")
+    try:
+        urllib.request.urlopen(url, timeout=CONNECT_TIMEOUT_SECONDS).close()
+    except urllib.error.HTTPError:
+        pass  # an answer all the same
+    except OSError as error:
+        reason = getattr(error, "reason", error)
+        raise UserError(
+            f"{url} does not answer ({reason}); nothing is lost, give the same command again "
+            "where there is a network"
+        ) from None
+
+
+def upload(log: Path) -> None:
+    """Upload one part by `wandb sync`; after an interruption it is uploaded anew.
+
+    The server appends. What it had of a part before an interruption it then has twice, with the
+    same steps and values: curves and summary stay as they are.
+
+    Raises UploadError where W&B says so, or where another process is at it.
+    """
+    sync = [sys.executable, "-m", "wandb", "sync", str(log.parent)]
+    with _holding(_begun(log)), tempfile.TemporaryDirectory() as elsewhere:
+        _mark(log).unlink(missing_ok=True)
+        limits = {f"WANDB__{what}_RETRY_MAX": "3" for what in _RETRIED}
+        environment = os.environ | limits | {"WANDB_DIR": elsewhere, "WANDB_SILENT": "false"}
+        for name in ("WANDB_MODE", "WANDB_SERVICE"):  # a mode, or a process, of its own
+            environment.pop(name, None)
+        try:
+            done = subprocess.run(
+                sync,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                cwd=elsewhere,  # it leaves its own log where it is called
+                env=environment,
+                timeout=UPLOAD_TIMEOUT_SECONDS,
+            )
+        except subprocess.TimeoutExpired:
+            raise UploadError(f"not done after {UPLOAD_TIMEOUT_SECONDS / 60:.0f} minutes") from None
+        lines = [line.removeprefix("wandb: ").strip() for line in done.stdout.split("\n")]
+        complaints = [line for line in lines if line.startswith(("ERROR", "Error"))]
+        if complaints and all("ends with an incomplete record" in line for line in complaints):
+            _mark(log).touch()  # of a killed process: there will never be more
+        elif complaints or done.returncode != 0 or not _mark(log).exists():
+            said = "; ".join(complaints or lines[-2:])
+            raise UploadError(textwrap.shorten(said, 300) or f"status {done.returncode}")
+        _begun(log).unlink()
+
+
+def _mark(log: Path) -> Path:
+    """Where `wandb sync` leaves its mark."""
+    return log.with_suffix(".wandb.synced")
+
+
+def _begun(log: Path) -> Path:
+    """There while an upload is under way, and after one that did not succeed."""
+    return log.with_suffix(".wandb.uploading")
+
+
+@contextmanager
+def _holding(path: Path) -> Iterator[None]:
+    with open(path, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UploadError("another process is uploading it") from None
+        yield

@@ -1,0 +1,52 @@
+#!/usr/bin/env python
+"""Make the W&B dashboard: a saved workspace, and the table of results.
+
+    python scripts/dashboard.py workspace       # panels that compare norms, seeds as band
+    python scripts/dashboard.py table           # the committed records, in the W&B run "results"
+
+The workspace is saved online. The table waits on disk for scripts/sync_wandb.py where there is no
+account or no network.
+"""
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+
+from normexp.errors import UserError
+
+RESULTS = Path(__file__).resolve().parents[1] / "results"
+
+
+def main() -> None:
+    """Parse the command line and make one of both."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    workspace = commands.add_parser("workspace", help="save the panels at W&B")
+    workspace.add_argument("--entity", help="user or team at W&B (that of the key)")
+    workspace.add_argument("--task", help="show the runs of one task only")
+    table = commands.add_parser("table", help="log the records as a table")
+    table.add_argument("--results", type=Path, default=RESULTS, help="(%(default)s)")
+    for command in (workspace, table):
+        command.add_argument("--project", default="normexp", help="at W&B (%(default)s)")
+    options = parser.parse_args()
+
+    # Here, because W&B and torch take seconds to load, and --help should not.
+    from normexp import dashboard
+
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.getLogger("normexp.tracking").setLevel(logging.INFO)
+    if options.command == "workspace":
+        print(dashboard.save_workspace(options.entity, options.project, options.task))
+    else:
+        num_rows = dashboard.log_results(options.results, options.project)
+        print(f"{num_rows} rows logged")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"error: {error}")

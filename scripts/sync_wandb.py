@@ -1,0 +1,66 @@
+#!/usr/bin/env python
+"""Upload the offline W&B runs; whatever is uploaded already is left out.
+
+    python scripts/sync_wandb.py                # all below results/runs
+    python scripts/sync_wandb.py --dry-run      # what that would upload
+
+Runs that are still being written are left for the next call. So is what failed or was interrupted.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from normexp.errors import UserError
+from normexp.offline_runs import UploadError, check_connection, find_offline_runs, upload
+
+RUNS = Path(__file__).resolve().parents[1] / "results" / "runs"
+
+
+def main() -> None:
+    """Find, upload, tell."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "paths", nargs="*", type=Path, help=f"run folders, or folders that hold some ({RUNS})"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="only say what would be uploaded")
+    options = parser.parse_args()
+    if not options.paths and not RUNS.is_dir():
+        raise UserError(f"no runs below {RUNS} yet; train something first, or name folders")
+
+    found = find_offline_runs(options.paths or [RUNS])
+    busy = [run for run in found if run.is_being_written]
+    runs = [run for run in found if run not in busy and run.waiting]
+    for run in busy:
+        print(f"{run.name}: still being written, left for the next call")
+    total = sum(len(run.waiting) for run in runs)
+    print(f"{total} parts of {len(runs)} runs to upload; {len(found)} runs found")
+    if runs and not options.dry_run:
+        check_connection()
+    done, failed = 0, []
+    for run in runs:
+        for log in run.waiting:
+            done += 1
+            head = f"[{done}/{total}] {run.name}, part {run.logs.index(log) + 1} of {len(run.logs)}"
+            if options.dry_run:
+                print(f"{head}: {log.parent}")
+                continue
+            try:
+                upload(log)
+            except UploadError as error:
+                print(f"{head}: not uploaded ({error})", file=sys.stderr)
+                failed.append(run.name)
+                check_connection()  # without a network the others would fail as slowly
+                break  # later parts of this run have to wait for this one
+            print(f"{head}: uploaded", flush=True)
+    if failed:
+        raise UserError(f"not uploaded: {', '.join(failed)}; the same command tries again")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"error: {error}")
