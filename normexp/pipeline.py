@@ -175,6 +175,7 @@ def _train_and_evaluate(
             except training.Diverged as diverged:
                 return _failure("diverged", diverged.reason) | {
                     "diverged_at_update": diverged.update,
+                    "diverged_site": diverged.site,
                     "num_updates": diverged.update - 1,
                     "curve": _curve(folder),
                 }

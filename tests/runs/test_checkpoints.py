@@ -89,7 +89,7 @@ def test_copy_is_whole_or_absent(tmp_path: Path, monkeypatch) -> None:
         target.write(source.read(2))
         raise OSError(28, "No space left on device")
 
-    with checkpoints.atomic_copies():
+    with checkpoints.atomic_writes():
         with monkeypatch.context() as patch:
             patch.setattr(shutil, "copyfileobj", cut_off)
             with pytest.raises(OSError, match="No space"):
