@@ -1,5 +1,6 @@
 """Checkpoints: averaging, safe loading, and copies that are whole or absent."""
 
+import errno
 import logging
 import math
 import re
@@ -43,9 +44,10 @@ def load(path: Path) -> dict[str, Any]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise Lost(path, f"there is no checkpoint {path}") from None
-    except OSError as error:
-        raise UserError(f"cannot read the checkpoint {path}: {error.strerror or error}") from None
     except Exception as error:
+        # Not EINVAL: a truncated archive makes zipfile seek to places that are none.
+        if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EIO):
+            raise UserError(f"cannot read the checkpoint {path}: {error.strerror}") from None
         reason = str(error).strip().split("\n")[0]
         raise Lost(
             path, f"the checkpoint {path} is damaged or not to be trusted: {reason}"
@@ -170,6 +172,12 @@ def go_back_before(folder: Path, lost: Lost) -> Path:
     checkpoint is left. (Later ones could stay where training repeats itself to the bit; on a GPU
     it does not, and an average is of one training.)
     """
+    if lost.path.name in (LAST, BEST):
+        found = newest_good(folder)
+        if found is not None:
+            restore(folder, *found)
+        if found is not None and (lost.path.name == LAST or _updates(folder / BEST) < math.inf):
+            return found[0]
     epoch = _epoch(lost.path)
     earlier = [path for path in epoch_checkpoints(folder) if epoch and _epoch(path) < epoch]
     for path in earlier:
@@ -184,15 +192,19 @@ def go_back_before(folder: Path, lost: Lost) -> Path:
     raise Lost(lost.path, f"{lost}; no earlier one is left: remove {folder.parent} to train anew")
 
 
-def restore_best(folder: Path, source: Path, state: dict[str, Any]) -> None:
-    """Make checkpoint_best.pt anew from a checkpoint, if it is the best so far and that is lost."""
+def restore(folder: Path, source: Path, state: dict[str, Any], name: str | None = None) -> None:
+    """Make those copies of a checkpoint anew that are lost and should be equal to it.
+
+    That is checkpoint_last.pt, from which training is about to go on, checkpoint_best.pt if none
+    before was better, and `name`, that of a finished epoch.
+    """
     extra = state["extra_state"]
-    best = folder / BEST
-    if extra.get("val_loss") is None or extra["val_loss"] != extra.get("best") or source == best:
-        return
-    if not best.exists() or _updates(best) == math.inf:
-        logger.warning("%s is missing or damaged; it is made again from %s", best, source)
-        _copy(source, best)
+    is_best = extra.get("val_loss") is not None and extra["val_loss"] == extra.get("best")
+    for copy in (LAST, BEST if is_best else None, name):
+        path = folder / (copy or source)
+        if path != source and (not path.exists() or _updates(path) == math.inf):
+            logger.warning("%s is missing or damaged; it is made again from %s", path, source)
+            _copy(source, path)
 
 
 def _updates(path: Path) -> float:

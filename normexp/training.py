@@ -211,20 +211,25 @@ def _observed_trainer(
             path, state = found
             if path != last and last.exists():
                 logger.warning("%s cannot be read; resuming from %s instead", last, path)
-            if self.data_parallel_rank == 0:
-                checkpoints.restore_best(last.parent, path, state)
-            with checkpoints.instead_of_reading(state):
-                extra_state = super().load_checkpoint(str(path), *args, **kwargs)
-            updates, position = self.get_num_updates(), extra_state["train_iterator"]
+            position = state["extra_state"]["train_iterator"]
             # At the end of an epoch the position is the beginning of the next one.
             at_end_of_epoch = position["iterations_in_epoch"] == 0
-            observed.num_epochs = position["epoch"] - at_end_of_epoch
+            epoch = observed.num_epochs = position["epoch"] - at_end_of_epoch
+            if self.data_parallel_rank == 0:
+                of_epochs = self.cfg.checkpoint
+                kept = at_end_of_epoch and epoch % of_epochs.save_interval == 0
+                kept = kept and not of_epochs.no_epoch_checkpoints
+                name = f"checkpoint{epoch}.pt" if kept else None
+                checkpoints.restore(last.parent, path, state, name)
+            with checkpoints.instead_of_reading(state):
+                extra_state = super().load_checkpoint(str(path), *args, **kwargs)
+            updates = self.get_num_updates()
             ours = extra_state.get("normexp", {})  # absent in checkpoints of earlier versions
             for name in ("seconds", "tokens", "kernels"):
                 setattr(observed, name, ours.get(name, getattr(observed, name)))
             resumption.restore_scheduler(self.lr_scheduler, ours.get("lr_scheduler", {}))
             if at_end_of_epoch:  # which the learning rate follows only after the checkpoint
-                self.lr_step(observed.num_epochs, extra_state["val_loss"])
+                self.lr_step(epoch, extra_state["val_loss"])
             logger.warning("resuming after update %d from %s", updates, path)
             resume(updates, extra_state)
             return extra_state

@@ -26,10 +26,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import yaml
-from small_runs import composed
-
-from normexp.corpora.catalogue import CATALOGUE
+from small_runs import composed, few_sentences
 
 CLOCKS = {"time", "wall", "train_wall", "wps", "ups", "gb_free"}
 
@@ -130,20 +127,37 @@ def no_fault(count: int, first_half: Callable | None) -> None:
     """Nothing goes wrong."""
 
 
-class Attempt:
-    """One process that runs a configuration as scripts/train.py does."""
+class Start:
+    """A process under way that runs a configuration as scripts/train.py does."""
 
-    def __init__(self, overrides: list[str], results: Path, fault: Callable = no_fault):
+    def __init__(
+        self,
+        overrides: list[str],
+        results: Path,
+        folder: Path,
+        name: str,
+        fault: Callable = no_fault,
+    ):
+        self._report, self._shown = folder / f"operations_{name}", folder / f"shown_{name}"
         results.mkdir(parents=True, exist_ok=True)
-        report, shown = results.parent / "operations.json", results.parent / "shown.txt"
-        child = os.fork()
-        if child == 0:
-            _run([*overrides, f"results_dir={results}"], results, fault, report, shown)
-        _, status = os.waitpid(child, 0)
+        self._child = os.fork()
+        if self._child == 0:
+            overrides = [*overrides, f"results_dir={results}"]
+            _run(overrides, results, fault, self._report, self._shown)
+
+    def end(self) -> "Start":
+        """Wait for it."""
+        _, status = os.waitpid(self._child, 0)
         self.killed = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
         self.code = os.waitstatus_to_exitcode(status)
-        self.shown = shown.read_text()
-        self.operations = [] if self.killed else json.loads(report.read_text())
+        self.shown = self._shown.read_text()
+        self.operations = [] if self.killed else json.loads(self._report.read_text())
+        return self
+
+
+def attempt(overrides: list[str], results: Path, fault: Callable = no_fault) -> Start:
+    """A process that has ended."""
+    return Start(overrides, results, results.parent, "last", fault).end()
 
 
 def _run(overrides: list[str], results: Path, fault: Callable, report: Path, shown: Path) -> None:
@@ -190,7 +204,7 @@ def outcome(results: Path) -> dict[str, Any]:
         if name
         not in (
             *("finished_at", "tokens_per_second", "peak_memory_bytes", "wall_time_seconds"),
-            *("command", "config", "hardware"),
+            *("command", "config", "hardware", "code_commit", "code_dirty"),
         )
     }
     lines = (folder / "metrics.jsonl").read_text().split("\n")[:-1]
@@ -256,36 +270,24 @@ def sample(operations: list[list[str]], size: int | None, seed: int) -> list[int
     return sorted([*kinds, *rest][:size])
 
 
-def few_sentences(folder: Path) -> Path:
-    """A catalogue of the toy corpora with so little text that an epoch takes a moment."""
-    known = yaml.safe_load(CATALOGUE.read_text())["corpora"]
-    toys = {name: known[name] for name in ("toy_translation", "toy_language_model")}
-    for toy in toys.values():
-        toy["sizes"] = {"train": 200, "valid": 12, "test": 12}
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "catalogue.yaml"
-    path.write_text(yaml.safe_dump({"corpora": toys}))
-    return path
-
-
 def inject(job: dict[str, Any], folder: Path) -> dict[str, Any]:
     """For each chosen operation a run that fails there and is then given again, until complete."""
     faults = {
         "kill": lambda number: kill_at(number, half=False),
-        "kill_half": lambda number: kill_at(number, half=True),
-        "full_disk": full_disk_from,
+        "kill in the middle": lambda number: kill_at(number, half=True),
+        "full disk": full_disk_from,
     }
     fault = faults[job["fault"]]
-    straight = Attempt(job["overrides"], folder / "straight")
+    straight = attempt(job["overrides"], folder / "straight")
     if straight.code:
-        return {"straight": straight.shown}
+        raise RuntimeError(straight.shown)
     expected = outcome(folder / "straight")
-    numbers = job.get("numbers") or sample(straight.operations, job.get("size"), job["seed"])
+    numbers = job.get("numbers") or sample(straight.operations, job["size"], job["seed"])
     cases = []
     for number in numbers:
         results = folder / f"at{number}"
-        failed = Attempt(job["overrides"], results, fault(number))
-        again = Attempt(job["overrides"], results)
+        failed = attempt(job["overrides"], results, fault(number))
+        again = attempt(job["overrides"], results)
         cases.append(
             {
                 "number": number,
@@ -300,6 +302,28 @@ def inject(job: dict[str, Any], folder: Path) -> dict[str, Any]:
     return {"operations": straight.operations, "cases": cases}
 
 
+def kill_again_and_again(job: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """One run that is killed at a random operation of each attempt, until an attempt completes."""
+    straight = attempt(job["overrides"], folder / "straight")
+    generator = random.Random(job["seed"])
+    kills, results = [], folder / "killed"
+    while True:
+        at = generator.randrange(1, len(straight.operations))
+        last = attempt(job["overrides"], results, kill_at(at, half=bool(at % 2)))
+        if not last.killed:
+            break
+        kills.append(at)
+    found = differences(outcome(folder / "straight"), outcome(results))
+    return {"kills": kills, "code": last.code, "shown": last.shown, "differences": found}
+
+
+def at_once(job: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Three processes that give the same command at the same moment."""
+    started = [Start(job["overrides"], folder / "results", folder, name) for name in "abc"]
+    ended = [start.end() for start in started]
+    return {"codes": [e.code for e in ended], "shown": [e.shown for e in ended]}
+
+
 def main() -> None:
     """Do the jobs of a file, all of them below one folder; write what came of them to another."""
     import fairseq_cli.train  # noqa: F401 (once, so that no attempt has to)
@@ -311,7 +335,11 @@ def main() -> None:
         native.load(source)
     pipeline.prepare = partial(pipeline.prepare, catalogue=few_sentences(folder))
     jobs = json.loads((folder / "jobs.json").read_text())
-    reports = [inject(job, folder / str(number)) for number, job in enumerate(jobs)]
+    reports = []
+    for number, job in enumerate(jobs):
+        of_job = folder / str(number)
+        of_job.mkdir()
+        reports.append(globals()[job["do"]](job, of_job))
     (folder / "report.json").write_text(json.dumps(reports))
 
 
