@@ -15,8 +15,10 @@ import contextlib
 import errno
 import io
 import json
+import logging
 import os
 import random
+import re
 import shutil
 import signal
 import sys
@@ -69,7 +71,7 @@ class Operations:
     def count(self, operation: str, path: Any, half: Callable | None = None) -> None:
         relative = os.path.relpath(path, self.root)
         if relative.endswith("log.txt"):
-            self.fault(-1, None)
+            self.fault(-1, half)
             return
         self.done.append((operation, relative))
         self.fault(len(self.done), half)
@@ -166,6 +168,7 @@ def _run(overrides: list[str], results: Path, fault: Callable, report: Path, sho
     from normexp.errors import UserError
 
     code = 1
+    logging.getLogger().handlers.clear()  # fairseq's, which it adds only where there are none
     output = os.open(shown, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(output, 1)
     os.dup2(output, 2)
@@ -257,17 +260,23 @@ def differences(straight: dict[str, Any], other: dict[str, Any]) -> list[str]:
 
 
 def sample(operations: list[list[str]], size: int | None, seed: int) -> list[int]:
-    """Numbers of operations: at least one of every operation on every file, or all of them."""
-    numbers = list(range(1, len(operations) + 1))
+    """Numbers of operations; None: all of them.
+
+    In a sample are the first write of a checkpoint, and above all the moments at which a file has
+    just taken its place, one for every kind of file.
+    """
     if size is None:
-        return numbers
+        return list(range(1, len(operations) + 1))
     generator = random.Random(seed)
-    generator.shuffle(numbers)
-    first_of_kind = {tuple(operations[number - 1]): number for number in numbers}
-    kinds = sorted(first_of_kind.values())
-    generator.shuffle(kinds)
-    rest = [number for number in numbers if number not in first_of_kind.values()]
-    return sorted([*kinds, *rest][:size])
+    first = next(n for n, (_, path) in enumerate(operations, start=1) if "/checkpoint" in path)
+    after = {}
+    for number, (operation, path) in enumerate(operations[:-1], start=1):
+        if operation in ("replace", "rename", "remove"):
+            after.setdefault(re.sub(r"\d+", "", path), []).append(number + 1)
+    moments = [generator.choice(numbers) for numbers in after.values()]
+    generator.shuffle(moments)
+    others = [n for n in range(1, len(operations) + 1) if n not in moments]
+    return sorted({first, *moments[: size - 2], generator.choice(others)})
 
 
 def inject(job: dict[str, Any], folder: Path) -> dict[str, Any]:

@@ -4,28 +4,17 @@ import json
 import os
 import resource
 import shutil
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from small_runs import composed, few_sentences
+from small_runs import composed
 
 from normexp import checkpoints, evaluation, pipeline, records
 from normexp.errors import UserError
 
 RUN = Path("runs/toy_language_model/PN-V-seed1")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def little_text(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Corpora with so little text that a run takes a second; the folder they are prepared in."""
-    folder = tmp_path_factory.mktemp("few_sentences")
-    with pytest.MonkeyPatch.context() as patch:
-        catalogue = few_sentences(folder)
-        patch.setattr(pipeline, "prepare", partial(pipeline.prepare, catalogue=catalogue))
-        yield folder
 
 
 @pytest.fixture
