@@ -1,7 +1,7 @@
 """A run killed or starved at its n-th operation on files ends as if nothing had happened.
 
 fault_injection.py says why operations on files are all moments there are. NORMEXP_ALL_FAULTS=1
-tries every one of them (about an hour of one core) instead of a sample.
+tries every one of them (an hour or two of one core) instead of a sample.
 """
 
 import json
@@ -68,10 +68,10 @@ def injected(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
         }
 
     jobs = {
-        "translation": job("inject", TRANSLATION, "kill", 7),
-        "language model": job("inject", LANGUAGE_MODEL, "kill in the middle", 7),
+        "translation": job("inject", TRANSLATION, "kill", 6),
+        "language model": job("inject", LANGUAGE_MODEL, "kill in the middle", 6),
         "again and again": job("kill_again_and_again", LANGUAGE_MODEL),
-        "full disk": job("inject", TRANSLATION, "full disk", 4),
+        "full disk": job("inject", TRANSLATION, "full disk", 3),
         "at once": job("at_once", LANGUAGE_MODEL),
     }
     (folder / "jobs.json").write_text(json.dumps(list(jobs.values())))
