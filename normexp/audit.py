@@ -169,9 +169,13 @@ class _Run:
     def read(cls, path: Path) -> "_Run":
         folder = RunFolder(path.absolute())
         cfg = folder.read_config()
-        settings = config.resolved(cfg)["evaluation"]
+        plain = config.resolved(cfg)
+        settings = plain["evaluation"]
         checkpoint, chosen = checkpoints.choose(
-            folder.checkpoints, settings["checkpoint"], settings["average_last"]
+            folder.checkpoints,
+            settings["checkpoint"],
+            settings["average_last"],
+            plain["fairseq"]["checkpoint"].get("save_interval", 1),
         )
         return cls(folder, cfg, checkpoint, chosen)
 

@@ -15,6 +15,7 @@ import torch
 from tqdm import tqdm
 
 from normexp import bleu, checkpoints, streaming
+from normexp.atomic import whole_file
 from normexp.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -38,10 +39,10 @@ def load_model(checkpoint: Path, data_bin: Path, cpu: bool = False) -> LoadedMod
     """
     from fairseq import checkpoint_utils
 
-    checkpoints.load(checkpoint)  # for its plain words where fairseq would fail with a traceback
-    models, cfg, task = checkpoint_utils.load_model_ensemble_and_task(
-        [str(checkpoint)], arg_overrides={"data": str(data_bin)}
-    )
+    with checkpoints.instead_of_reading(checkpoints.load(checkpoint)):
+        models, cfg, task = checkpoint_utils.load_model_ensemble_and_task(
+            [str(checkpoint)], arg_overrides={"data": str(data_bin)}
+        )
     device = torch.device("cuda" if torch.cuda.is_available() and not cpu else "cpu")
     return LoadedModel(models[0].eval().to(device), task, cfg, device)
 
@@ -189,9 +190,8 @@ def evaluate_translation(
                 f"{corpus.raw_reference(split)} has {len(raw)} lines for {len(detokenised)} "
                 f"sentences; remove {corpus.data_bin.parent} to prepare the corpus again"
             )
-        (hypotheses_dir / f"{split}.txt").write_text(
-            "".join(line + "\n" for line in detokenised), encoding="utf-8", newline="\n"
-        )
+        with whole_file(hypotheses_dir / f"{split}.txt") as file:
+            file.writelines(line + "\n" for line in detokenised)
         sacre, signature = bleu.sacre_bleu(detokenised, raw, lowercase=corpus.lowercase)
         metrics[split] = {
             "bleu_tokenised": bleu.tokenised_bleu(hypotheses, references),

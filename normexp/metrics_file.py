@@ -5,13 +5,13 @@ import json
 import logging
 import math
 import os
+import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from normexp.atomic import whole_file
-from normexp.errors import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -21,8 +21,9 @@ class MetricsFile:
 
     `step` counts updates, `time` is seconds since 1970 (UTC). NaN and infinities, which JSON does
     not have, become null. Each line is on disk when the call returns, so a killed run keeps what
-    it had logged. A line half-written by a killed process is removed on opening; a full disk
-    costs lines, with a warning, and not the run.
+    it had logged. A line half-written by a killed process is removed on opening. Other lines that
+    are none of ours are removed too, with a warning, and the file as it was stays beside it as
+    `metrics.jsonl.damaged`. A full disk costs lines, with a warning, and not the run.
     """
 
     def __init__(self, path: Path) -> None:
@@ -31,6 +32,7 @@ class MetricsFile:
         # Unbuffered: a line must not wait in a buffer that a kill throws away.
         self._file = open(path, "a+b", buffering=0)  # noqa: SIM115
         self._repair_last_line()
+        self._put_damage_aside()
 
     def __call__(self, tag: str, step: int, values: Mapping[str, float]) -> None:
         finite = {name: float(x) if math.isfinite(x) else None for name, x in values.items()}
@@ -45,19 +47,18 @@ class MetricsFile:
             logger.warning("%s: step %d is not written (%s)", self._path, step, error.strerror)
 
     def truncate_after(self, step: int) -> None:
-        """Drop the lines of later steps: a resumed run logs them again.
+        """Drop the lines of later steps: a resumed run logs them again."""
+        self._replace([line for line, entry in self._lines() if entry["step"] <= step])
 
-        Raises UserError if a line is not JSON; the file is then left as it is.
-        """
-        kept = [line for line, at in self._lines() if at <= step]
+    def _replace(self, lines: list[bytes]) -> None:
         with whole_file(self._path, "wb") as replacement:
-            replacement.writelines(kept)
+            replacement.writelines(lines)
         self._file.close()
         self._file = open(self._path, "a+b", buffering=0)  # noqa: SIM115
 
     def values(self, tag: str, name: str) -> dict[int, float]:
         """By step, in order, what was logged under a tag and a name so far; finite values only."""
-        entries = (json.loads(line) for line, _ in self._lines())
+        entries = (entry for _, entry in self._lines())
         found = {entry["step"]: entry.get(name) for entry in entries if entry["tag"] == tag}
         return {step: value for step, value in found.items() if value is not None}
 
@@ -83,15 +84,25 @@ class MetricsFile:
         else:  # an editor stripped the final newline
             self._file.write(b"\n")
 
-    def _lines(self) -> list[tuple[bytes, int]]:
+    def _put_damage_aside(self) -> None:
         lines = self._path.read_bytes().splitlines(keepends=True)
-        steps = []
-        for number, line in enumerate(lines, start=1):
+        if damaged := len(lines) - len(good := self._lines()):
+            aside = self._path.with_name(self._path.name + ".damaged")
+            shutil.copyfile(self._path, aside)
+            logger.warning(
+                "%s: %d lines are not lines of metrics and were left out; the file as it was is %s",
+                *(self._path, damaged, aside),
+            )
+            self._replace([line for line, _ in good])
+
+    def _lines(self) -> list[tuple[bytes, dict[str, Any]]]:
+        """The lines that are metrics, as they stand there and as values."""
+        found = []
+        for line in self._path.read_bytes().splitlines(keepends=True):
             try:
-                steps.append(json.loads(line)["step"])
+                entry = json.loads(line)
+                if isinstance(entry["tag"], str) and isinstance(entry["step"], int):
+                    found.append((line, entry))
             except (ValueError, KeyError, TypeError):
-                raise UserError(
-                    f"{self._path}, line {number} is not a line of metrics; "
-                    "delete that line, or move the file away to start a new one"
-                ) from None
-        return list(zip(lines, steps, strict=True))
+                continue
+        return found

@@ -4,8 +4,8 @@ import errno
 import json
 import logging
 import math
+import os
 import resource
-import shutil
 import signal
 import sys
 from collections.abc import Iterator, Mapping
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 
-from normexp import checkpoints, config, records, speed
+from normexp import checkpoints, config, failures, records, speed
 from normexp.atomic import write_json
 from normexp.corpora import PreparedCorpus, prepare
 from normexp.errors import UserError
@@ -25,7 +25,6 @@ from normexp.records import Record
 from normexp.run_folder import RunFolder, open_run
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-FULL_DISK_BYTES = 1_000_000
 
 logger = logging.getLogger(__name__)
 
@@ -38,16 +37,25 @@ def run(cfg: DictConfig) -> Record:
     """
     with _warnings_on_console():
         sites = config.validate(cfg)
-        return _run_in_folder(cfg, sites)
+        try:
+            return _run_in_folder(cfg, sites)
+        except OSError as error:
+            told = failures.about_files(error, Path(config.resolved(cfg)["run_dir"]))
+            if told is None:
+                raise
+            raise UserError(told) from None
 
 
 def _run_in_folder(cfg: DictConfig, sites: dict[str, dict[str, Any]]) -> Record:
+    plain = config.resolved(cfg)
     with open_run(cfg) as folder:
         earlier = _complete_record(folder)
         if earlier is not None:
             _say(f"complete already: {folder.record}")
+            if not (copy := records.record_path(Path(plain["results_dir"]), earlier)).exists():
+                records.write_record(copy, earlier)
             return earlier
-        plain = config.resolved(cfg)
+        _check_records_writable(Path(plain["results_dir"]) / "records" / plain["task"]["name"])
         # The corpus comes before the log: its progress and its errors belong on the console.
         corpus = prepare(plain["task"]["corpus"], Path(plain["data"]["dir"]), _local(plain))
         if corpus.kind != plain["task"]["kind"]:
@@ -98,7 +106,10 @@ def evaluate_run(
     plain = config.resolved(cfg)
     settings = plain["evaluation"]
     path, chosen = checkpoints.choose(
-        folder.checkpoints, settings["checkpoint"], settings["average_last"]
+        folder.checkpoints,
+        settings["checkpoint"],
+        settings["average_last"],
+        plain["fairseq"]["checkpoint"].get("save_interval", 1),
     )
     loaded = evaluation.load_model(path, corpus.data_bin, plain["fairseq"]["common"]["cpu"])
     if fold:
@@ -142,12 +153,13 @@ def _run(
             raise
         except Exception as error:
             logger.info("the run failed", exc_info=True)  # the console gets one line, or the error
-            if _is_full(folder.path, error):
-                raise UserError(
-                    f"no space left on the disk of {folder.path}; free some and give the same "
-                    "command again, which goes on from the last checkpoint"
-                ) from None
-            _finish(folder, plain, facts, _failure("failed", f"{type(error).__name__}: {error}"))
+            if told := failures.about_files(error, folder.path):
+                raise UserError(told) from None
+            told = failures.about_memory(error, plain, folder.finished.is_file())
+            reason = told or f"{type(error).__name__}: {error}"
+            _finish(folder, plain, facts, _failure("failed", reason))
+            if told:
+                raise UserError(told) from None
             raise
         record = _finish(folder, plain, facts, outcome)
         tracker.summarize(_flat(record))
@@ -161,7 +173,8 @@ def _train_and_evaluate(
     from normexp import training
     from normexp.metrics_file import MetricsFile
 
-    if not folder.finished.is_file():
+    finished = _finished_training(folder)
+    if finished is None:
         languages = (
             (corpus.source_language, corpus.target_language)
             if corpus.kind == "translation"
@@ -175,12 +188,19 @@ def _train_and_evaluate(
             except training.Diverged as diverged:
                 return _failure("diverged", diverged.reason) | {
                     "diverged_at_update": diverged.update,
+                    "diverged_site": diverged.site,
                     "num_updates": diverged.update - 1,
                     "curve": _curve(folder),
                 }
-        write_json(folder.finished, vars(result))
-    finished = json.loads(folder.finished.read_text(encoding="utf-8"))
-    evaluated = evaluate_run(cfg, folder, corpus)
+        finished = vars(result)
+        write_json(folder.finished, finished)
+    try:
+        evaluated = evaluate_run(cfg, folder, corpus)
+    except checkpoints.Lost as lost:
+        folder.finished.unlink()  # first: a kill must not leave it with too few checkpoints
+        source = checkpoints.go_back_before(folder.checkpoints, lost)
+        logger.warning("%s; going on from %s to make it again", lost, source)
+        return _train_and_evaluate(cfg, corpus, folder, tracker)
     logger.info("evaluated: %s", evaluated.checkpoint)
     return finished | {
         "status": "complete",
@@ -201,13 +221,18 @@ def _curve(folder: RunFolder) -> list[tuple[int, float]]:
     return [(step, value * math.log(2)) for step, value in bits.items()]
 
 
-def _is_full(path: Path, error: BaseException | None) -> bool:
-    """Whether an error came of a full disk: by its causes, or by the disk as it is now."""
-    while error is not None:
-        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-            return True
-        error = error.__cause__ or error.__context__
-    return shutil.disk_usage(path).free < FULL_DISK_BYTES
+def _finished_training(folder: RunFolder) -> dict[str, Any] | None:
+    """What training left when it had ended; None where it has not, as far as can be read."""
+    from normexp.training import TrainingResult
+
+    try:
+        return vars(TrainingResult(**json.loads(folder.finished.read_text(encoding="utf-8"))))
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError) as error:
+        # A training that has ended finds its last checkpoint and ends at once.
+        logger.warning("%s cannot be read (%s); looking at the training", folder.finished, error)
+        return None
 
 
 def _failure(status: str, reason: str) -> dict[str, Any]:
@@ -259,8 +284,19 @@ def _complete_record(folder: RunFolder) -> Record | None:
     """The record of a run that needs nothing more; diverged counts, failed is tried again."""
     if not folder.record.is_file():
         return None
-    record = records.read_record(folder.record)
+    try:
+        record = records.read_record(folder.record)
+    except UserError as error:
+        logger.warning("%s; the run is evaluated again", error)
+        return None
     return record if record.status in ("complete", "diverged") else None
+
+
+def _check_records_writable(folder: Path) -> None:
+    """Before any work, because records may lie on another disk than the run. Raises OSError."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK):
+        raise PermissionError(errno.EROFS, os.strerror(errno.EROFS), str(folder))
 
 
 def _corpus_facts(corpus: PreparedCorpus) -> dict[str, Any]:
@@ -350,6 +386,7 @@ def _warnings_on_console() -> Iterator[None]:
 @contextmanager
 def _log_to(path: Path) -> Iterator[None]:
     file = logging.FileHandler(path, encoding="utf-8")
+    file.handleError = lambda record: None  # a full disk costs lines, not a traceback for each
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s"))
     root = logging.getLogger()
     level = root.level

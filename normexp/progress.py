@@ -52,10 +52,14 @@ class MetricsBar(progress_bar.BaseProgressBar):
         self.wrapped_bar.update_config(config)
 
     def _pass_on(self, stats: Mapping[str, Any], tag: str | None, step: int | None) -> None:
-        values = {name: _number(stat) for name, stat in stats.items() if name != "num_updates"}
-        values = {name: value for name, value in values.items() if value is not None}
         for sink in self.sinks:
-            sink(tag or "", int(stats["num_updates"] if step is None else step), values)
+            sink(tag or "", int(stats["num_updates"] if step is None else step), numbers(stats))
+
+
+def numbers(stats: Mapping[str, Any]) -> dict[str, float]:
+    """What of fairseq's statistics is a number, the number of updates apart."""
+    values = {name: _number(stat) for name, stat in stats.items() if name != "num_updates"}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def _number(stat: Any) -> float | None:

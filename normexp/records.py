@@ -39,6 +39,10 @@ class Record:
         sites: For each of the seven sites its norm's name and options.
         status: "complete", "diverged" (see `diverged_at_update`) or "failed"; the last two have a
             `reason`.
+        diverged_site: Module path of the norm at which running statistics, or what was to be
+            averaged into them, were first not finite in the failed update
+            (`normexp.divergence.StatisticsWatch` tells what that says of the cause). None without
+            divergence, without such norms, and where all of it was finite.
         metrics: By split ("valid", "test"), then by name. A name says which convention it follows.
         curve: (update, validation loss per token in nats) at every validation while training.
         sees_future_tokens: Whether a language model's output depends on the tokens it predicts;
@@ -66,6 +70,7 @@ class Record:
     status: Literal["complete", "diverged", "failed"]
     reason: str | None = None
     diverged_at_update: int | None = None
+    diverged_site: str | None = None
     metrics: dict[str, Metrics]
     curve: list[tuple[int, float]] = field(default_factory=list)
     sees_future_tokens: bool | None

@@ -22,6 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from normexp.atomic import whole_file
 from normexp.config import experiment, resolved
@@ -69,7 +71,18 @@ class RunFolder:
                 f"{self.path} is no run folder: it has no config.yaml (run folders lie under "
                 "results/runs/<task>/)"
             )
-        return OmegaConf.load(self.config)
+        try:
+            cfg = OmegaConf.load(self.config)
+        except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+            reason = str(error).split("\n")[0]
+            raise UserError(f"{self.config} is damaged ({reason}); {self._cure}") from None
+        if not isinstance(cfg, DictConfig) or "task" not in cfg:
+            raise UserError(f"{self.config} is not the configuration of a run; {self._cure}")
+        return cfg
+
+    @property
+    def _cure(self) -> str:
+        return "restore it, or remove the folder to train anew"
 
 
 @contextmanager

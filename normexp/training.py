@@ -4,16 +4,18 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from omegaconf import DictConfig
+from torch import nn
 
-from normexp import checkpoints, speed
+from normexp import checkpoints, resumption, speed
 from normexp.diagnostics import norm_diagnostics, update_diagnostics
+from normexp.divergence import StatisticsWatch
 from normexp.kernels import use_kernels
 from normexp.metrics_file import MetricsFile
 from normexp.norms.loss_scale import follow_loss_scale
@@ -24,11 +26,14 @@ logger = logging.getLogger(__name__)
 
 
 class Diverged(Exception):
-    """Training met a loss or gradient that is not finite; `update` is the update that failed."""
+    """Training met a loss or gradient that is not finite; `update` is the update that failed.
 
-    def __init__(self, update: int, reason: str):
+    `site` is where statistics were first not finite (see StatisticsWatch), or None.
+    """
+
+    def __init__(self, update: int, reason: str, site: str | None):
         super().__init__(reason)
-        self.update, self.reason = update, reason
+        self.update, self.reason, self.site = update, reason, site
 
 
 @dataclass
@@ -36,9 +41,10 @@ class Observed:
     """What is seen of fairseq's trainer from outside while it trains."""
 
     trainer: Any = None
-    seconds: float = 0.0  # inside training steps of this process
+    seconds: float = 0.0  # inside training steps, of all processes up to now
     tokens: int = 0  # real target tokens trained on in these seconds, end-of-sentence included
     num_epochs: int = 0
+    kernels: dict[str, int] = field(default_factory=dict)  # of an earlier process
 
 
 @dataclass(frozen=True)
@@ -48,7 +54,7 @@ class TrainingResult:
     num_updates: int
     num_epochs: int
     num_parameters: int
-    tokens_per_second: float  # real target tokens, over the updates of the last process
+    tokens_per_second: float  # real target tokens, over the updates that led to the result
     wall_time_seconds: float  # all processes together
     kernels: dict[str, int]  # layers with running statistics by what computed their last step
 
@@ -83,20 +89,37 @@ def train(
         if tag == "valid":
             report(step, norm_diagnostics(observed.trainer.get_model()))
 
-    def resume(step: int) -> None:
+    def resume(step: int, extra_state: Mapping[str, Any]) -> None:
         metrics.truncate_after(step)
         # fairseq's count of epochs without a better loss is not in its checkpoints.
         metric = fairseq_cfg.checkpoint.best_checkpoint_metric
+        ended = False
         for loss in metrics.values("valid", metric).values():
-            fairseq_train.should_stop_early(fairseq_cfg, loss)
+            ended = fairseq_train.should_stop_early(fairseq_cfg, loss)
+        if not extra_state:
+            return
+        seconds = extra_state["previous_training_time"]
+        ended = ended or resumption.reached_end(fairseq_cfg, step, seconds)
+        at_end_of_epoch = extra_state["train_iterator"]["iterations_in_epoch"] == 0
+        if (ended or at_end_of_epoch) and step not in metrics.values("train", "lr"):
+            for sink in sinks:
+                sink("train", step, resumption.epoch_averages(extra_state))
+        if ended:
+            raise resumption.AlreadyTrained
 
     _forget_earlier_trainings(fairseq_train)
     with (
         metrics_to(*sinks, diagnostics),
-        checkpoints.atomic_copies(),
+        checkpoints.atomic_writes(Path(fairseq_cfg.checkpoint.save_dir)),
         _observed_trainer(fairseq_train, observed, resume, report, speed_settings),
+        suppress(resumption.AlreadyTrained),
     ):
-        fairseq_train.main(fairseq_cfg)
+        try:
+            fairseq_train.main(fairseq_cfg)
+        except Diverged as diverged:  # the state of all sites, for whoever looks for the cause
+            found = norm_diagnostics(observed.trainer.get_model())
+            metrics("diagnostics", diverged.update, found)
+            raise
     trainer = observed.trainer
     return TrainingResult(
         num_updates=trainer.get_num_updates(),
@@ -104,14 +127,13 @@ def train(
         num_parameters=sum(p.numel() for p in trainer.get_model().parameters()),
         tokens_per_second=observed.tokens / observed.seconds if observed.seconds else 0.0,
         wall_time_seconds=trainer.cumulative_training_time(),
-        kernels=dict(
-            Counter(
-                norm.kernels
-                for norm in trainer.get_model().modules()
-                if isinstance(norm, RunningNorm) and norm.kernels
-            )
-        ),
+        kernels=_kernels(trainer.get_model()) or observed.kernels,
     )
+
+
+def _kernels(model: nn.Module) -> dict[str, int]:
+    norms = [module for module in model.modules() if isinstance(module, RunningNorm)]
+    return dict(Counter(norm.kernels for norm in norms if norm.kernels))
 
 
 def _forget_earlier_trainings(fairseq_train: Any) -> None:
@@ -133,7 +155,7 @@ def _forget_earlier_trainings(fairseq_train: Any) -> None:
 def _observed_trainer(
     fairseq_train: Any,
     observed: Observed,
-    resume: Callable[[int], None],
+    resume: Callable[[int, Mapping[str, Any]], None],
     report: Callable[[int, Mapping[str, float]], None],
     speed_settings: Mapping[str, Any],
 ) -> Iterator[None]:
@@ -147,13 +169,16 @@ def _observed_trainer(
             speed.into_model(speed_settings, model, criterion)
             super().__init__(cfg, task, model, criterion, *args, **kwargs)
             observed.trainer = self
+            self._watch = StatisticsWatch(model, criterion)
 
-        def train_step(self, samples: Any, *args: Any, **kwargs: Any) -> Any:
+        def train_step(self, samples: Any, raise_oom: bool = True) -> Any:
             started = time.perf_counter()
             scale = _loss_scale(self.optimizer)
+            self._watch.begin_update()
             try:
+                # By itself fairseq leaves out a batch that does not fit into the GPU's memory.
                 with update_diagnostics(self, report):
-                    output = super().train_step(samples, *args, **kwargs)
+                    output = super().train_step(samples, raise_oom=True)
             except (FloatingPointError, StopIteration) as error:
                 # On a gradient that is not finite fairseq looks for the layer it came from, and
                 # that search dies of StopIteration at the encoder, whose output holds no tensor.
@@ -161,22 +186,57 @@ def _observed_trainer(
                 if not isinstance(cause, FloatingPointError):
                     raise
                 update = self.get_num_updates() + 1
-                raise Diverged(update, f"{cause} in update {update}") from None
+                reason, first = f"{cause} in update {update}", self._watch.first_site(len(samples))
+                if first is not None:
+                    reason += f"; first not finite: {first[1]} at {first[0]}"
+                elif self._watch:
+                    reason += "; the statistics of all sites were finite"
+                raise Diverged(update, reason, first and first[0]) from None
             if (changed := _loss_scale(self.optimizer)) != scale:
                 follow_loss_scale(self.get_model(), changed / scale)
             observed.seconds += time.perf_counter() - started
             observed.tokens += sum(sample["ntokens"] for sample in samples if sample)
             return output
 
+        def save_checkpoint(self, filename: str, extra_state: dict[str, Any]) -> Any:
+            ours = {
+                "seconds": observed.seconds,
+                "tokens": observed.tokens,
+                "kernels": _kernels(self.get_model()) or observed.kernels,
+                "lr_scheduler": resumption.scheduler_state(self.lr_scheduler),
+            }
+            return super().save_checkpoint(filename, {**extra_state, "normexp": ours})
+
         def load_checkpoint(self, filename: str, *args: Any, **kwargs: Any) -> Any:
-            filename = _instead_of_a_damaged(Path(filename))
-            extra_state = super().load_checkpoint(str(filename), *args, **kwargs)
-            if extra_state is not None:
-                updates, position = self.get_num_updates(), extra_state["train_iterator"]
-                # At the end of an epoch the position is the beginning of the next one.
-                observed.num_epochs = position["epoch"] - (position["iterations_in_epoch"] == 0)
-                logger.warning("resuming after update %d from %s", updates, filename)
-                resume(updates)
+            last = Path(filename)
+            found = checkpoints.newest_good(last.parent)
+            if found is None:
+                resume(0, {})
+                return super().load_checkpoint(filename, *args, **kwargs)
+            path, state = found
+            if path != last and last.exists():
+                logger.warning("%s cannot be read; resuming from %s instead", last, path)
+            position = state["extra_state"]["train_iterator"]
+            # At the end of an epoch the position is the beginning of the next one.
+            at_end_of_epoch = position["iterations_in_epoch"] == 0
+            epoch = observed.num_epochs = position["epoch"] - at_end_of_epoch
+            if self.data_parallel_rank == 0:
+                of_epochs = self.cfg.checkpoint
+                kept = at_end_of_epoch and epoch % of_epochs.save_interval == 0
+                kept = kept and not of_epochs.no_epoch_checkpoints
+                name = f"checkpoint{epoch}.pt" if kept else None
+                checkpoints.restore(last.parent, path, state, name)
+            with checkpoints.instead_of_reading(state):
+                extra_state = super().load_checkpoint(str(path), *args, **kwargs)
+            updates = self.get_num_updates()
+            ours = extra_state.get("normexp", {})  # absent in checkpoints of earlier versions
+            for name in ("seconds", "tokens", "kernels"):
+                setattr(observed, name, ours.get(name, getattr(observed, name)))
+            resumption.restore_scheduler(self.lr_scheduler, ours.get("lr_scheduler", {}))
+            if at_end_of_epoch:  # which the learning rate follows only after the checkpoint
+                self.lr_step(epoch, extra_state["val_loss"])
+            logger.warning("resuming after update %d from %s", updates, path)
+            resume(updates, extra_state)
             return extra_state
 
         def begin_epoch(self, epoch: int) -> None:
@@ -196,12 +256,3 @@ def _loss_scale(optimizer: Any) -> float:
     if scaler is None:
         return 1.0
     return scaler.get_scale() if hasattr(scaler, "get_scale") else scaler.loss_scale
-
-
-def _instead_of_a_damaged(last: Path) -> Path:
-    good = checkpoints.newest_good(last.parent)
-    if good is None or good == last:
-        return last
-    if last.exists():
-        logger.warning("%s cannot be read; resuming from %s instead", last, good)
-    return good

@@ -1,16 +1,29 @@
 """Fixtures of whole runs."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
-from small_runs import SMALL
+from small_runs import SMALL, few_sentences
+
+from normexp import pipeline
 
 
 @pytest.fixture(scope="session")
 def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where the toy corpora are prepared, once for all tests."""
     return tmp_path_factory.mktemp("data")
+
+
+@pytest.fixture(scope="module")
+def little_text(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Corpora with so little text that a run takes a second; the folder they are prepared in."""
+    folder = tmp_path_factory.mktemp("few_sentences")
+    prepare = partial(pipeline.prepare, catalogue=few_sentences(folder))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, "prepare", prepare)
+        yield folder
 
 
 @pytest.fixture

@@ -5,9 +5,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig
+
+from normexp.corpora.catalogue import CATALOGUE
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -31,6 +34,18 @@ SMALL = {
         "evaluation.max_tokens=16000",
     ],
 }
+
+
+def few_sentences(folder: Path) -> Path:
+    """A catalogue of the toy corpora with so little text that an epoch takes a moment."""
+    known = yaml.safe_load(CATALOGUE.read_text())["corpora"]
+    toys = {name: known[name] for name in ("toy_translation", "toy_language_model")}
+    for toy in toys.values():
+        toy["sizes"] = {"train": 200, "valid": 12, "test": 12}
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "catalogue.yaml"
+    path.write_text(yaml.safe_dump({"corpora": toys}))
+    return path
 
 
 def composed(*overrides: str) -> DictConfig:

@@ -2,6 +2,7 @@
 
 import pickle
 import shutil
+import struct
 from pathlib import Path
 from typing import IO
 
@@ -19,14 +20,14 @@ def write(path: Path, values: list[float], step: int) -> Path:
 
 
 def test_average_is_the_mean_and_counters_are_the_newest(tmp_path: Path) -> None:
-    for epoch, values in ((1, [9.0, 9.0]), (2, [1.0, 2.0]), (9, [4.0, 6.0]), (10, [1.0, 7.0])):
+    for epoch, values in ((7, [9.0, 9.0]), (8, [1.0, 2.0]), (9, [4.0, 6.0]), (10, [1.0, 7.0])):
         write(tmp_path / f"checkpoint{epoch}.pt", values, step=10 * epoch)
     write(tmp_path / "checkpoint_last.pt", [0.0, 0.0], 100)
     path, description = checkpoints.choose(tmp_path, "average", 3)
     model = checkpoints.load(path)["model"]
     assert model["w"].tolist() == [2.0, 5.0] and model["w"].dtype == torch.float32
     assert model["norm.step"] == 100
-    assert description == "average of epochs 2, 9, 10"
+    assert description == "average of epochs 8, 9, 10"
 
 
 def test_average_of_what_there_is(tmp_path: Path) -> None:
@@ -89,7 +90,8 @@ def test_copy_is_whole_or_absent(tmp_path: Path, monkeypatch) -> None:
         target.write(source.read(2))
         raise OSError(28, "No space left on device")
 
-    with checkpoints.atomic_copies():
+    (tmp_path / "checkpoint1.pt.part").write_bytes(b"half of one that a killed process wrote")
+    with checkpoints.atomic_writes(tmp_path):
         with monkeypatch.context() as patch:
             patch.setattr(shutil, "copyfileobj", cut_off)
             with pytest.raises(OSError, match="No space"):
@@ -102,8 +104,52 @@ def test_copy_is_whole_or_absent(tmp_path: Path, monkeypatch) -> None:
 def test_newest_readable_checkpoint(tmp_path: Path) -> None:
     assert checkpoints.newest_good(tmp_path) is None
     write(tmp_path / "checkpoint1.pt", [1.0], 10)
-    write(tmp_path / "checkpoint_2_15.pt", [1.0], 15)
-    last = write(tmp_path / "checkpoint_last.pt", [1.0], 20)
-    assert checkpoints.newest_good(tmp_path) == last
+    write(tmp_path / "checkpoint_2_15.pt", [1.5], 15)
+    last = write(tmp_path / "checkpoint_last.pt", [2.0], 20)
+    path, state = checkpoints.newest_good(tmp_path)
+    assert path == last and state["model"]["w"] == 2
     last.write_bytes(last.read_bytes()[:100])
-    assert checkpoints.newest_good(tmp_path).name == "checkpoint_2_15.pt"
+    path, state = checkpoints.newest_good(tmp_path)
+    assert path.name == "checkpoint_2_15.pt" and state["model"]["w"] == 1.5
+    for path in tmp_path.iterdir():
+        path.write_bytes(b"")
+    with pytest.raises(UserError, match="to train anew"):
+        checkpoints.newest_good(tmp_path)
+
+
+def test_flipped_bit_is_noticed(tmp_path: Path) -> None:
+    """In every byte of a tensor; torch itself reads such a file as if nothing were wrong."""
+    path = write(tmp_path / "checkpoint1.pt", [1.0, -2.0], 1)
+    whole = path.read_bytes()
+    tensor = struct.pack("<ff", 1.0, -2.0)
+    assert whole.count(tensor) == 1
+    for place in range(len(tensor)):
+        content = bytearray(whole)
+        content[whole.index(tensor) + place] ^= 1 << (place % 8)
+        path.write_bytes(content)
+        assert torch.load(path)["model"]["w"].tolist() != [1.0, -2.0]
+        with pytest.raises(UserError, match=r"checkpoint1\.pt is damaged .* checksum"):
+            checkpoints.load(path)
+
+
+def test_average_without_a_gap(tmp_path: Path) -> None:
+    for epoch in (2, 4, 6, 10):
+        write(tmp_path / f"checkpoint{epoch}.pt", [float(epoch)], epoch)
+    assert checkpoints.choose(tmp_path, "average", 1)[0].name == "checkpoint10.pt"
+    with pytest.raises(checkpoints.Lost, match=r"checkpoint8\.pt is missing") as lost:
+        checkpoints.choose(tmp_path, "average", 4, save_interval=2)
+    source = checkpoints.go_back_before(tmp_path, lost.value)
+    assert source.name == "checkpoint6.pt"
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"checkpoint2.pt", "checkpoint4.pt", "checkpoint6.pt"}
+    (tmp_path / "checkpoint4.pt").unlink()
+    assert checkpoints.choose(tmp_path, "average", 1, save_interval=2)[0] == source
+
+
+def test_nothing_is_removed_where_there_is_no_way_back(tmp_path: Path) -> None:
+    for epoch in (3, 4):
+        write(tmp_path / f"checkpoint{epoch}.pt", [float(epoch)], epoch)
+    lost = checkpoints.Lost(tmp_path / "checkpoint2.pt", "lost")
+    with pytest.raises(UserError, match="no earlier one is left"):
+        checkpoints.go_back_before(tmp_path, lost)
+    assert len(list(tmp_path.iterdir())) == 2

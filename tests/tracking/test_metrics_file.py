@@ -10,7 +10,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from normexp.errors import UserError
 from normexp.metrics_file import MetricsFile
 
 
@@ -67,13 +66,23 @@ def test_a_line_that_only_lacks_its_newline_is_kept(tmp_path):
     assert [line["step"] for line in read(path)] == [1, 2]
 
 
-def test_a_corrupt_line_is_named_and_nothing_is_lost(tmp_path):
+def test_corrupt_lines_are_left_out_and_nothing_is_lost(tmp_path, caplog):
     path = tmp_path / "metrics.jsonl"
-    path.write_text('{"tag": "train", "step": 1}\nrubbish\n', encoding="utf-8")
-    content = path.read_bytes()
-    with MetricsFile(path) as sink, pytest.raises(UserError, match=r"line 2.*delete that line"):
-        sink.truncate_after(0)
-    assert path.read_bytes() == content
+    good = '{"tag": "train", "step": 1}\n', '{"tag": "train", "step": 2}\n'
+    damage = "rubbish\n", "\0\0\0\n", '{"step": 1}\n', "[]\n", "1\n"
+    content = good[0] + "".join(damage) + good[1]
+    path.write_text(content, encoding="utf-8")
+    with MetricsFile(path) as sink:
+        assert (
+            f"5 lines are not lines of metrics and were left out; the file as it was is {path}"
+            in (caplog.text)
+        )
+        assert path.read_text(encoding="utf-8") == "".join(good)
+        sink.truncate_after(1)
+        sink("valid", 1, {"loss": 2.0})
+        assert sink.values("valid", "loss") == {1: 2.0}
+    assert path.read_text(encoding="utf-8").startswith(good[0] + '{"tag": "valid"')
+    assert (tmp_path / "metrics.jsonl.damaged").read_text(encoding="utf-8") == content
 
 
 def test_a_full_disk_costs_lines_and_not_the_run(tmp_path, caplog):
