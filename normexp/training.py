@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 
-from normexp import checkpoints, speed
+from normexp import checkpoints, data_parallel, speed
 from normexp.diagnostics import norm_diagnostics
+from normexp.distributed import Ranks
 from normexp.kernels import use_kernels
 from normexp.metrics_file import MetricsFile
 from normexp.norms.loss_scale import follow_loss_scale
@@ -48,16 +49,17 @@ class TrainingResult:
     num_updates: int
     num_epochs: int
     num_parameters: int
-    tokens_per_second: float  # real target tokens, over the updates of the last process
+    tokens_per_second: float  # real target tokens of all ranks, over the last start's updates
     wall_time_seconds: float  # all processes together
     kernels: dict[str, int]  # layers with running statistics by what computed their last step
 
 
 def train(
     fairseq_cfg: DictConfig,
-    metrics: MetricsFile,
+    metrics: MetricsFile | None,
     sinks: list[Sink],
     speed_settings: Mapping[str, Any],
+    ranks: Ranks,
 ) -> TrainingResult:
     """Train to the end as configured, from checkpoint_last.pt where there is one.
 
@@ -67,12 +69,15 @@ def train(
 
     speed_settings: of normexp.speed, which have decided the loss and the optimizer in fairseq_cfg
     and here decide precision, dropout and kernels.
+
+    ranks: with several, all of them call this; metrics and sinks are those of rank 0, which alone
+    logs and writes, and None and [] on the others.
     """
     from fairseq_cli import train as fairseq_train
 
     use_kernels(speed_settings["kernels"])
     observed = Observed()
-    sinks = [metrics, *sinks]
+    sinks = [metrics, *sinks] if ranks.is_main else []
 
     def diagnostics(tag: str, step: int, values: Mapping[str, float]) -> None:
         if tag == "valid":
@@ -80,27 +85,32 @@ def train(
             for sink in sinks:
                 sink("diagnostics", step, found)
 
-    def resume(step: int) -> None:
+    def earlier_losses(step: int) -> list[float]:
         metrics.truncate_after(step)
-        # fairseq's count of epochs without a better loss is not in its checkpoints.
         metric = fairseq_cfg.checkpoint.best_checkpoint_metric
-        for loss in metrics.values("valid", metric).values():
+        return list(metrics.values("valid", metric).values())
+
+    def resume(step: int) -> None:
+        # fairseq's count of epochs without a better loss is not in its checkpoints.
+        for loss in ranks.from_main("earlier losses", lambda: earlier_losses(step)):
             fairseq_train.should_stop_early(fairseq_cfg, loss)
 
     _forget_earlier_trainings(fairseq_train)
     with (
         metrics_to(*sinks, diagnostics),
         checkpoints.atomic_copies(),
-        _observed_trainer(fairseq_train, observed, resume, speed_settings),
+        data_parallel.process_group(ranks, fairseq_cfg),
+        _observed_trainer(fairseq_train, observed, resume, speed_settings, ranks),
     ):
         fairseq_train.main(fairseq_cfg)
+        tokens = data_parallel.total(observed.tokens, ranks)
     trainer = observed.trainer
     return TrainingResult(
         num_updates=trainer.get_num_updates(),
         num_epochs=observed.num_epochs,
         num_parameters=sum(p.numel() for p in trainer.get_model().parameters()),
-        tokens_per_second=observed.tokens / observed.seconds if observed.seconds else 0.0,
-        wall_time_seconds=trainer.cumulative_training_time(),
+        tokens_per_second=tokens / observed.seconds if observed.seconds else 0.0,
+        wall_time_seconds=float(trainer.cumulative_training_time()),
         kernels=dict(
             Counter(
                 norm.kernels
@@ -132,11 +142,12 @@ def _observed_trainer(
     observed: Observed,
     resume: Callable[[int], None],
     speed_settings: Mapping[str, Any],
+    ranks: Ranks,
 ) -> Iterator[None]:
     """Let fairseq's training loop build a trainer that can be seen from outside."""
     original = fairseq_train.Trainer
 
-    class ObservedTrainer(original):
+    class ObservedTrainer(data_parallel.trainer_on(ranks, original)):
         def __init__(
             self, cfg: Any, task: Any, model: Any, criterion: Any, *args: Any, **kwargs: Any
         ):
@@ -164,8 +175,11 @@ def _observed_trainer(
             return output
 
         def load_checkpoint(self, filename: str, *args: Any, **kwargs: Any) -> Any:
-            filename = _instead_of_a_damaged(Path(filename))
-            extra_state = super().load_checkpoint(str(filename), *args, **kwargs)
+            filename = ranks.from_main(
+                "checkpoint", lambda: str(_instead_of_a_damaged(Path(filename)))
+            )
+            extra_state = super().load_checkpoint(filename, *args, **kwargs)
+            data_parallel.refuse_other_start(ranks, self.get_num_updates(), filename)
             if extra_state is not None:
                 updates, position = self.get_num_updates(), extra_state["train_iterator"]
                 # At the end of an epoch the position is the beginning of the next one.
