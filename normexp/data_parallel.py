@@ -113,7 +113,7 @@ def trainer_on(ranks: Ranks, trainer: type) -> type:
 
         def begin_valid_epoch(self, epoch: int) -> None:
             super().begin_valid_epoch(epoch)
-            pool_statistics(self.get_model())
+            _pool_state(self.get_model())
 
         def consolidate_optimizer(self) -> None:
             # fairseq calls this on all ranks before a checkpoint is written, and also on a rank
@@ -121,7 +121,7 @@ def trainer_on(ranks: Ranks, trainer: type) -> type:
             error = sys.exc_info()[1]
             if error is not None:
                 raise error
-            pool_statistics(self.get_model())
+            _pool_state(self.get_model())
             super().consolidate_optimizer()
 
         def _set_seed(self) -> None:
@@ -159,6 +159,23 @@ def trainer_on(ranks: Ranks, trainer: type) -> type:
             return train
 
     return DataParallelTrainer
+
+
+def _pool_state(model: nn.Module) -> None:
+    """The same state of the norms on all ranks, so that a checkpoint of one is that of all."""
+    pool_statistics(model)
+    counters = [
+        value
+        for norm in model.modules()
+        if isinstance(norm, RunningNorm)
+        for value in norm.state_dict().values()
+        if not value.is_floating_point()
+    ]
+    if counters:  # those of a rank that had no batch left are behind
+        largest = torch.stack(counters)
+        dist.all_reduce(largest, dist.ReduceOp.MAX)
+        for counter, value in zip(counters, largest, strict=True):
+            counter.copy_(value)
 
 
 @contextmanager

@@ -34,6 +34,8 @@ COLLECTIVE_TIMEOUT = timedelta(hours=1)
 """How long ranks wait in training for a slow one, such as rank 0 that writes a checkpoint."""
 FAREWELL_SECONDS = 60.0
 """How long a failed rank waits for rank 0 to record why."""
+PARTING_SECONDS = 10.0
+"""How long rank 0 waits at its end until all others have learnt of it."""
 _POLL_SECONDS = 0.2
 
 logger = logging.getLogger(__name__)
@@ -147,11 +149,16 @@ class Ranks:
 
         Raises MainEnded where rank 0 ends instead.
         """
-        while not self.store.check([name]):
-            if self.store.check(["end"]):
-                raise MainEnded
-            time.sleep(_POLL_SECONDS)
-        return json.loads(self.store.get(name))
+        import torch.distributed as dist
+
+        try:
+            while not self.store.check([name]):
+                if self.store.check(["end"]):
+                    raise MainEnded
+                time.sleep(_POLL_SECONDS)
+            return json.loads(self.store.get(name))
+        except dist.DistError:  # rank 0 or the launcher was killed, and the store with it
+            raise MainEnded from None
 
     def from_main(self, name: str, produce: Callable[[], Any]) -> Any:
         """What `produce` returns on rank 0, where alone it is called, on all ranks."""
@@ -208,10 +215,11 @@ class Ranks:
         if error is not None and not isinstance(error, MainEnded):
             self._report(error)
             self._wait_for_end(FAREWELL_SECONDS)
+            self._count_out(self.store)
             raise SystemExit(1)
         succeeded = self._wait_for_end()
         self._noticed.set()
-        self._count_out()
+        self._count_out(self.store)
         if not succeeded:
             raise ToldByMain("the run failed on rank 0")
 
@@ -221,18 +229,19 @@ class Ranks:
         # A launcher that has been killed has taken the store with it.
         with suppress(dist.DistError):
             self.store.set("end", json.dumps(succeeded))
-            # The store may be this process's, and its end would look like a failure of rank 0.
-            deadline = time.monotonic() + FAREWELL_SECONDS
-            while succeeded and self.store.add("out", 0) < self.size - 1:
-                if time.monotonic() > deadline:
-                    return
-                time.sleep(_POLL_SECONDS)
+            self._wait_for_others(self.store)
 
-    def _count_out(self) -> None:
+    def _wait_for_others(self, store: Any) -> None:
+        # The store may be this process's, and its end would look like a failure to the others.
+        deadline = time.monotonic() + PARTING_SECONDS
+        while store.add("out", 0) < self.size - 1 and time.monotonic() < deadline:
+            time.sleep(_POLL_SECONDS)
+
+    def _count_out(self, store: Any) -> None:
         import torch.distributed as dist
 
-        with suppress(dist.DistError):  # rank 0 has gone after a failure
-            self.store.add("out", 1)
+        with suppress(dist.DistError):  # rank 0 has gone
+            store.add("out", 1)
 
     def _wait_for_end(self, seconds: float = float("inf")) -> bool:
         """Whether rank 0 succeeded; no, where it is not heard of (any more)."""
@@ -274,10 +283,13 @@ class Ranks:
             said = json.loads(self._watched.get(sign))
         except dist.DistError:  # rank 0, or the launcher, which keeps the store, has gone
             said = False
-        if said is True or self._noticed.wait(5.0 if not self.is_main else 1.0):
+        # First the rank's own thread may find out by itself.
+        if said is True or self._noticed.wait(2.0):
             return
         if self.is_main and said:
             self._end_by_failure(said)
+        elif not self.is_main:
+            self._count_out(self._watched)
         os._exit(1)
 
     def _end_by_failure(self, said: Mapping[str, Any]) -> None:
@@ -286,6 +298,7 @@ class Ranks:
             self.on_failure(said["reason"])
         print(f"error: {said['reason']}", file=sys.stderr, flush=True)
         self._watched.set("end", json.dumps(False))
+        self._wait_for_others(self._watched)
 
 
 @contextmanager

@@ -1,17 +1,27 @@
 """scripts/train.py on several ranks, forked from the test's process, which has the imports done."""
 
+import logging
 import multiprocessing
 import os
 import runpy
 import socket
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import fairseq_cli.train  # noqa: F401 (for the processes that are forked)
 from hydra.core.global_hydra import GlobalHydra
 from small_runs import REPOSITORY
+
+import normexp.audit
+import normexp.evaluation
+import normexp.pipeline
+import normexp.training  # noqa: F401
+
+TIMEOUT = 180  # seconds; an own end takes a few
 
 
 @dataclass(frozen=True)
@@ -28,11 +38,12 @@ def train_on_ranks(
     *arguments: str,
     size: int = 2,
     prepare: Callable[[int], object] = lambda rank: None,
-    timeout: float = 120,
+    kill_when: Callable[[], bool] | None = None,
 ) -> Ended:
     """Run scripts/train.py as torchrun does, without its agent.
 
     folder: for what the ranks print. prepare: called with the rank in its process before all else.
+    kill_when: all are killed as soon as it returns True.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -51,8 +62,12 @@ def train_on_ranks(
         todo = (folder / f"{rank}", environment, arguments, prepare)
         processes.append(forking.Process(target=_rank, args=todo))
         processes[-1].start()
-    for process in processes:
-        process.join(timeout)
+    deadline = time.monotonic() + TIMEOUT
+    while any(process.is_alive() for process in processes) and time.monotonic() < deadline:
+        if kill_when is not None and kill_when():
+            for process in processes:
+                process.kill()
+        time.sleep(0.02)
     hung = [rank for rank, process in enumerate(processes) if process.is_alive()]
     for process in processes:
         process.kill()
@@ -78,6 +93,7 @@ def _rank(
     sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
     os.environ |= environment
     GlobalHydra.instance().clear()
+    logging.getLogger().handlers.clear()  # pytest's
     script = REPOSITORY / "scripts/train.py"
     sys.argv = [str(script), *arguments]
     code: object = 0
