@@ -17,6 +17,10 @@ from small_runs import REPOSITORY, composed
 from normexp import checkpoints, config, data_parallel, pipeline, records
 from normexp.errors import UserError
 
+# The small splits as training data, in batches of which an epoch has an odd number.
+ON_500_SENTENCES = ["+fairseq.dataset.train_subset=valid", "fairseq.dataset.max_tokens=1500"]
+ON_219_BLOCKS = ["+fairseq.dataset.train_subset=valid", "fairseq.dataset.max_tokens=1200"]
+
 
 def run_folder(results: Path) -> Path:
     (found,) = results.glob("runs/*/*/config.yaml")
@@ -52,9 +56,8 @@ def test_two_ranks_equal_two_batches_per_update(overrides, tmp_path) -> None:
     settings = overrides(
         "toy_translation",
         "norm=layer",
-        "fairseq.optimization.max_epoch=1",
-        "fairseq.dataset.max_tokens=14000",
-        "+fairseq.dataset.max_tokens_valid=1500",
+        *ON_500_SENTENCES,
+        "+fairseq.dataset.max_tokens_valid=2000",
         "evaluation.splits=[valid]",
     )
 
@@ -87,8 +90,8 @@ def test_two_ranks_equal_two_batches_per_update(overrides, tmp_path) -> None:
     assert record.config_hash != single.config_hash
     assert record.metrics == single.metrics
 
-    # The last update of the epoch has a batch for rank 0 alone, and counts the same tokens.
-    assert lines(tmp_path / "without_tokens") == [1]
+    # The last update of each epoch has a batch for rank 0 alone, and counts the same tokens.
+    assert lines(tmp_path / "without_tokens") == [1, 1]
     one = metrics(tmp_path / "results", "train_inner")
     updates = metrics(two, "train_inner")
     assert [entry["step"] for entry in updates] == list(range(1, record.num_updates + 1))
@@ -97,10 +100,14 @@ def test_two_ranks_equal_two_batches_per_update(overrides, tmp_path) -> None:
 
     # Every sentence of the validation is scored once, by whichever rank.
     scored = [lines(tmp_path / f"validated{rank}") for rank in (0, 1)]
-    assert len(scored[0]) == len(scored[1]) > 2 and scored[1][-1] == []
-    assert sorted(i for of_rank in scored for batch in of_rank for i in batch) == list(range(500))
-    (valid,), (expected,) = metrics(two, "valid"), metrics(tmp_path / "results", "valid")
-    assert valid["loss"] == expected["loss"]
+    assert len(scored[0]) == len(scored[1]) == 2 * 3 and scored[1][-1] == []
+    sentences = sorted(i for of_rank in scored for batch in of_rank for i in batch)
+    assert sentences == sorted(2 * list(range(500)))
+    losses = [
+        [entry["loss"] for entry in metrics(results, "valid")]
+        for results in (two, tmp_path / "results")
+    ]
+    assert losses[0] == losses[1] and len(losses[0]) == 2
 
     folder = run_folder(two)
     assert (folder / "log.txt").read_text().count("begin training epoch 1") == 1
@@ -120,12 +127,11 @@ def test_synchronized_statistics_are_those_of_one_large_batch(
         "norm=power",
         "norm.sites.encoder_ffn=batch",
         "norm.sites.decoder_ffn=regularized_batch",
-        "task.norm_warmup_steps=8",
-        "fairseq.optimization.max_epoch=1",
-        "fairseq.dataset.max_tokens=14000",
+        "task.norm_warmup_steps=4",
+        *ON_500_SENTENCES,
         "fairseq.optimizer._name=nag",  # Adam turns rounding of small gradients into whole steps
         *("~fairseq.optimizer.adam_betas", "~fairseq.optimizer.adam_eps"),
-        *("fairseq.optimization.lr=[1.0]", "fairseq.lr_scheduler.warmup_updates=0"),
+        *("fairseq.optimization.lr=[0.1]", "fairseq.lr_scheduler.warmup_updates=0"),
         "evaluation.splits=[valid]",
     )
     two = tmp_path / "two"
@@ -139,7 +145,7 @@ def test_synchronized_statistics_are_those_of_one_large_batch(
     train_step = Trainer.train_step
 
     def with_one_batch(self: Trainer, samples: list[dict], *args: Any, **kwargs: Any) -> Any:
-        dataset = self.task.dataset("train")
+        dataset = self.task.dataset("valid")
         sentences = torch.cat([sample["id"] for sample in samples]).tolist()
         batch = dataset.collater([dataset[i] for i in sentences])
         return train_step(self, [batch], *args, **kwargs)
@@ -159,6 +165,7 @@ def test_local_statistics_are_pooled_where_they_are_saved(overrides, tmp_path) -
     """The checkpoint has the mean over the ranks, and a resumed run goes on from it exactly."""
     settings = overrides(
         "toy_language_model",
+        *ON_219_BLOCKS,
         "norm=power_v",
         "norm.sites.decoder_ffn=batch",
         "distributed.statistics=local",
@@ -214,9 +221,10 @@ def test_killed_ranks_resume_as_if_nothing_had_happened(overrides, tmp_path) -> 
     """SIGKILL of both in the third epoch; then torchrun, as users start it, goes on."""
     settings = overrides(
         "toy_language_model",
+        *ON_219_BLOCKS,
         "norm=power",
         "task.norm_warmup_steps=12",
-        "fairseq.optimization.max_epoch=4",
+        "fairseq.optimization.max_epoch=6",
         "fairseq.model.dropout=0.3",
         "evaluation.splits=[valid]",
     )
@@ -293,7 +301,7 @@ def test_error_of_one_rank_ends_all(failing, overrides, tmp_path) -> None:
 
         Trainer.train_step = failing_step
 
-    settings = overrides("toy_language_model", "norm=power")
+    settings = overrides("toy_language_model", "norm=power", *ON_219_BLOCKS)
     ended = train_on_ranks(tmp_path / "printed", *settings, prepare=fail_in_update_3)
     assert ended.codes == [1, 1]
     assert ended.err[1] == ended.out[1] == ""
@@ -320,7 +328,7 @@ def test_killed_rank_ends_the_other_without_a_record(overrides, tmp_path) -> Non
 
         Trainer.train_step = dying
 
-    settings = overrides("toy_language_model", "norm=power")
+    settings = overrides("toy_language_model", "norm=power", *ON_219_BLOCKS)
     ended = train_on_ranks(tmp_path / "printed", *settings, prepare=die_in_update_3)
     assert ended.codes == [1, -signal.SIGKILL]
     assert ended.err[0].startswith("error: another rank of this training was killed")
@@ -331,6 +339,7 @@ def test_killed_rank_ends_the_other_without_a_record(overrides, tmp_path) -> Non
 def test_divergence_is_a_result_of_all_ranks(overrides, tmp_path) -> None:
     settings = overrides(
         "toy_language_model",
+        *ON_219_BLOCKS,
         "norm=power_v",
         "fairseq.optimization.lr=[1e35]",
         "fairseq.lr_scheduler.warmup_updates=0",
