@@ -251,10 +251,12 @@ def _model(plain: dict[str, Any]) -> dict[str, Any]:
     norm = plain["norm"]
     chosen = {site: choice for site, choice in norm["sites"].items() if choice is not None}
     options = norm["options"]
-    if _over_ranks(plain):
-        options = _synchronized({"name": norm["name"], **options})
+    parallel = distributed.settings(plain)
+    if parallel["ranks"] > 1:
+        synchronized = parallel["statistics"] == "synchronized"
+        options = _over_ranks({"name": norm["name"], **options}, synchronized)
         options = {key: value for key, value in options.items() if key != "name"}
-        chosen = {site: _synchronized(choice) for site, choice in chosen.items()}
+        chosen = {site: _over_ranks(choice, synchronized) for site, choice in chosen.items()}
     return plain["fairseq"]["model"] | {
         "norm": norm["name"],
         "norm_options": json.dumps(options),
@@ -262,22 +264,19 @@ def _model(plain: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _over_ranks(plain: dict[str, Any]) -> bool:
-    parallel = distributed.settings(plain)
-    return parallel["ranks"] > 1 and parallel["statistics"] == "synchronized"
-
-
-def _synchronized(choice: Any) -> Any:
-    """A norm, or its name, with sync=True where it has this option and nothing else is chosen."""
+def _over_ranks(choice: Any, synchronized: bool) -> Any:
+    """A norm, or its name, with the option `sync` where it has it: by default True if synchronized,
+    otherwise False in any case."""
     named = {"name": choice} if isinstance(choice, str) else choice
     name = named.get("name") if isinstance(named, dict) else None
     if name not in available_norms() or "sync" not in norm_options(name):
         return choice
-    return {"sync": True, **named}
+    return {"sync": True, **named} if synchronized else {**named, "sync": False}
 
 
 def _check_ranks(plain: dict[str, Any], sites: dict[str, dict[str, Any]]) -> None:
-    if distributed.settings(plain)["ranks"] == 1:
+    parallel = distributed.settings(plain)
+    if parallel["ranks"] == 1:
         return
     given = set(plain["fairseq"].get("distributed_training", {})) - {"distributed_world_size"}
     if given:
@@ -287,7 +286,7 @@ def _check_ranks(plain: dict[str, Any], sites: dict[str, dict[str, Any]]) -> Non
         )
     for site, norm in sites.items():
         alone = issubclass(norm_class(norm["name"]), RunningNorm) and "sync" not in norm
-        if alone and _over_ranks(plain):
+        if alone and parallel["statistics"] == "synchronized":
             raise UserError(
                 f"norm {norm['name']!r} ({site}) has no statistics over several ranks: choose "
                 "distributed.statistics=local, by which each rank has its own, or one rank"

@@ -185,8 +185,7 @@ def test_local_statistics_are_pooled_where_they_are_saved(overrides, tmp_path) -
 
     def train(prepare: Any = lambda rank: None) -> None:
         ended = train_on_ranks(tmp_path / "printed", *settings, prepare=prepare)
-        assert ended.codes == [0, 0], ended.err
-        assert ended.err == ["", ""]
+        assert ended.codes == [0, 0] and ended.err[1] == "", ended.err
 
     train(note_statistics)
     results = tmp_path / "results"
@@ -387,20 +386,29 @@ def test_one_process_is_the_experiment_that_it_was(overrides) -> None:
         for s in ("synchronized", "local")
     ]
     assert alone != several[0] != several[1]
-    sites = config.validate(composed(*settings))
-    assert not any(norm["sync"] for norm in sites.values())
 
 
-def test_sync_that_the_user_chose_stays(overrides) -> None:
-    settings = overrides("toy_translation", "norm=power", "distributed.ranks=2")
-    given = ["+norm.options.sync=false", "norm.sites.decoder_ffn={name: batch, sync: false}"]
-    sites = config.validate(composed(*settings, *given, "norm.sites.decoder_attention=batch"))
-    assert {site: norm.get("sync") for site, norm in sites.items()} == {
-        "encoder_attention": False,
+def test_synchronized_is_the_default_of_sites_and_local_is_local(overrides) -> None:
+    settings = overrides(
+        "toy_translation",
+        "norm=power",
+        "distributed.ranks=2",
+        "norm.sites.encoder_ffn={name: power_v, sync: false}",
+        "norm.sites.decoder_ffn={name: batch, sync: true}",
+        "norm.sites.decoder_attention=batch",
+    )
+
+    def sync(*more: str) -> dict[str, bool | None]:
+        sites = config.validate(composed(*settings, *more))
+        return {site: norm.get("sync") for site, norm in sites.items()}
+
+    layer = {"decoder_cross": None, "decoder_final": None}
+    assert sync() == layer | {
+        "encoder_attention": True,
         "encoder_ffn": False,
-        "encoder_final": False,
+        "encoder_final": True,
         "decoder_attention": True,
-        "decoder_cross": None,
-        "decoder_ffn": False,
-        "decoder_final": None,
+        "decoder_ffn": True,
     }
+    assert set(sync("distributed.statistics=local").values()) == {None, False}
+    assert sync("distributed.ranks=1")["decoder_attention"] is False  # as ever
