@@ -262,9 +262,9 @@ def test_killed_ranks_resume_as_if_nothing_had_happened(overrides, tmp_path) -> 
 
     ended = train_on_ranks(tmp_path / "printed", *settings, kill_when=in_the_third_epoch)
     assert ended.codes == [-signal.SIGKILL] * 2
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     shown = subprocess.run(
-        [*torchrun, "--master_port", "0", REPOSITORY / "scripts/train.py", *settings],
+        [*torchrun, "--nproc_per_node", "2", REPOSITORY / "scripts/train.py", *settings],
         capture_output=True,
         text=True,
         timeout=300,
