@@ -132,6 +132,7 @@ class Ranks:
         self.succeeded = True
         self.on_failure: Callable[[str], None] | None = None
         self._noticed = threading.Event()  # the end, by the thread that runs this rank
+        self._told_of_failure = threading.Event()  # of another rank, by the thread that watches
         if self.size > 1:
             prefix = f"normexp/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/{next(_meetings)}"
             self.store = _store(process, prefix, "work")
@@ -196,6 +197,10 @@ class Ranks:
     def lost_another(self, error: BaseException) -> bool:
         """Whether an error says that the connection to another rank broke: it was killed."""
         lost = self.size > 1 and _is_lost_connection(error)
+        if lost and self._told_of_failure.is_set():
+            # By its end the rank that failed broke the connection; the other thread has told of it
+            # and is about to end this process.
+            time.sleep(2 * PARTING_SECONDS)
         if lost:
             self._noticed.set()
         return lost
@@ -293,6 +298,7 @@ class Ranks:
         os._exit(1)
 
     def _end_by_failure(self, said: Mapping[str, Any]) -> None:
+        self._told_of_failure.set()
         logger.info("another rank failed:\n%s", said["traceback"])
         if said["is_result"] and self.on_failure is not None:
             self.on_failure(said["reason"])

@@ -1,11 +1,13 @@
 """Training on several ranks: real processes on the CPU against one process with all their data."""
 
+import itertools
 import json
 import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +16,7 @@ from fairseq.trainer import Trainer
 from rank_processes import train_on_ranks
 from small_runs import REPOSITORY, composed
 
-from normexp import checkpoints, config, data_parallel, pipeline, records
+from normexp import checkpoints, config, data_parallel, pipeline, records, training
 from normexp.errors import UserError
 
 # The small splits as training data, in batches of which an epoch has an odd number.
@@ -72,6 +74,8 @@ def test_two_ranks_equal_two_batches_per_update(overrides, tmp_path) -> None:
             append(tmp_path / "without_tokens", rank)
             return without_tokens(model)
 
+        # Every update takes one second.
+        training.time = SimpleNamespace(perf_counter=itertools.count().__next__)
         Trainer.valid_step, data_parallel._padding_alone = valid_step, padding_alone
 
     two = tmp_path / "two"
@@ -97,6 +101,9 @@ def test_two_ranks_equal_two_batches_per_update(overrides, tmp_path) -> None:
     assert [entry["step"] for entry in updates] == list(range(1, record.num_updates + 1))
     for name in ("loss", "wpb", "bsz", "gnorm"):
         assert [entry[name] for entry in updates] == [entry[name] for entry in one], name
+
+    tokens = sum(entry["wpb"] for entry in updates)
+    assert record.tokens_per_second == tokens / record.num_updates
 
     # Every sentence of the validation is scored once, by whichever rank.
     scored = [lines(tmp_path / f"validated{rank}") for rank in (0, 1)]
