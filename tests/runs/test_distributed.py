@@ -159,6 +159,12 @@ def test_synchronized_statistics_are_those_of_one_large_batch(
 
     monkeypatch.setattr(Trainer, "train_step", with_one_batch)
     pipeline.run(composed(*settings, "fairseq.optimization.update_freq=[2]"))
+    for name in ("loss", "penalty"):
+        of_two, of_one = (
+            [entry[name] for entry in metrics(results, "train_inner")]
+            for results in (two, tmp_path / "results")
+        )
+        assert of_two == pytest.approx(of_one, rel=0.01, abs=2e-5), name
     obtained, expected = trained(two), trained(tmp_path / "results")
     assert obtained.keys() == expected.keys()
     for key, value in expected.items():
