@@ -263,6 +263,8 @@ class Ranks:
             return False
 
     def _report(self, error: BaseException) -> None:
+        import torch.distributed as dist
+
         reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
         said = {
             "reason": f"rank {self.rank}: {reason}",
@@ -271,7 +273,8 @@ class Ranks:
             and not isinstance(error, UserError)
             and not self.lost_another(error),
         }
-        self.store.compare_set("failure", "", json.dumps(said))
+        with suppress(dist.DistError):  # rank 0 has gone
+            self.store.compare_set("failure", "", json.dumps(said))
 
     def _watch(self) -> None:
         """End this process when another has failed: its own thread may wait for that one forever.
