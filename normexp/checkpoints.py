@@ -239,7 +239,7 @@ def atomic_writes(folder: Path) -> Iterator[None]:
         save(Path(filename), obj)
 
     for partial in folder.glob("*.pt.part"):
-        partial.unlink()
+        partial.unlink(missing_ok=True)  # another rank may have done it
     originals = PathManager.copy, checkpoint_utils.torch_persistent_save
     PathManager.copy, checkpoint_utils.torch_persistent_save = staticmethod(copy), write
     try:

@@ -9,9 +9,10 @@ import numpy as np
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from normexp import speed
+from normexp import distributed, speed
 from normexp.errors import UserError
-from normexp.norms import norm_class
+from normexp.norms import available_norms, norm_class, norm_options
+from normexp.norms.running_norm import RunningNorm
 from normexp.sites import resolve_sites
 from normexp.streaming import stride_for
 
@@ -67,7 +68,10 @@ def resolved(cfg: DictConfig) -> dict[str, Any]:
 def experiment(cfg: DictConfig) -> dict[str, Any]:
     """What decides the result: the resolved configuration less paths and tracking."""
     plain = resolved(cfg)
-    return {key: value for key, value in plain.items() if key not in NOT_PART_OF_THE_EXPERIMENT}
+    left_out = list(NOT_PART_OF_THE_EXPERIMENT)
+    if distributed.settings(plain)["ranks"] == 1:  # with one rank it says nothing
+        left_out.append("distributed")
+    return {key: value for key, value in plain.items() if key not in left_out}
 
 
 def validate(cfg: DictConfig) -> dict[str, dict[str, Any]]:
@@ -86,6 +90,7 @@ def validate(cfg: DictConfig) -> dict[str, dict[str, Any]]:
     _check_hardware(plain["fairseq"])
     _check_tracking(plain["tracking"]["mode"])
     sites = _resolve_sites(plain)
+    _check_ranks(plain, sites)
     node = _with_safeguards(plain["fairseq"])
     speed.into_fairseq(speed.settings(plain), node)
     typed = _typed(node)
@@ -245,11 +250,47 @@ def _resolve_sites(plain: dict[str, Any]) -> dict[str, dict[str, Any]]:
 def _model(plain: dict[str, Any]) -> dict[str, Any]:
     norm = plain["norm"]
     chosen = {site: choice for site, choice in norm["sites"].items() if choice is not None}
+    options = norm["options"]
+    parallel = distributed.settings(plain)
+    if parallel["ranks"] > 1:
+        synchronized = parallel["statistics"] == "synchronized"
+        options = _over_ranks({"name": norm["name"], **options}, synchronized)
+        options = {key: value for key, value in options.items() if key != "name"}
+        chosen = {site: _over_ranks(choice, synchronized) for site, choice in chosen.items()}
     return plain["fairseq"]["model"] | {
         "norm": norm["name"],
-        "norm_options": json.dumps(norm["options"]),
+        "norm_options": json.dumps(options),
         "norm_sites": json.dumps(chosen),
     }
+
+
+def _over_ranks(choice: Any, synchronized: bool) -> Any:
+    """A norm, or its name, with the option `sync` where it has it: by default True if synchronized,
+    otherwise False in any case."""
+    named = {"name": choice} if isinstance(choice, str) else choice
+    name = named.get("name") if isinstance(named, dict) else None
+    if name not in available_norms() or "sync" not in norm_options(name):
+        return choice
+    return {"sync": True, **named} if synchronized else {**named, "sync": False}
+
+
+def _check_ranks(plain: dict[str, Any], sites: dict[str, dict[str, Any]]) -> None:
+    parallel = distributed.settings(plain)
+    if parallel["ranks"] == 1:
+        return
+    given = set(plain["fairseq"].get("distributed_training", {})) - {"distributed_world_size"}
+    if given:
+        raise UserError(
+            f"fairseq.distributed_training.{min(given)} is set by normexp where there are several "
+            "ranks; leave it out"
+        )
+    for site, norm in sites.items():
+        alone = issubclass(norm_class(norm["name"]), RunningNorm) and "sync" not in norm
+        if alone and parallel["statistics"] == "synchronized":
+            raise UserError(
+                f"norm {norm['name']!r} ({site}) has no statistics over several ranks: choose "
+                "distributed.statistics=local, by which each rank has its own, or one rank"
+            )
 
 
 def _with_safeguards(node: dict[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import resource
 import signal
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 
-from normexp import checkpoints, config, failures, records, speed
+from normexp import checkpoints, config, distributed, failures, records, speed
 from normexp.atomic import write_json
 from normexp.corpora import PreparedCorpus, prepare
+from normexp.distributed import Ranks
 from normexp.errors import UserError
 from normexp.records import Record
 from normexp.run_folder import RunFolder, open_run
@@ -29,24 +30,42 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 logger = logging.getLogger(__name__)
 
 
-def run(cfg: DictConfig) -> Record:
+def run(cfg: DictConfig) -> Record | None:
     """Do what a configuration says, from where an earlier attempt stopped, and return the record.
 
     A run that is complete is not repeated. Raises UserError for what the user can mend; a training
-    that diverged is a result and returns a record that says so.
+    that diverged is a result and returns a record that says so. Where torchrun or srun started
+    several processes, rank 0 does all this; the others train along, and return None.
     """
-    with _warnings_on_console():
+    with distributed.together() as ranks, _warnings_on_console(ranks.is_main):
+        if not ranks.is_main:
+            _train_along(cfg, ranks)
+            return None
         sites = config.validate(cfg)
+        ranks.refuse_other_number(distributed.settings(config.resolved(cfg))["ranks"])
         try:
-            return _run_in_folder(cfg, sites)
+            record = _run_in_folder(cfg, sites, ranks)
         except OSError as error:
             told = failures.about_files(error, Path(config.resolved(cfg)["run_dir"]))
             if told is None:
                 raise
             raise UserError(told) from None
+        ranks.succeeded = record.status == "complete"
+        return record
 
 
-def _run_in_folder(cfg: DictConfig, sites: dict[str, dict[str, Any]]) -> Record:
+def _train_along(cfg: DictConfig, ranks: Ranks) -> None:
+    from normexp import training
+
+    told = ranks.told("training")
+    languages = told["languages"] and tuple(told["languages"])
+    paths = Path(told["data_bin"]), Path(told["checkpoints"])
+    fairseq_cfg = config.fairseq_config(cfg, paths[0], languages, paths[1])
+    with _sigterm_as_exit(), suppress(training.Diverged):  # on all ranks: rank 0 records it
+        training.train(fairseq_cfg, None, [], speed.settings(config.resolved(cfg)), ranks)
+
+
+def _run_in_folder(cfg: DictConfig, sites: dict[str, dict[str, Any]], ranks: Ranks) -> Record:
     plain = config.resolved(cfg)
     with open_run(cfg) as folder:
         earlier = _complete_record(folder)
@@ -64,7 +83,7 @@ def _run_in_folder(cfg: DictConfig, sites: dict[str, dict[str, Any]]) -> Record:
                 f"{plain['task']['kind']}: mend task.corpus or task.kind"
             )
         with _log_to(folder.log), _sigterm_as_exit():
-            return _run(cfg, plain, sites, corpus, folder)
+            return _run(cfg, plain, sites, corpus, folder, ranks)
 
 
 def describe(record: Record) -> str:
@@ -128,6 +147,7 @@ def _run(
     sites: dict[str, dict[str, Any]],
     corpus: PreparedCorpus,
     folder: RunFolder,
+    ranks: Ranks,
 ) -> Record:
     from normexp.tracking import Tracker
 
@@ -147,14 +167,25 @@ def _run(
         tags=tracking["tags"],
         config=_for_the_dashboard(plain, sites, facts),
     ) as tracker:
+
+        def rank_failed(reason: str) -> None:
+            _finish(folder, plain, facts, _failure("failed", reason))
+            tracker.finish(failed=True)
+
+        ranks.on_failure = rank_failed
         try:
-            outcome = _train_and_evaluate(cfg, corpus, folder, tracker)
+            outcome = _train_and_evaluate(cfg, corpus, folder, tracker, ranks)
         except UserError:
             raise
         except Exception as error:
             logger.info("the run failed", exc_info=True)  # the console gets one line, or the error
             if told := failures.about_files(error, folder.path):
                 raise UserError(told) from None
+            if ranks.lost_another(error):
+                raise UserError(
+                    "another rank of this training was killed; the same command goes on from the "
+                    "last checkpoint"
+                ) from None
             told = failures.about_memory(error, plain, folder.finished.is_file())
             reason = told or f"{type(error).__name__}: {error}"
             _finish(folder, plain, facts, _failure("failed", reason))
@@ -167,7 +198,7 @@ def _run(
 
 
 def _train_and_evaluate(
-    cfg: DictConfig, corpus: PreparedCorpus, folder: RunFolder, tracker: Any
+    cfg: DictConfig, corpus: PreparedCorpus, folder: RunFolder, tracker: Any, ranks: Ranks
 ) -> dict[str, Any]:
     """What the record says of the run's course: complete, or diverged with the step."""
     from normexp import training
@@ -181,10 +212,13 @@ def _train_and_evaluate(
             else None
         )
         fairseq_cfg = config.fairseq_config(cfg, corpus.data_bin, languages, folder.checkpoints)
+        told = {"data_bin": str(corpus.data_bin.absolute()), "languages": languages}
+        ranks.tell("training", told | {"checkpoints": str(folder.checkpoints)})
         with MetricsFile(folder.metrics) as metrics:
             try:
                 settings = speed.settings(config.resolved(cfg))
-                result = training.train(fairseq_cfg, metrics, [tracker, _Console()], settings)
+                sinks = [tracker, _Console()]
+                result = training.train(fairseq_cfg, metrics, sinks, settings, ranks)
             except training.Diverged as diverged:
                 return _failure("diverged", diverged.reason) | {
                     "diverged_at_update": diverged.update,
@@ -251,6 +285,7 @@ def _facts(
     """What the record says of the run before it starts."""
     commit, dirty = records.code_version(REPOSITORY)
     experiment = config.experiment(cfg)
+    parallel = distributed.settings(plain)
     return {
         "task": plain["task"]["name"],
         "kind": plain["task"]["kind"],
@@ -259,6 +294,8 @@ def _facts(
         "seed": plain["seed"],
         "sites": sites,
         "sees_future_tokens": None,  # measured when the run is evaluated
+        "ranks": parallel["ranks"],
+        "statistics": parallel["statistics"] if parallel["ranks"] > 1 else None,
         "hardware": records.hardware_facts(),
         "versions": records.package_versions(),
         "code_commit": commit,
@@ -368,9 +405,9 @@ def _say(line: str) -> None:
 
 
 @contextmanager
-def _warnings_on_console() -> Iterator[None]:
+def _warnings_on_console(wanted: bool) -> Iterator[None]:
     """Also keeps fairseq, which finds the root logger taken, from logging to standard output."""
-    console = logging.StreamHandler(sys.stderr)
+    console = logging.StreamHandler(sys.stderr) if wanted else logging.NullHandler()
     console.setLevel(logging.WARNING)
     console.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
     # Python warnings are torch's and fairseq's talk about each other: for the log.

@@ -47,6 +47,10 @@ class Record:
         curve: (update, validation loss per token in nats) at every validation while training.
         sees_future_tokens: Whether a language model's output depends on the tokens it predicts;
             None for translation.
+        ranks: How many processes trained together, each with a batch of its own in an update.
+        statistics: Whether the norms took statistics over the tokens of all ranks, unless `sites`
+            says otherwise, or each rank kept its own ("local"), averaged wherever they were
+            validated and saved. None with one rank.
         kernels: How many layers with running statistics were trained by "native" (compiled),
             "triton" or "plain" kernels; None where the run ended before, or is older than they are.
         config: The resolved configuration without machine-dependent paths.
@@ -81,6 +85,8 @@ class Record:
     peak_memory_bytes: int | None
     wall_time_seconds: float | None
     kernels: dict[str, int] | None = None
+    ranks: int = 1
+    statistics: Literal["synchronized", "local"] | None = None
     hardware: dict[str, Any]
     versions: dict[str, str]
     code_commit: str

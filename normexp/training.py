@@ -13,8 +13,9 @@ import torch
 from omegaconf import DictConfig
 from torch import nn
 
-from normexp import checkpoints, resumption, speed
+from normexp import checkpoints, data_parallel, resumption, speed
 from normexp.diagnostics import norm_diagnostics, update_diagnostics
+from normexp.distributed import Ranks
 from normexp.divergence import StatisticsWatch
 from normexp.kernels import use_kernels
 from normexp.metrics_file import MetricsFile
@@ -54,16 +55,17 @@ class TrainingResult:
     num_updates: int
     num_epochs: int
     num_parameters: int
-    tokens_per_second: float  # real target tokens, over the updates that led to the result
+    tokens_per_second: float  # real target tokens of all ranks, over all updates
     wall_time_seconds: float  # all processes together
     kernels: dict[str, int]  # layers with running statistics by what computed their last step
 
 
 def train(
     fairseq_cfg: DictConfig,
-    metrics: MetricsFile,
+    metrics: MetricsFile | None,
     sinks: list[Sink],
     speed_settings: Mapping[str, Any],
+    ranks: Ranks,
 ) -> TrainingResult:
     """Train to the end as configured, from checkpoint_last.pt where there is one.
 
@@ -74,12 +76,15 @@ def train(
 
     speed_settings: of normexp.speed, which have decided the loss and the optimizer in fairseq_cfg
     and here decide precision, dropout and kernels.
+
+    ranks: with several, all of them call this; metrics and sinks are those of rank 0, which alone
+    logs and writes, and None and [] on the others.
     """
     from fairseq_cli import train as fairseq_train
 
     use_kernels(speed_settings["kernels"])
     observed = Observed()
-    sinks = [metrics, *sinks]
+    sinks = [metrics, *sinks] if ranks.is_main else []
 
     def report(step: int, found: Mapping[str, float]) -> None:
         for sink in sinks:
@@ -89,19 +94,23 @@ def train(
         if tag == "valid":
             report(step, norm_diagnostics(observed.trainer.get_model()))
 
-    def resume(step: int, extra_state: Mapping[str, Any]) -> None:
+    def earlier_losses(step: int) -> list[float]:
         metrics.truncate_after(step)
-        # fairseq's count of epochs without a better loss is not in its checkpoints.
         metric = fairseq_cfg.checkpoint.best_checkpoint_metric
+        return list(metrics.values("valid", metric).values())
+
+    def resume(step: int, extra_state: Mapping[str, Any]) -> None:
         ended = False
-        for loss in metrics.values("valid", metric).values():
+        # fairseq's count of epochs without a better loss is not in its checkpoints.
+        for loss in ranks.from_main("earlier losses", lambda: earlier_losses(step)):
             ended = fairseq_train.should_stop_early(fairseq_cfg, loss)
         if not extra_state:
             return
         seconds = extra_state["previous_training_time"]
         ended = ended or resumption.reached_end(fairseq_cfg, step, seconds)
         at_end_of_epoch = extra_state["train_iterator"]["iterations_in_epoch"] == 0
-        if (ended or at_end_of_epoch) and step not in metrics.values("train", "lr"):
+        due = ranks.is_main and (ended or at_end_of_epoch)
+        if due and step not in metrics.values("train", "lr"):
             for sink in sinks:
                 sink("train", step, resumption.epoch_averages(extra_state))
         if ended:
@@ -111,22 +120,25 @@ def train(
     with (
         metrics_to(*sinks, diagnostics),
         checkpoints.atomic_writes(Path(fairseq_cfg.checkpoint.save_dir)),
-        _observed_trainer(fairseq_train, observed, resume, report, speed_settings),
-        suppress(resumption.AlreadyTrained),
+        data_parallel.process_group(ranks, fairseq_cfg),
+        _observed_trainer(fairseq_train, observed, resume, report, speed_settings, ranks),
     ):
         try:
-            fairseq_train.main(fairseq_cfg)
+            with suppress(resumption.AlreadyTrained):
+                fairseq_train.main(fairseq_cfg)
         except Diverged as diverged:  # the state of all sites, for whoever looks for the cause
             found = norm_diagnostics(observed.trainer.get_model())
-            metrics("diagnostics", diverged.update, found)
+            if ranks.is_main:
+                metrics("diagnostics", diverged.update, found)
             raise
+        tokens = data_parallel.total(observed.tokens, ranks)
     trainer = observed.trainer
     return TrainingResult(
         num_updates=trainer.get_num_updates(),
         num_epochs=observed.num_epochs,
         num_parameters=sum(p.numel() for p in trainer.get_model().parameters()),
-        tokens_per_second=observed.tokens / observed.seconds if observed.seconds else 0.0,
-        wall_time_seconds=trainer.cumulative_training_time(),
+        tokens_per_second=tokens / observed.seconds if observed.seconds else 0.0,
+        wall_time_seconds=float(trainer.cumulative_training_time()),
         kernels=_kernels(trainer.get_model()) or observed.kernels,
     )
 
@@ -158,11 +170,12 @@ def _observed_trainer(
     resume: Callable[[int, Mapping[str, Any]], None],
     report: Callable[[int, Mapping[str, float]], None],
     speed_settings: Mapping[str, Any],
+    ranks: Ranks,
 ) -> Iterator[None]:
     """Let fairseq's training loop build a trainer that can be seen from outside."""
     original = fairseq_train.Trainer
 
-    class ObservedTrainer(original):
+    class ObservedTrainer(data_parallel.trainer_on(ranks, original)):
         def __init__(
             self, cfg: Any, task: Any, model: Any, criterion: Any, *args: Any, **kwargs: Any
         ):
@@ -208,36 +221,46 @@ def _observed_trainer(
             return super().save_checkpoint(filename, {**extra_state, "normexp": ours})
 
         def load_checkpoint(self, filename: str, *args: Any, **kwargs: Any) -> Any:
-            last = Path(filename)
-            found = checkpoints.newest_good(last.parent)
-            if found is None:
+            found: dict[str, Any] = {}
+            path = ranks.from_main("checkpoint", lambda: self._newest(Path(filename), found))
+            if path is None:
+                data_parallel.refuse_other_start(ranks, 0, filename)
                 resume(0, {})
                 return super().load_checkpoint(filename, *args, **kwargs)
-            path, state = found
-            if path != last and last.exists():
-                logger.warning("%s cannot be read; resuming from %s instead", last, path)
-            position = state["extra_state"]["train_iterator"]
+            state = found or checkpoints.load(Path(path))
+            with checkpoints.instead_of_reading(state):
+                extra_state = super().load_checkpoint(path, *args, **kwargs)
+            updates = self.get_num_updates()
+            data_parallel.refuse_other_start(ranks, updates, path)
+            position = extra_state["train_iterator"]
             # At the end of an epoch the position is the beginning of the next one.
             at_end_of_epoch = position["iterations_in_epoch"] == 0
-            epoch = observed.num_epochs = position["epoch"] - at_end_of_epoch
-            if self.data_parallel_rank == 0:
-                of_epochs = self.cfg.checkpoint
-                kept = at_end_of_epoch and epoch % of_epochs.save_interval == 0
-                kept = kept and not of_epochs.no_epoch_checkpoints
-                name = f"checkpoint{epoch}.pt" if kept else None
-                checkpoints.restore(last.parent, path, state, name)
-            with checkpoints.instead_of_reading(state):
-                extra_state = super().load_checkpoint(str(path), *args, **kwargs)
-            updates = self.get_num_updates()
+            observed.num_epochs = position["epoch"] - at_end_of_epoch
             ours = extra_state.get("normexp", {})  # absent in checkpoints of earlier versions
             for name in ("seconds", "tokens", "kernels"):
                 setattr(observed, name, ours.get(name, getattr(observed, name)))
             resumption.restore_scheduler(self.lr_scheduler, ours.get("lr_scheduler", {}))
             if at_end_of_epoch:  # which the learning rate follows only after the checkpoint
-                self.lr_step(epoch, extra_state["val_loss"])
+                self.lr_step(observed.num_epochs, extra_state["val_loss"])
             logger.warning("resuming after update %d from %s", updates, path)
             resume(updates, extra_state)
             return extra_state
+
+        def _newest(self, last: Path, found: dict[str, Any]) -> str | None:
+            """Where to resume from; its content into `found`. Copies that were lost are remade."""
+            newest = checkpoints.newest_good(last.parent)
+            if newest is None:
+                return None
+            path, state = newest
+            if path != last and last.exists():
+                logger.warning("%s cannot be read; resuming from %s instead", last, path)
+            position, of_epochs = state["extra_state"]["train_iterator"], self.cfg.checkpoint
+            epoch = position["epoch"] - 1
+            kept = position["iterations_in_epoch"] == 0 and epoch % of_epochs.save_interval == 0
+            kept = kept and not of_epochs.no_epoch_checkpoints
+            checkpoints.restore(last.parent, path, state, f"checkpoint{epoch}.pt" if kept else None)
+            found.update(state)
+            return str(path)
 
         def begin_epoch(self, epoch: int) -> None:
             super().begin_epoch(epoch)

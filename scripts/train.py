@@ -6,6 +6,7 @@ import sys
 import hydra
 from omegaconf import DictConfig
 
+from normexp.distributed import ToldByMain
 from normexp.errors import UserError
 
 failures = []
@@ -19,8 +20,11 @@ def main(cfg: DictConfig) -> None:
     try:
         record = pipeline.run(cfg)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if not isinstance(error, ToldByMain):
+            print(f"error: {error}", file=sys.stderr)
         failures.append(error)
+        return
+    if record is None:  # a rank that trained along
         return
     print(pipeline.describe(record), flush=True)
     if record.status != "complete":

@@ -4,6 +4,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from normexp.norms.exchange import EXCHANGE
 from normexp.norms.running_norm import RunningNorm
 from normexp.norms.synchronization import several_ranks
 
@@ -16,6 +17,7 @@ def pool_statistics(model: nn.Module) -> None:
     same point, before a checkpoint is written or the model is evaluated. Does nothing on a single
     rank. The step counters stay as they are.
     """
+    EXCHANGE.settle()
     norms = [module for module in model.modules() if isinstance(module, RunningNorm)]
     buffers = [buffer for norm in norms for buffer in norm.buffers() if buffer.is_floating_point()]
     if not buffers or not several_ranks():

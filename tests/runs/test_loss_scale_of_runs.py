@@ -7,6 +7,7 @@ import torch
 from fairseq_cli import train as fairseq_train
 
 from normexp import speed, training
+from normexp.distributed import Process, Ranks
 from normexp.norms import build_norm
 
 
@@ -32,7 +33,8 @@ def test_layers_follow_the_loss_scale(monkeypatch, kind: str) -> None:
     norm = build_norm("power", 4)
     norm.nu.fill_(1.0)
     observed, seen = training.Observed(), []
-    with training._observed_trainer(fairseq_train, observed, lambda step: None, speed.STOCK):
+    alone = Ranks(Process())
+    with training._observed_trainer(fairseq_train, observed, lambda step: None, speed.STOCK, alone):
         trainer = fairseq_train.Trainer(None, None, torch.nn.Sequential(norm), None)
         for _ in range(4):
             trainer.train_step([{"ntokens": 1}])
