@@ -179,13 +179,13 @@ def _run(
             raise
         except Exception as error:
             logger.info("the run failed", exc_info=True)  # the console gets one line, or the error
-            if told := failures.about_files(error, folder.path):
-                raise UserError(told) from None
             if ranks.lost_another(error):
                 raise UserError(
                     "another rank of this training was killed; the same command goes on from the "
                     "last checkpoint"
                 ) from None
+            if told := failures.about_files(error, folder.path):
+                raise UserError(told) from None
             told = failures.about_memory(error, plain, folder.finished.is_file())
             reason = told or f"{type(error).__name__}: {error}"
             _finish(folder, plain, facts, _failure("failed", reason))
