@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 
-from normexp import checkpoints, speed
+from normexp import checkpoints, preemption, speed
 from normexp.diagnostics import norm_diagnostics
 from normexp.kernels import use_kernels
 from normexp.metrics_file import MetricsFile
@@ -91,6 +91,7 @@ def train(
     with (
         metrics_to(*sinks, diagnostics),
         checkpoints.atomic_copies(),
+        preemption.checkpoint_at_updates(fairseq_train),
         _observed_trainer(fairseq_train, observed, resume, speed_settings),
     ):
         fairseq_train.main(fairseq_cfg)

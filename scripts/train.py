@@ -6,28 +6,36 @@ import sys
 import hydra
 from omegaconf import DictConfig
 
+from normexp import records, run_status, slurm
 from normexp.errors import UserError
 
 failures = []
 
 
 @hydra.main(config_path="../configs", config_name="train", version_base="1.3")
-def main(cfg: DictConfig) -> None:
-    """Do one run; in a sweep the other runs go on when one cannot."""
-    from normexp import pipeline
-
+def main(cfg: DictConfig) -> str | None:
+    """Do one run and return why it failed; in a sweep the other runs go on when one cannot."""
     try:
-        record = pipeline.run(cfg)
+        if found := run_status.recorded(cfg):
+            path, record = found
+            print(f"complete already: {path}")
+        else:
+            from normexp import pipeline  # here, because torch and fairseq take seconds
+
+            record = pipeline.run(cfg)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         failures.append(error)
-        return
-    print(pipeline.describe(record), flush=True)
+        return str(error)
+    print(records.describe(record), flush=True)
     if record.status != "complete":
         failures.append(record.reason)
+        return record.reason
+    return None
 
 
 if __name__ == "__main__":
+    slurm.register(failures)
     try:
         main()
     except KeyboardInterrupt:
