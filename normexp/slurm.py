@@ -7,6 +7,7 @@ list of how every run stands. A job whose run fails ends with a status other tha
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,6 +15,7 @@ from hydra.core.plugins import Plugins
 from hydra.core.singleton import Singleton
 from hydra.core.utils import JobReturn, JobStatus, filter_overrides
 from hydra_plugins.hydra_submitit_launcher import submitit_launcher
+from hydra_plugins.hydra_submitit_launcher.config import BaseQueueConf
 from omegaconf import DictConfig
 from rich.console import Console
 
@@ -23,6 +25,9 @@ from normexp.run_status import status_of
 from normexp.slurm_queue import Job
 from normexp.status_table import print_statuses
 
+SHARED = {
+    field.name for field in fields(BaseQueueConf)
+}  # settings that submitit has on any cluster
 POLL_SECONDS = (2, 30)  # at first and at last
 THREADS = [
     "export OMP_NUM_THREADS=$SLURM_CPUS_PER_TASK",
@@ -54,6 +59,18 @@ class SlurmLauncher(submitit_launcher.SlurmLauncher):
         if returned.return_value:
             sys.exit(1)
         return returned
+
+    def checkpoint(self, *args: Any) -> Any:
+        """What a requeued job is to do: the same. Called by submitit on SLURM's signal.
+
+        Read back, because the arguments at hand share state with Hydra, where fairseq has left its
+        own configurations by now.
+        """
+        import submitit
+
+        return submitit.helpers.DelayedSubmission.load(
+            submitit.JobEnvironment().paths.submitted_pickle
+        )
 
     def launch(
         self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
@@ -102,8 +119,10 @@ class SlurmLauncher(submitit_launcher.SlurmLauncher):
         retries = settings.pop("max_num_timeout")
         settings["setup"] = THREADS + (settings["setup"] or [])
         try:
-            executor = submitit.SlurmExecutor(folder=folder, max_num_timeout=retries)
-            executor.update_parameters(**settings)
+            executor = submitit.AutoExecutor(folder, cluster="slurm", slurm_max_num_timeout=retries)
+            executor.update_parameters(
+                **{key if key in SHARED else f"slurm_{key}": x for key, x in settings.items()}
+            )
             submitted = executor.map_array(
                 self,
                 [overrides for overrides, _ in runs],
