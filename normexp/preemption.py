@@ -145,10 +145,15 @@ def _hand_over(number: int, earlier: dict[int, Any]) -> None:
     requeue = _submitit_handler(earlier)
     if requeue is not None and (number != signal.SIGTERM or _job_is_running()):
         _say(number, "the job is requeued and goes on from the last checkpoint")
-        requeue(number, None)
+        try:
+            requeue(number, None)
+        except subprocess.CalledProcessError as error:
+            if error.returncode != -signal.SIGTERM:
+                raise
+            # SLURM was quick: it ended the job, and `scontrol requeue` with it
         # Only rank 0 requeues, and SLURM then ends the others. One that ends before could count as
         # a failure of the job.
-        time.sleep(REQUEUE_SECONDS)
+        time.sleep(REQUEUE_SECONDS if os.environ.get("SLURM_PROCID", "0") != "0" else 0)
     _say(number, "the same command goes on from the last checkpoint")
     if callable(earlier[number]) and requeue is None:
         earlier[number](number, None)

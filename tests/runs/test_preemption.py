@@ -1,4 +1,4 @@
-"""Signals save, requeue or exit, and a run that goes on afterwards equals one that was left alone."""
+"""Signals save, requeue or exit; a run that goes on afterwards equals one left alone."""
 
 import json
 import os
@@ -11,27 +11,47 @@ import pytest
 import torch
 import torch.distributed
 import torch.multiprocessing
-from small_runs import composed
+from small_runs import SMALL, composed
 
-from normexp import checkpoints, pipeline, preemption
+from normexp import checkpoints, pipeline, preemption, records
 from normexp.metrics_file import MetricsFile
 from normexp.run_folder import RunFolder
 
+TASK = "toy_language_model"
 UPDATES_PER_EPOCH = 17
 NOT_REPEATED = ("time", "wall", "train_wall", "wps", "ups", "gb_free")
 
 
+SETTINGS = [
+    f"task={TASK}",
+    *SMALL[TASK],
+    "norm=power",
+    "tracking=disabled",
+    "task.norm_warmup_steps=20",
+    "fairseq.common.log_interval=1",
+    "fairseq.optimization.max_epoch=3",
+    "fairseq.model.dropout=0.3",
+    "+fairseq.dataset.validate_interval_updates=10",
+    "evaluation.splits=[test]",
+]
+
+
 @pytest.fixture
-def settings(overrides) -> list[str]:
-    return overrides(
-        "toy_language_model",
-        "norm=power",
-        "task.norm_warmup_steps=20",
-        "fairseq.optimization.max_epoch=3",
-        "fairseq.model.dropout=0.3",
-        "fairseq.dataset.validate_interval_updates=10",
-        "evaluation.splits=[test]",
-    )
+def settings(tmp_path, data_dir) -> list[str]:
+    return [*SETTINGS, f"data.dir={data_dir}", f"results_dir={tmp_path / 'results'}"]
+
+
+@pytest.fixture
+def folder(tmp_path) -> RunFolder:
+    return RunFolder(tmp_path / "results" / "runs" / TASK / "PN-seed1")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, data_dir) -> RunFolder:
+    """A run that gets no signal."""
+    results = tmp_path_factory.mktemp("undisturbed")
+    pipeline.run(composed(*SETTINGS, f"data.dir={data_dir}", f"results_dir={results}"))
+    return RunFolder(results / "runs" / TASK / "PN-seed1")
 
 
 def signal_at(monkeypatch: pytest.MonkeyPatch, tag: str, step: int, number: int) -> None:
@@ -67,13 +87,8 @@ def last_checkpoint(folder: RunFolder) -> dict:
     ids=["within an epoch", "validation due", "validating", "end of an epoch"],
 )
 def test_signal_saves_and_the_run_goes_on_as_if_nothing_had_happened(
-    tag, step, number, saved_at, settings, tmp_path, monkeypatch
+    tag, step, number, saved_at, settings, folder, undisturbed, monkeypatch
 ) -> None:
-    straight = pipeline.run(composed(*settings))
-    (tmp_path / "results").rename(tmp_path / "straight")
-    where = Path("runs/toy_language_model/PN-seed1")
-    folder, undisturbed = (RunFolder(tmp_path / r / where) for r in ("results", "straight"))
-
     before = signal.getsignal(number)
     with monkeypatch.context() as patched, pytest.raises(SystemExit) as left:
         signal_at(patched, tag, step, number)
@@ -85,6 +100,7 @@ def test_signal_saves_and_the_run_goes_on_as_if_nothing_had_happened(
 
     torch.manual_seed(999)
     resumed = pipeline.run(composed(*settings))
+    straight = records.read_record(undisturbed.record)
     assert resumed.metrics == straight.metrics and resumed.curve == straight.curve
     assert curves(folder) == curves(undisturbed)
     state, expected = last_checkpoint(folder), last_checkpoint(undisturbed)
@@ -92,7 +108,7 @@ def test_signal_saves_and_the_run_goes_on_as_if_nothing_had_happened(
         assert torch.equal(state["model"][key], value), key
 
 
-def test_signal_while_evaluating_leaves_at_once(settings, tmp_path, monkeypatch) -> None:
+def test_signal_while_evaluating_leaves_at_once(settings, folder, monkeypatch) -> None:
     def evaluate(*_) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
         raise AssertionError("went on after the signal")
@@ -100,20 +116,19 @@ def test_signal_while_evaluating_leaves_at_once(settings, tmp_path, monkeypatch)
     with monkeypatch.context() as patched, pytest.raises(SystemExit, match=str(128 + 15)):
         patched.setattr(pipeline, "evaluate_run", evaluate)
         pipeline.run(composed(*settings))
-    folder = RunFolder(tmp_path / "results/runs/toy_language_model/PN-seed1")
     trained = folder.finished.read_bytes()
     assert pipeline.run(composed(*settings)).status == "complete"
     assert folder.finished.read_bytes() == trained
 
 
 def test_signal_in_the_last_update_ends_before_the_evaluation(
-    settings, tmp_path, monkeypatch
+    settings, folder, monkeypatch
 ) -> None:
     with monkeypatch.context() as patched, pytest.raises(SystemExit, match=str(128 + 12)):
         signal_at(patched, "train_inner", 3 * UPDATES_PER_EPOCH, signal.SIGUSR2)
         patched.setattr(pipeline, "evaluate_run", lambda *_: pytest.fail("evaluated"))
         pipeline.run(composed(*settings))
-    assert RunFolder(tmp_path / "results/runs/toy_language_model/PN-seed1").finished.is_file()
+    assert folder.finished.is_file()
 
 
 @pytest.fixture
