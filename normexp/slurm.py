@@ -17,7 +17,6 @@ from hydra.core.utils import JobReturn, JobStatus, filter_overrides
 from hydra_plugins.hydra_submitit_launcher import submitit_launcher
 from hydra_plugins.hydra_submitit_launcher.config import BaseQueueConf
 from omegaconf import DictConfig
-from rich.console import Console
 
 from normexp import slurm_queue
 from normexp.errors import UserError
@@ -103,7 +102,7 @@ class SlurmLauncher(submitit_launcher.SlurmLauncher):
             self._wait_for(self._submit(missing))
         known = slurm_queue.jobs(results_dir)
         statuses = [status_of(cfg, known) for _, cfg in runs]
-        print_statuses(statuses, Console())
+        print_statuses(statuses)
         self.failures += [status for status in statuses if status.state != "done"]
         done = JobReturn(status=JobStatus.COMPLETED)
         return [done] * len(runs)

@@ -24,12 +24,14 @@ class Job:
     reason: str = ""
 
     def last_words(self) -> str:
-        """The last line of its standard error; empty where there is none."""
+        """The last line of its standard error that says something; empty where there is none."""
         try:
             lines = self.errors.read_text(encoding="utf-8", errors="replace").split("\n")
         except OSError:
             return ""
-        return next((line.strip() for line in reversed(lines) if line.strip()), "")
+        # srun ends with the exit status of a job that has said why itself.
+        telling = (line.strip() for line in reversed(lines) if not line.startswith("srun: "))
+        return next((line for line in telling if line), "")
 
 
 def remember(sweep_dir: Path, jobs: dict[Path, Job]) -> None:

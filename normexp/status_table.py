@@ -1,5 +1,6 @@
 """How the runs of a sweep stand, as a table."""
 
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from typing import get_args
@@ -22,8 +23,11 @@ COLOURS: dict[State, str] = {
 }
 
 
-def print_statuses(statuses: Sequence[RunStatus], console: Console) -> None:
-    """One line per run, and how many there are of each kind."""
+def print_statuses(statuses: Sequence[RunStatus]) -> None:
+    """One line per run on standard output, and how many there are of each kind."""
+    console = Console()
+    if not sys.stdout.isatty():
+        console = Console(width=200)  # a file or a pipe has no width that tables must fit
     table = Table(box=box.SIMPLE_HEAD)
     for name in ("task", "label", "seed", "state", ""):
         table.add_column(name, justify="right" if name == "seed" else "left")

@@ -22,8 +22,6 @@ import argparse
 import sys
 from pathlib import Path
 
-from rich.console import Console
-
 from normexp import slurm_queue
 from normexp.errors import UserError
 from normexp.run_status import status_of
@@ -51,10 +49,7 @@ def main() -> int:
         results = Path(runs[0].results_dir)
     jobs = slurm_queue.jobs(results)
     statuses = [status_of(cfg, jobs) for cfg in runs]
-    console = Console()
-    if not sys.stdout.isatty():
-        console = Console(width=200)  # a file or a pipe has no width that tables must fit
-    print_statuses(statuses, console)
+    print_statuses(statuses)
     return 0 if all(status.finished for status in statuses) else UNFINISHED
 
 
