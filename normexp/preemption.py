@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 REQUEUE_SECONDS = 60
+WORKER_SECONDS = 60  # how long a worker outlives a signal at most
 
 
 class Preempted(BaseException):
@@ -119,6 +120,7 @@ def _receive(number: int, frame: FrameType | None) -> None:
     if os.getpid() != _state.process:  # a forked worker, which SLURM signals too
         if not _state.training:
             os._exit(128 + number)
+        signal.alarm(WORKER_SECONDS)
         return  # the update in progress needs its data
     if _state.training:
         _state.received = _state.received or number

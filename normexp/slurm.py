@@ -54,6 +54,8 @@ class SlurmLauncher(submitit_launcher.SlurmLauncher):
 
     def __call__(self, *args: Any) -> JobReturn:
         """One run, in its job. Hydra has caught whatever happened, and SLURM must get to know."""
+        if self.params.get("gpus_per_node"):
+            _check_gpu()
         returned = super().__call__(*args)
         if returned.return_value:
             sys.exit(1)
@@ -154,6 +156,17 @@ class SlurmLauncher(submitit_launcher.SlurmLauncher):
             arrays = sorted({job.split("_")[0] for job in ids})
             say(f"the jobs go on without this command; `scancel {' '.join(arrays)}` ends them")
             raise
+
+
+def _check_gpu() -> None:
+    import torch
+
+    if not torch.cuda.is_available():
+        sys.exit(
+            f"error: this job has asked for a GPU, and PyTorch {torch.__version__} sees none: "
+            "install PyTorch with CUDA (without a GPU at hand `make install` takes that for the "
+            "CPU), or set hydra.launcher.gpus_per_node=null"
+        )
 
 
 def say(line: str) -> None:

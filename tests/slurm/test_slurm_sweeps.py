@@ -8,10 +8,12 @@ from pathlib import Path
 
 import cluster
 import pytest
+import torch
 from hydra import compose, initialize_config_dir
 
 from normexp import pipeline, records
 from normexp.run_folder import RunFolder
+from normexp.slurm import SlurmLauncher
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 TASK = "toy_language_model"
@@ -194,3 +196,9 @@ def test_failed_run_is_a_failed_job(slurm, tmp_path) -> None:
     code, output = commands.run("train.py", "-m", *nowhere)
     assert code == 1 and "error: SLURM does not take the jobs" in output
     assert ("Traceback" not in output and "nowhere" in output) or "partition" in output
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="PyTorch sees a GPU here")
+def test_job_whose_gpu_pytorch_cannot_use_ends_at_once() -> None:
+    with pytest.raises(SystemExit, match=r"asked for a GPU, and PyTorch .* sees none"):
+        SlurmLauncher(gpus_per_node=1)()
