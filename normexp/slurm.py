@@ -151,7 +151,7 @@ class SlurmLauncher(submitit_launcher.SlurmLauncher):
         try:
             while (queue := slurm_queue.in_queue()) is None or ids & queue.keys():
                 time.sleep(pause)
-                pause = min(last, 1.2 * pause)
+                pause = min(last, 1.1 * pause)
         except KeyboardInterrupt:
             arrays = sorted({job.split("_")[0] for job in ids})
             say(f"the jobs go on without this command; `scancel {' '.join(arrays)}` ends them")
