@@ -11,6 +11,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from normexp import distributed, speed
 from normexp.errors import UserError
+from normexp.experiment import first_line, resolved
 from normexp.norms import available_norms, norm_class, norm_options
 from normexp.norms.running_norm import RunningNorm
 from normexp.sites import resolve_sites
@@ -47,31 +48,6 @@ FAIRSEQ_TASKS = {
     "translation": ("translation",),
     "language_model": ("language_modeling", "normexp_language_modeling"),
 }
-
-# What may differ between two runs of the same experiment.
-NOT_PART_OF_THE_EXPERIMENT = ("data", "results_dir", "run_dir", "tracking")
-
-
-def resolved(cfg: DictConfig) -> dict[str, Any]:
-    """The configuration as plain containers, references filled in, without Hydra's own node.
-
-    Raises UserError where a reference leads nowhere or a value is missing.
-    """
-    try:
-        plain = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
-    except OmegaConfBaseException as error:
-        raise UserError(f"configuration: {_first_line(error)}") from None
-    plain.pop("hydra", None)
-    return plain
-
-
-def experiment(cfg: DictConfig) -> dict[str, Any]:
-    """What decides the result: the resolved configuration less paths and tracking."""
-    plain = resolved(cfg)
-    left_out = list(NOT_PART_OF_THE_EXPERIMENT)
-    if distributed.settings(plain)["ranks"] == 1:  # with one rank it says nothing
-        left_out.append("distributed")
-    return {key: value for key, value in plain.items() if key not in left_out}
 
 
 def validate(cfg: DictConfig) -> dict[str, dict[str, Any]]:
@@ -332,11 +308,11 @@ def _typed(node: dict[str, Any]) -> DictConfig:
         try:
             OmegaConf.merge(OmegaConf.structured(registry[name]), given)
         except OmegaConfBaseException as error:
-            raise UserError(f"fairseq.{group}: {_first_line(error)}") from None
+            raise UserError(f"fairseq.{group}: {first_line(error)}") from None
     try:
         return OmegaConf.merge(OmegaConf.structured(FairseqConfig), node)
     except OmegaConfBaseException as error:
-        raise UserError(f"fairseq: {_first_line(error)}") from None
+        raise UserError(f"fairseq: {first_line(error)}") from None
 
 
 def _check_criterion(kind: str, typed: DictConfig, sites: dict[str, dict[str, Any]]) -> None:
@@ -367,9 +343,3 @@ def _check_criterion(kind: str, typed: DictConfig, sites: dict[str, dict[str, An
             f"norm {penalized[0]!r} has a penalty that fairseq.criterion._name={name} would leave "
             f"out of the loss: use normexp_{name}"
         )
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().split("\n")
-    key = next((line.split(":", 1)[1].strip() for line in lines if "full_key" in line), "")
-    return lines[0] + (f" (key {key})" if key and key not in lines[0] else "")

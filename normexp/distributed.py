@@ -217,6 +217,11 @@ class Ranks:
             self._noticed.set()
             self._end(error is None and self.succeeded)
             return
+        if getattr(error, "of_all_ranks", False):
+            self._wait_for_end(FAREWELL_SECONDS)
+            self._noticed.set()
+            self._count_out(self.store)
+            return
         if error is not None and not isinstance(error, MainEnded):
             self._report(error)
             self._wait_for_end(FAREWELL_SECONDS)

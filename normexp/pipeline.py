@@ -6,7 +6,6 @@ import logging
 import math
 import os
 import resource
-import signal
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -17,13 +16,17 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 
-from normexp import checkpoints, config, distributed, failures, records, speed
+from normexp import checkpoints, config, distributed, failures, preemption, records, speed
 from normexp.atomic import write_json
+from normexp.command_line import command_of_this_run
 from normexp.corpora import PreparedCorpus, prepare
 from normexp.distributed import Ranks
 from normexp.errors import UserError
+from normexp.experiment import experiment
 from normexp.records import Record
 from normexp.run_folder import RunFolder, open_run
+from normexp.run_status import recorded
+from normexp.superseding import put_record_aside
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -37,7 +40,11 @@ def run(cfg: DictConfig) -> Record | None:
     that diverged is a result and returns a record that says so. Where torchrun or srun started
     several processes, rank 0 does all this; the others train along, and return None.
     """
-    with distributed.together() as ranks, _warnings_on_console(ranks.is_main):
+    with (
+        preemption.handled(),
+        distributed.together() as ranks,
+        _warnings_on_console(ranks.is_main),
+    ):
         if not ranks.is_main:
             _train_along(cfg, ranks)
             return None
@@ -61,18 +68,15 @@ def _train_along(cfg: DictConfig, ranks: Ranks) -> None:
     languages = told["languages"] and tuple(told["languages"])
     paths = Path(told["data_bin"]), Path(told["checkpoints"])
     fairseq_cfg = config.fairseq_config(cfg, paths[0], languages, paths[1])
-    with _sigterm_as_exit(), suppress(training.Diverged):  # on all ranks: rank 0 records it
+    with suppress(training.Diverged):  # on all ranks: rank 0 records it
         training.train(fairseq_cfg, None, [], speed.settings(config.resolved(cfg)), ranks)
 
 
 def _run_in_folder(cfg: DictConfig, sites: dict[str, dict[str, Any]], ranks: Ranks) -> Record:
     plain = config.resolved(cfg)
     with open_run(cfg) as folder:
-        earlier = _complete_record(folder)
+        earlier = _complete_record(cfg, folder)
         if earlier is not None:
-            _say(f"complete already: {folder.record}")
-            if not (copy := records.record_path(Path(plain["results_dir"]), earlier)).exists():
-                records.write_record(copy, earlier)
             return earlier
         _check_records_writable(Path(plain["results_dir"]) / "records" / plain["task"]["name"])
         # The corpus comes before the log: its progress and its errors belong on the console.
@@ -82,26 +86,8 @@ def _run_in_folder(cfg: DictConfig, sites: dict[str, dict[str, Any]], ranks: Ran
                 f"the corpus {corpus.name} is for {corpus.kind}, the task for "
                 f"{plain['task']['kind']}: mend task.corpus or task.kind"
             )
-        with _log_to(folder.log), _sigterm_as_exit():
+        with _log_to(folder.log):
             return _run(cfg, plain, sites, corpus, folder, ranks)
-
-
-def describe(record: Record) -> str:
-    """One line with what a reader wants to know first."""
-    head = f"{record.task} {record.label} seed {record.seed}: "
-    if record.status != "complete":
-        return head + f"{record.status}, {record.reason}"
-    shown = {
-        "bleu_tokenised": "tokenised BLEU",
-        "sacrebleu": "sacreBLEU",
-        "perplexity_per_word": "perplexity per word",
-        "perplexity_per_token": "per token",
-    }
-    if record.kind == "translation":
-        del shown["perplexity_per_word"], shown["perplexity_per_token"]
-    test = record.metrics.get("test") or record.metrics["valid"]
-    numbers = [f"{name} {test[key]:.2f}" for key, name in shown.items() if key in test]
-    return head + ", ".join(numbers) + f" ({record.num_updates} updates)"
 
 
 @dataclass(frozen=True)
@@ -228,13 +214,16 @@ def _train_and_evaluate(
                 }
         finished = vars(result)
         write_json(folder.finished, finished)
+        preemption.leave_if_asked()
     try:
         evaluated = evaluate_run(cfg, folder, corpus)
     except checkpoints.Lost as lost:
         folder.finished.unlink()  # first: a kill must not leave it with too few checkpoints
         source = checkpoints.go_back_before(folder.checkpoints, lost)
+        if ranks.size > 1:  # the others have trained to the end and left
+            raise UserError(f"{lost}; the same command makes it again from {source}") from None
         logger.warning("%s; going on from %s to make it again", lost, source)
-        return _train_and_evaluate(cfg, corpus, folder, tracker)
+        return _train_and_evaluate(cfg, corpus, folder, tracker, ranks)
     logger.info("evaluated: %s", evaluated.checkpoint)
     return finished | {
         "status": "complete",
@@ -284,7 +273,7 @@ def _facts(
 ) -> dict[str, Any]:
     """What the record says of the run before it starts."""
     commit, dirty = records.code_version(REPOSITORY)
-    experiment = config.experiment(cfg)
+    settings = experiment(cfg)
     parallel = distributed.settings(plain)
     return {
         "task": plain["task"]["name"],
@@ -301,8 +290,8 @@ def _facts(
         "code_commit": commit,
         "code_dirty": dirty,
         "command": _command(),
-        "config": experiment,
-        "config_hash": records.hash_config(experiment, without=["seed"]),
+        "config": settings,
+        "config_hash": records.hash_config(settings, without=["seed"]),
         "corpus": _corpus_facts(corpus),
         "budget": plain["budget"],
     }
@@ -312,13 +301,22 @@ def _finish(
     folder: RunFolder, plain: dict[str, Any], facts: dict[str, Any], outcome: dict[str, Any]
 ) -> Record:
     record = Record(**(facts | outcome), finished_at=records.utc_now())
-    records.write_record(records.record_path(Path(plain["results_dir"]), record), record)
+    _publish(record, Path(plain["results_dir"]))
     records.write_record(folder.record, record)  # last: it is the sign of completion
     return record
 
 
-def _complete_record(folder: RunFolder) -> Record | None:
+def _publish(record: Record, results_dir: Path) -> None:
+    path = records.record_path(results_dir, record)
+    put_record_aside(path, results_dir, record.task, record.config_hash)
+    records.write_record(path, record)
+
+
+def _complete_record(cfg: DictConfig, folder: RunFolder) -> Record | None:
     """The record of a run that needs nothing more; diverged counts, failed is tried again."""
+    if found := recorded(cfg):
+        _say(f"complete already: {found[0]}")
+        return found[1]
     if not folder.record.is_file():
         return None
     try:
@@ -326,7 +324,11 @@ def _complete_record(folder: RunFolder) -> Record | None:
     except UserError as error:
         logger.warning("%s; the run is evaluated again", error)
         return None
-    return record if record.status in ("complete", "diverged") else None
+    if record.status == "failed":
+        return None
+    _publish(record, Path(cfg.results_dir))  # somebody removed it from among the results
+    _say(f"complete already: {folder.record}")
+    return record
 
 
 def _check_records_writable(folder: Path) -> None:
@@ -346,9 +348,8 @@ def _corpus_facts(corpus: PreparedCorpus) -> dict[str, Any]:
 
 def _command() -> str:
     """The command line without folders, which say nothing to anybody else."""
-    arguments = [
-        argument for argument in sys.argv[1:] if "/" not in argument and "=~" not in argument
-    ]
+    given = command_of_this_run()[1:]
+    arguments = [argument for argument in given if "/" not in argument and "=~" not in argument]
     return " ".join(["python", "scripts/train.py", *arguments])
 
 
@@ -444,21 +445,3 @@ def _handler(handler: logging.Handler) -> Iterator[None]:
         yield
     finally:
         root.removeHandler(handler)
-
-
-@contextmanager
-def _sigterm_as_exit() -> Iterator[None]:
-    """A polite kill ends the run like an exit, so that W&B writes what it holds."""
-
-    def leave(number: int, frame: Any) -> None:
-        sys.exit(128 + number)
-
-    try:
-        original = signal.signal(signal.SIGTERM, leave)
-    except ValueError:  # not the main thread
-        yield
-        return
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, original)

@@ -106,8 +106,13 @@ _RECORD = TypeAdapter(Record)
 
 def record_path(results_dir: Path, record: Record) -> Path:
     """Where a record belongs: "PN (released)" with seed 3 gives `PN-released-seed3.json`."""
-    label = re.sub(r"[^A-Za-z0-9.+_=]+", "-", record.label).strip("-")
-    return results_dir / "records" / record.task / f"{label}-seed{record.seed}.json"
+    return path_of_run(results_dir, record.task, record.label, record.seed)
+
+
+def path_of_run(results_dir: Path, task: str, label: str, seed: int) -> Path:
+    """Where the record of a run belongs, whether it exists or not."""
+    name = re.sub(r"[^A-Za-z0-9.+_=]+", "-", label).strip("-")
+    return results_dir / "records" / task / f"{name}-seed{seed}.json"
 
 
 def write_record(path: Path, record: Record) -> None:
@@ -127,6 +132,24 @@ def write_record(path: Path, record: Record) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(path) as file:
         file.write(text + "\n")
+
+
+def describe(record: Record) -> str:
+    """One line with what a reader wants to know first."""
+    head = f"{record.task} {record.label} seed {record.seed}: "
+    if record.status != "complete":
+        return head + f"{record.status}, {record.reason}"
+    shown = {
+        "bleu_tokenised": "tokenised BLEU",
+        "sacrebleu": "sacreBLEU",
+        "perplexity_per_word": "perplexity per word",
+        "perplexity_per_token": "per token",
+    }
+    if record.kind == "translation":
+        del shown["perplexity_per_word"], shown["perplexity_per_token"]
+    test = record.metrics.get("test") or record.metrics["valid"]
+    numbers = [f"{name} {test[key]:.2f}" for key, name in shown.items() if key in test]
+    return head + ", ".join(numbers) + f" ({record.num_updates} updates)"
 
 
 def read_record(path: Path) -> Record:

@@ -13,21 +13,27 @@ record.json       written last; the committed copy is results/records/<task>/<la
 """
 
 import fcntl
+import os
 import shlex
-import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from normexp.atomic import whole_file
-from normexp.config import experiment, resolved
+from normexp.command_line import command_of_this_run
 from normexp.errors import UserError
+from normexp.experiment import differences, experiment, resolved
+from normexp.superseding import put_aside
+
+LOCK = ".lock"
+LOCK_SECONDS = 1.0  # whoever looks whether the folder is in use holds the lock for a moment
 
 
 @dataclass(frozen=True)
@@ -64,6 +70,19 @@ class RunFolder:
     def record(self) -> Path:
         return self.path / "record.json"
 
+    def in_use(self) -> bool:
+        """Whether a process holds the folder at this moment."""
+        try:
+            lock = open(self.path / LOCK)  # noqa: SIM115
+        except OSError:
+            return False
+        with lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except OSError:
+                return True
+        return False
+
     def read_config(self) -> DictConfig:
         """The run's resolved configuration. Raises UserError where there is none."""
         if not self.config.is_file():
@@ -89,52 +108,50 @@ class RunFolder:
 def open_run(cfg: DictConfig) -> Iterator[RunFolder]:
     """Create the run folder of a configuration or reopen it, and hold it for this process.
 
-    Raises UserError when the folder belongs to another configuration, is in use by another
-    process, or cannot be written.
+    A folder of another configuration is put aside. Raises UserError when the folder is in use by
+    another process or cannot be written.
     """
-    folder = RunFolder(Path(resolved(cfg)["run_dir"]).absolute())
+    plain = resolved(cfg)
+    folder = RunFolder(Path(plain["run_dir"]).absolute())
+    lock = _lock(folder)
     try:
-        folder.path.mkdir(parents=True, exist_ok=True)
-        lock = open(folder.path / ".lock", "w")  # noqa: SIM115 (held as long as the run)
-    except OSError as error:
-        raise UserError(
-            f"cannot write the run folder {folder.path}: {error.strerror}; set results_dir=..."
-        ) from None
-    with lock:
+        now = experiment(cfg)
+        while folder.config.is_file() and (earlier := experiment(folder.read_config())) != now:
+            why = f"another configuration: {differences(earlier, now)}"
+            put_aside(folder.path, Path(plain["results_dir"]), plain["task"]["name"], why)
+            lock.close()  # it is that of the folder put aside
+            lock = _lock(folder)
+        if not folder.config.is_file():
+            with whole_file(folder.config) as file:
+                file.write(OmegaConf.to_yaml(OmegaConf.create(plain)))
+        with open(folder.path / "command.txt", "a", encoding="utf-8") as file:
+            file.write(shlex.join(["python", *command_of_this_run()]) + "\n")
+        yield folder
+    finally:
+        lock.close()
+
+
+def _lock(folder: RunFolder) -> IO[str]:
+    """Hold the folder until the file returned is closed."""
+    deadline = time.monotonic() + LOCK_SECONDS
+    while True:
+        try:
+            folder.path.mkdir(parents=True, exist_ok=True)
+            lock = open(folder.path / LOCK, "w")  # noqa: SIM115 (held as long as the run)
+        except OSError as error:
+            raise UserError(
+                f"cannot write the run folder {folder.path}: {error.strerror}; set results_dir=..."
+            ) from None
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Somebody may have put the folder aside before the lock was ours.
+            if os.path.samestat(os.fstat(lock.fileno()), os.stat(folder.path / LOCK)):
+                return lock
         except OSError:
+            pass
+        lock.close()
+        if time.monotonic() > deadline:
             raise UserError(
                 f"{folder.path} is in use by another process: the same run is under way"
-            ) from None
-        _claim(folder, cfg)
-        yield folder
-
-
-def _claim(folder: RunFolder, cfg: DictConfig) -> None:
-    if folder.config.is_file():
-        earlier = folder.read_config()
-        if experiment(earlier) != experiment(cfg):
-            raise UserError(
-                f"{folder.path} holds a run with another configuration "
-                f"({_differences(experiment(earlier), experiment(cfg))}); remove that folder or "
-                "choose another label=..."
             )
-    else:
-        with whole_file(folder.config) as file:
-            file.write(OmegaConf.to_yaml(OmegaConf.create(resolved(cfg))))
-    with open(folder.path / "command.txt", "a", encoding="utf-8") as file:
-        file.write(shlex.join(["python", *sys.argv]) + "\n")
-
-
-def _differences(earlier: dict[str, Any], now: dict[str, Any], prefix: str = "") -> str:
-    """The first few keys that differ, as 'key: old -> new'."""
-    found = []
-    for key in sorted(set(earlier) | set(now)):
-        a, b = earlier.get(key), now.get(key)
-        if isinstance(a, dict) and isinstance(b, dict):
-            inner = _differences(a, b, f"{prefix}{key}.")
-            found += [inner] if inner else []
-        elif a != b:
-            found.append(f"{prefix}{key}: {a} -> {b}")
-    return ", ".join(found[:3]) + (", ..." if len(found) > 3 else "")
+        time.sleep(0.05)

@@ -6,6 +6,7 @@ import sys
 import hydra
 from omegaconf import DictConfig
 
+from normexp import distributed, records, run_status, slurm
 from normexp.distributed import ToldByMain
 from normexp.errors import UserError
 
@@ -13,25 +14,33 @@ failures = []
 
 
 @hydra.main(config_path="../configs", config_name="train", version_base="1.3")
-def main(cfg: DictConfig) -> None:
-    """Do one run; in a sweep the other runs go on when one cannot."""
-    from normexp import pipeline
-
+def main(cfg: DictConfig) -> str | None:
+    """Do one run and return why it failed; in a sweep the other runs go on when one cannot."""
     try:
-        record = pipeline.run(cfg)
+        alone = distributed.this_process().size == 1
+        if alone and (found := run_status.recorded(cfg)):
+            path, record = found
+            print(f"complete already: {path}")
+        else:
+            from normexp import pipeline  # here, because torch and fairseq take seconds
+
+            record = pipeline.run(cfg)
     except UserError as error:
         if not isinstance(error, ToldByMain):
             print(f"error: {error}", file=sys.stderr)
         failures.append(error)
-        return
+        return str(error)
     if record is None:  # a rank that trained along
-        return
-    print(pipeline.describe(record), flush=True)
+        return None
+    print(records.describe(record), flush=True)
     if record.status != "complete":
         failures.append(record.reason)
+        return record.reason
+    return None
 
 
 if __name__ == "__main__":
+    slurm.register(failures)
     try:
         main()
     except KeyboardInterrupt:

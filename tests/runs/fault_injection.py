@@ -177,7 +177,7 @@ def _run(overrides: list[str], results: Path, fault: Callable, report: Path, sho
         operations.install()
         try:
             record = pipeline.run(composed(*overrides))
-            print(pipeline.describe(record))
+            print(records.describe(record))
             code = int(record.status != "complete")
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)

@@ -18,6 +18,7 @@ from small_runs import REPOSITORY, composed
 
 from normexp import checkpoints, config, data_parallel, pipeline, records, training
 from normexp.errors import UserError
+from normexp.experiment import experiment
 
 # The small splits as training data, in batches of which an epoch has an odd number.
 ON_500_SENTENCES = ["+fairseq.dataset.train_subset=valid", "fairseq.dataset.max_tokens=1500"]
@@ -392,11 +393,11 @@ def test_impossible_choices_are_refused_once(overrides, tmp_path) -> None:
 def test_one_process_is_the_experiment_that_it_was(overrides) -> None:
     """The hash of a configuration does not change by settings that say nothing on one rank."""
     settings = overrides("toy_language_model", "norm=power")
-    alone = config.experiment(composed(*settings))
-    assert alone == config.experiment(composed(*settings, "distributed.statistics=local"))
+    alone = experiment(composed(*settings))
+    assert alone == experiment(composed(*settings, "distributed.statistics=local"))
     assert "distributed" not in alone
     several = [
-        config.experiment(composed(*settings, "distributed.ranks=2", f"distributed.statistics={s}"))
+        experiment(composed(*settings, "distributed.ranks=2", f"distributed.statistics={s}"))
         for s in ("synchronized", "local")
     ]
     assert alone != several[0] != several[1]

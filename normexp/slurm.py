@@ -1,0 +1,174 @@
+"""Sweeps on a SLURM cluster: hydra-submitit-launcher, taught what this project knows of its runs.
+
+Only what is missing is submitted, as one job array. The command waits for its jobs and ends with a
+list of how every run stands. A job whose run fails ends with a status other than 0.
+"""
+
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, ClassVar
+
+from hydra.core.plugins import Plugins
+from hydra.core.singleton import Singleton
+from hydra.core.utils import JobReturn, JobStatus, filter_overrides
+from hydra_plugins.hydra_submitit_launcher import submitit_launcher
+from hydra_plugins.hydra_submitit_launcher.config import BaseQueueConf
+from omegaconf import DictConfig
+
+from normexp import slurm_queue
+from normexp.errors import UserError
+from normexp.run_status import status_of
+from normexp.slurm_queue import Job
+from normexp.status_table import print_statuses
+
+SHARED = {
+    field.name for field in fields(BaseQueueConf)
+}  # settings that submitit has on any cluster
+POLL_SECONDS = (2, 30)  # at first and at last
+THREADS = [
+    "export OMP_NUM_THREADS=$SLURM_CPUS_PER_TASK",
+    # From SLURM 22.05 on, srun does not take over --cpus-per-task from sbatch by itself.
+    "export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK",
+]
+
+
+def register(failures: list[Any]) -> None:
+    """Let Hydra use this launcher wherever SLURM is configured.
+
+    failures: gets an entry for every run of a sweep that is not finished when its jobs are.
+    """
+    SlurmLauncher.failures = failures
+    # Hydra accepts launchers of its own name space only, which an editable installation of this
+    # project cannot extend; so the class answers to the name of the one it extends.
+    name = f"{submitit_launcher.__name__}.{submitit_launcher.SlurmLauncher.__name__}"
+    Plugins.instance().class_name_to_class[name] = SlurmLauncher
+
+
+class SlurmLauncher(submitit_launcher.SlurmLauncher):
+    """Submits the runs of a sweep that are missing, and waits for them."""
+
+    failures: ClassVar[list[Any]] = []
+
+    def __call__(self, *args: Any) -> JobReturn:
+        """One run, in its job. Hydra has caught whatever happened, and SLURM must get to know."""
+        if self.params.get("gpus_per_node"):
+            _check_gpu()
+        returned = super().__call__(*args)
+        if returned.return_value:
+            sys.exit(1)
+        return returned
+
+    def checkpoint(self, *args: Any) -> Any:
+        """What a requeued job is to do: the same. Called by submitit on SLURM's signal.
+
+        Read back, because the arguments at hand share state with Hydra, where fairseq has left its
+        own configurations by now.
+        """
+        import submitit
+
+        return submitit.helpers.DelayedSubmission.load(
+            submitit.JobEnvironment().paths.submitted_pickle
+        )
+
+    def launch(
+        self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
+    ) -> Sequence[JobReturn]:
+        """Submit what is missing, wait, and say how all of it stands."""
+        try:
+            return self._launch(job_overrides, initial_job_idx)
+        except UserError as error:
+            sys.exit(f"error: {error}")
+
+    def _launch(
+        self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
+    ) -> Sequence[JobReturn]:
+        runs = [
+            (list(overrides), self._composed(overrides, number))
+            for number, overrides in enumerate(job_overrides, start=initial_job_idx)
+        ]
+        results_dir = Path(self.config.results_dir)
+        known = slurm_queue.jobs(results_dir)
+        statuses = [status_of(cfg, known) for _, cfg in runs]
+        missing = [
+            run
+            for run, status in zip(runs, statuses, strict=True)
+            if not status.finished and status.state not in ("running", "waiting")
+        ]
+        left = len(runs) - len(missing)
+        if left:
+            say(f"{left} of {len(runs)} runs are done or under way already")
+        if missing:
+            self._wait_for(self._submit(missing))
+        known = slurm_queue.jobs(results_dir)
+        statuses = [status_of(cfg, known) for _, cfg in runs]
+        print_statuses(statuses)
+        self.failures += [status for status in statuses if status.state != "done"]
+        done = JobReturn(status=JobStatus.COMPLETED)
+        return [done] * len(runs)
+
+    def _composed(self, overrides: Sequence[str], number: int) -> DictConfig:
+        return self.hydra_context.config_loader.load_sweep_config(self.config, list(overrides))
+
+    def _submit(self, runs: list[tuple[list[str], DictConfig]]) -> dict[Path, Job]:
+        import submitit  # here, because it is not needed for a single run
+
+        settings = dict(self.params)
+        folder = Path(settings.pop("submitit_folder")).absolute()
+        retries = settings.pop("max_num_timeout")
+        settings["setup"] = THREADS + (settings["setup"] or [])
+        try:
+            executor = submitit.AutoExecutor(folder, cluster="slurm", slurm_max_num_timeout=retries)
+            executor.update_parameters(
+                **{key if key in SHARED else f"slurm_{key}": x for key, x in settings.items()}
+            )
+            submitted = executor.map_array(
+                self,
+                [overrides for overrides, _ in runs],
+                ["hydra.sweep.dir"] * len(runs),
+                range(len(runs)),
+                [str(number) for number in range(len(runs))],
+                [Singleton.get_state()] * len(runs),
+            )
+        except (RuntimeError, OSError) as error:
+            raise UserError(f"SLURM does not take the jobs: {error}") from None
+        jobs = {
+            Path(cfg.run_dir).absolute(): Job(job.job_id, job.paths.stderr)
+            for job, (_, cfg) in zip(submitted, runs, strict=True)
+        }
+        slurm_queue.remember(Path(self.config.hydra.sweep.dir), jobs)
+        for job, (overrides, _) in zip(submitted, runs, strict=True):
+            say(f"  SLURM job {job.job_id}: {' '.join(filter_overrides(overrides))}")
+        say(f"output of the jobs: {self.config.hydra.sweep.dir}/<job>/")
+        return jobs
+
+    def _wait_for(self, jobs: dict[Path, Job]) -> None:
+        """Until none of them is in the queue. A SLURM that does not answer is asked again."""
+        pause, last = POLL_SECONDS
+        ids = {job.id for job in jobs.values()}
+        try:
+            while (queue := slurm_queue.in_queue()) is None or ids & queue.keys():
+                time.sleep(pause)
+                pause = min(last, 1.1 * pause)
+        except KeyboardInterrupt:
+            arrays = sorted({job.split("_")[0] for job in ids})
+            say(f"the jobs go on without this command; `scancel {' '.join(arrays)}` ends them")
+            raise
+
+
+def _check_gpu() -> None:
+    import torch
+
+    if not torch.cuda.is_available():
+        sys.exit(
+            f"error: this job has asked for a GPU, and PyTorch {torch.__version__} sees none: "
+            "install PyTorch with CUDA (without a GPU at hand `make install` takes that for the "
+            "CPU), or set hydra.launcher.gpus_per_node=null"
+        )
+
+
+def say(line: str) -> None:
+    """One line on standard output, at once."""
+    print(line, flush=True)

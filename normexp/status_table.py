@@ -1,0 +1,41 @@
+"""How the runs of a sweep stand, as a table."""
+
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from typing import get_args
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from normexp.run_status import RunStatus, State
+
+COLOURS: dict[State, str] = {
+    "done": "green",
+    "diverged": "magenta",
+    "running": "cyan",
+    "waiting": "blue",
+    "failed": "red",
+    "interrupted": "yellow",
+    "missing": "dim",
+}
+
+
+def print_statuses(statuses: Sequence[RunStatus]) -> None:
+    """One line per run on standard output, and how many there are of each kind."""
+    console = Console()
+    if not sys.stdout.isatty():
+        console = Console(width=200)  # a file or a pipe has no width that tables must fit
+    table = Table(box=box.SIMPLE_HEAD)
+    for name in ("task", "label", "seed", "state", ""):
+        table.add_column(name, justify="right" if name == "seed" else "left")
+    for run in statuses:
+        # Text, because square brackets are markup to rich.
+        state = Text(run.state, style=COLOURS[run.state])
+        table.add_row(Text(run.task), Text(run.label), str(run.seed), state, Text(run.detail))
+    console.print(table)
+    counts = Counter(run.state for run in statuses)
+    shown = [f"{counts[state]} {state}" for state in get_args(State) if counts[state]]
+    console.print(f"{len(statuses)} runs: {', '.join(shown)}")

@@ -1,0 +1,51 @@
+"""What runs a sweep consists of, by Hydra's own rules."""
+
+from pathlib import Path
+
+from hydra import compose, initialize_config_dir
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+
+from normexp.errors import UserError
+from normexp.run_folder import RunFolder
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+
+
+def runs_of_sweep(overrides: list[str]) -> list[DictConfig]:
+    """The configuration of every run that `train.py -m` with these overrides consists of.
+
+    Raises UserError for overrides that Hydra does not understand.
+    """
+    try:
+        with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+            parser = OverridesParser.create()
+            fixed = [
+                given.input_line
+                for given in parser.parse_overrides(overrides)
+                if not given.is_sweep_override()
+            ]
+            # An experiment's own sweep; what is given on the command line goes before it.
+            swept = compose("train", fixed, return_hydra_config=True).hydra.sweeper.params or {}
+            every = [f"{key}={values}" for key, values in swept.items()] + overrides
+            (jobs,) = BasicSweeper.split_arguments(parser.parse_overrides(every), None)
+            return [compose("train", job) for job in jobs]
+    except HydraException as error:
+        raise UserError(" ".join(str(error).split())) from error
+
+
+def runs_found(results_dir: Path) -> list[DictConfig]:
+    """The configuration of every run folder below results/runs/, moved here or not.
+
+    Raises UserError where there is none.
+    """
+    found = []
+    for path in sorted((results_dir / "runs").glob("*/*/config.yaml")):
+        cfg = RunFolder(path.parent).read_config()
+        here = {"results_dir": str(results_dir), "run_dir": str(path.parent)}
+        found.append(OmegaConf.merge(cfg, here))
+    if not found:
+        raise UserError(f"no run folders below {results_dir}/runs; name a sweep or results_dir=...")
+    return found

@@ -1,0 +1,60 @@
+#!/usr/bin/env python
+"""How the runs of a sweep stand, at a glance.
+
+    python scripts/sweep_status.py +experiment=table1_iwslt14 norm=layer,power seed=1,2,3
+    python scripts/sweep_status.py                      # every run found below results/runs/
+    python scripts/sweep_status.py results_dir=/scratch/results
+
+Takes what `scripts/train.py -m` takes, and looks only: nothing is started or changed.
+
+  done         its record is there, made with this configuration
+  diverged     likewise: a loss was not finite, which is a result and is not repeated
+  running      a process holds its run folder: last update, and when it was logged
+  waiting      its SLURM job has not started
+  failed       an attempt ended with an error: the reason; the same command tries again
+  interrupted  begun, and nobody works on it: the same command goes on from its last checkpoint
+  missing      not begun, or begun with another configuration
+
+Exit status 0 if every run is done or diverged, 3 if any is not, 1 after an error.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from normexp import slurm_queue
+from normexp.errors import UserError
+from normexp.run_status import status_of
+from normexp.status_table import print_statuses
+from normexp.sweep import runs_found, runs_of_sweep
+
+UNFINISHED = 3
+
+
+def main() -> int:
+    """Parse the command line, look, print."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "-m", "--multirun", action="store_true", help="as for train.py; may be left out"
+    )
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="as for train.py")
+    overrides = parser.parse_intermixed_args().overrides
+    if all(override.startswith("results_dir=") for override in overrides):
+        results = Path(overrides[-1].partition("=")[2] if overrides else "results")
+        runs = runs_found(results)
+    else:
+        runs = runs_of_sweep(overrides)
+        results = Path(runs[0].results_dir)
+    jobs = slurm_queue.jobs(results)
+    statuses = [status_of(cfg, jobs) for cfg in runs]
+    print_statuses(statuses)
+    return 0 if all(status.finished for status in statuses) else UNFINISHED
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except UserError as error:
+        sys.exit(f"error: {error}")
