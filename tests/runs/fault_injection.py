@@ -164,7 +164,7 @@ def attempt(overrides: list[str], results: Path, fault: Callable = no_fault) -> 
 
 def _run(overrides: list[str], results: Path, fault: Callable, report: Path, shown: Path) -> None:
     """The forked process; never returns."""
-    from normexp import pipeline
+    from normexp import pipeline, records
     from normexp.errors import UserError
 
     code = 1
