@@ -110,14 +110,15 @@ def _averages(layer: nn.Module) -> dict[str, Tensor]:
 
 
 def _snapshot(sites: _Sites) -> dict[str, _Before]:
-    return {
-        site: _Before(
-            layer.step.clone(),
-            {name: x.to(torch.float64, copy=True) for name, x in _averages(layer).items()},
-        )
-        for site, layer in sites.items()
-        if callable(getattr(layer, "retained", None))
-    }
+    found = {}
+    for site, layer in sites.items():
+        if callable(getattr(layer, "retained", None)):
+            # First the statistics: asking for them lets what is under way over the ranks arrive.
+            averages = {
+                name: x.to(torch.float64, copy=True) for name, x in _averages(layer).items()
+            }
+            found[site] = _Before(layer.step.clone(), averages)
+    return found
 
 
 def _distances(sites: _Sites, before: Mapping[str, _Before]) -> dict[str, Tensor]:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from normexp.norms.running_norm import RunningNorm
+from normexp.sites import site_of
 
 
 class StatisticsWatch:
@@ -20,8 +21,8 @@ class StatisticsWatch:
 
     def __init__(self, model: nn.Module, criterion: nn.Module):
         self._norms = {
-            name: module
-            for name, module in model.named_modules()
+            site_of(path) or path: module
+            for path, module in model.named_modules()
             if isinstance(module, RunningNorm)
         }
         self._order: list[str] = []  # sites as the forward pass comes by

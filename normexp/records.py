@@ -39,8 +39,8 @@ class Record:
         sites: For each of the seven sites its norm's name and options.
         status: "complete", "diverged" (see `diverged_at_update`) or "failed"; the last two have a
             `reason`.
-        diverged_site: Module path of the norm at which running statistics, or what was to be
-            averaged into them, were first not finite in the failed update
+        diverged_site: Site and layer ("encoder_ffn/0") at which running statistics, or what was to
+            be averaged into them, were first not finite in the failed update
             (`normexp.divergence.StatisticsWatch` tells what that says of the cause). None without
             divergence, without such norms, and where all of it was finite.
         metrics: By split ("valid", "test"), then by name. A name says which convention it follows.

@@ -13,7 +13,7 @@ import torch
 from omegaconf import DictConfig
 from torch import nn
 
-from normexp import checkpoints, data_parallel, preemption, resumption, speed
+from normexp import checkpoints, data_parallel, preemption, reading_ahead, resumption, speed
 from normexp.diagnostics import norm_diagnostics, update_diagnostics
 from normexp.distributed import Ranks
 from normexp.divergence import StatisticsWatch
@@ -120,6 +120,7 @@ def train(
     with (
         metrics_to(*sinks, diagnostics),
         checkpoints.atomic_writes(Path(fairseq_cfg.checkpoint.save_dir)),
+        reading_ahead.ended_with_training(),
         preemption.checkpoint_at_updates(fairseq_train),
         data_parallel.process_group(ranks, fairseq_cfg),
         _observed_trainer(fairseq_train, observed, resume, report, speed_settings, ranks),

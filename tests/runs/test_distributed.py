@@ -221,8 +221,12 @@ def test_local_statistics_are_pooled_where_they_are_saved(overrides, tmp_path) -
     # as if it had been interrupted after the first epoch
     folder = run_folder(results)
     saved = folder / "checkpoints"
-    for name in ("record.json", "training_finished.json"):
-        (folder / name).unlink()
+    for path in (
+        folder / "record.json",
+        folder / "training_finished.json",
+        records.record_path(results, record),
+    ):
+        path.unlink()
     (saved / "checkpoint1.pt").replace(saved / "checkpoint_last.pt")
     for name in ("checkpoint2.pt", "checkpoint_best.pt"):
         (saved / name).unlink()

@@ -21,12 +21,16 @@ def test_layers_follow_the_loss_scale(monkeypatch, kind: str) -> None:
 
     class Trainer:
         def __init__(self, cfg, task, model, criterion):
-            self.model, self.optimizer = model, SimpleNamespace(scaler=scaler)
+            self.cfg, self.model = cfg, model
+            self.optimizer = SimpleNamespace(scaler=scaler)
 
         def get_model(self):
             return self.model
 
-        def train_step(self, samples):
+        def get_num_updates(self):
+            return 0
+
+        def train_step(self, samples, raise_oom):
             setattr(scaler, "now" if kind == "torch" else "loss_scale", next(scales))
 
     monkeypatch.setattr(fairseq_train, "Trainer", Trainer)
@@ -34,8 +38,10 @@ def test_layers_follow_the_loss_scale(monkeypatch, kind: str) -> None:
     norm.nu.fill_(1.0)
     observed, seen = training.Observed(), []
     alone = Ranks(Process())
-    with training._observed_trainer(fairseq_train, observed, lambda step: None, speed.STOCK, alone):
-        trainer = fairseq_train.Trainer(None, None, torch.nn.Sequential(norm), None)
+    cfg = SimpleNamespace(common=SimpleNamespace(log_interval=100))
+    hooks = (lambda step, state: None), (lambda step, found: None)  # resume, report
+    with training._observed_trainer(fairseq_train, observed, *hooks, speed.STOCK, alone):
+        trainer = fairseq_train.Trainer(cfg, None, torch.nn.Sequential(norm), torch.nn.Module())
         for _ in range(4):
             trainer.train_step([{"ntokens": 1}])
             seen.append(float(norm.nu[0]))

@@ -146,7 +146,7 @@ def _is_parameter(name: str) -> bool:
 @pytest.mark.parametrize(
     ("error", "status"),
     [
-        (training.Diverged(7, "loss is nan in update 7"), "diverged"),
+        (training.Diverged(7, "loss is nan in update 7", None), "diverged"),
         (ZeroDivisionError("a defect"), "failed"),
         (UserError("no space left on the disk"), "failed"),
     ],

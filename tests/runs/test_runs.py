@@ -251,6 +251,7 @@ def test_damaged_last_checkpoint_costs_at_most_an_epoch(damage, overrides, tmp_p
         folder / "training_finished.json",
         folder / "checkpoints/checkpoint2.pt",
         folder / "checkpoints/checkpoint_best.pt",
+        records.record_path(tmp_path / "results", straight),
     ):
         path.unlink()
     again = pipeline.run(composed(*settings))

@@ -11,14 +11,11 @@ from small_runs import composed
 from torch import nn
 
 from normexp import pipeline, records
+from normexp.sites import site_of
 
 UPDATE = 5  # in which the training is poisoned
 
-SITES = [
-    f"encoder.layers.{layer}.{norm}"
-    for layer in (0, 1)
-    for norm in ("self_attn_layer_norm", "final_layer_norm")
-]
+SITES = [f"encoder_{part}/{layer}" for layer in (0, 1) for part in ("attention", "ffn")]
 
 
 @pytest.fixture
@@ -57,6 +54,10 @@ def diverged(overrides, little_text, tmp_path, monkeypatch) -> Callable[..., rec
     return run
 
 
+def at_site(model: nn.Module, site: str) -> nn.Module:
+    return next(module for path, module in model.named_modules() if site_of(path) == site)
+
+
 def nothing(model: nn.Module) -> None:
     """No poison."""
 
@@ -80,7 +81,7 @@ def test_infinite_weight_before_a_site(sublayer, site, diverged, tmp_path) -> No
 
 def test_running_statistic_that_is_not_a_number(diverged) -> None:
     def poison(model: nn.Module) -> None:
-        model.get_submodule(SITES[2]).running_psi2[0] = math.nan
+        at_site(model, SITES[2]).running_psi2[0] = math.nan
 
     record = diverged(poison, "norm=power")
     assert (record.diverged_at_update, record.diverged_site) == (UPDATE, SITES[2])
@@ -91,7 +92,7 @@ def test_correction_of_gradients_that_has_run_away(diverged) -> None:
     """nu of one site is huge but finite; the gradient it sends back overflows, one site earlier."""
 
     def poison(model: nn.Module) -> None:
-        model.get_submodule(SITES[2]).nu.fill_(3e38)
+        at_site(model, SITES[2]).nu.fill_(3e38)
 
     record = diverged(poison, "norm=power")
     assert (record.diverged_at_update, record.diverged_site) == (UPDATE, SITES[1])

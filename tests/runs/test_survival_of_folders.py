@@ -44,6 +44,11 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {}
 
 
+def remove_record(results: Path) -> None:
+    """Among the results; with it the run would count as done whatever its folder holds."""
+    shutil.rmtree(results / "records")
+
+
 @pytest.fixture
 def finished_run(settings, finished, tmp_path, tmp_path_factory) -> Callable[..., list[str]]:
     """finished_run(checkpoint): a copy of a finished run; what gives the same command again."""
@@ -166,6 +171,7 @@ GOES_ON = {
 def test_same_command_goes_on(state, finished_run, finished, tmp_path, capsys) -> None:
     command = finished_run()
     folder = tmp_path / "results" / RUN
+    remove_record(tmp_path / "results")
     for damage in GOES_ON[state]:
         damage(folder)
     record = pipeline.run(composed(*command))
@@ -225,6 +231,7 @@ REFUSED = {
 def test_one_line_names_the_cure(state, finished_run, tmp_path) -> None:
     command = finished_run()
     damages, message = REFUSED[state]
+    remove_record(tmp_path / "results")
     for damage in damages:
         damage(tmp_path / "results" / RUN)
     with pytest.raises(UserError, match=message) as raised:
@@ -255,6 +262,7 @@ def test_best_checkpoint(state, finished_run, finished, tmp_path) -> None:
     folder = tmp_path / "results" / RUN
     last = checkpoints.load(folder / "checkpoints" / checkpoints.LAST)
     assert last["extra_state"]["val_loss"] == last["extra_state"]["best"]
+    remove_record(tmp_path / "results")
     UNEVALUATED(folder)
     if state == "best missing":
         remove("checkpoints/checkpoint_best.pt")(folder)
@@ -330,6 +338,7 @@ def test_too_little_memory(error, settings, finished_run, finished, tmp_path, mo
 
 def test_too_little_memory_to_evaluate(finished_run, tmp_path, monkeypatch) -> None:
     command = finished_run()
+    remove_record(tmp_path / "results")
     UNEVALUATED(tmp_path / "results" / RUN)
 
     def score(*_):

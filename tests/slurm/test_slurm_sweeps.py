@@ -2,8 +2,6 @@
 
 import subprocess
 import sys
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import cluster
@@ -41,21 +39,6 @@ LAUNCHER = [
     "hydra.launcher.mem_gb=1",
     "hydra.launcher.timeout_min=15",
 ]
-
-
-@pytest.fixture
-def slurm() -> Iterator[cluster.Cluster]:
-    """A cluster of its own, stopped again whatever happens."""
-    if reason := cluster.why_not():
-        pytest.skip(reason)
-    # not below tmp_path: the name of a socket is limited in length
-    with tempfile.TemporaryDirectory(prefix="slurm", ignore_cleanup_errors=True) as folder:
-        running = cluster.Cluster(Path(folder))
-        try:
-            running.start()
-            yield running
-        finally:
-            running.stop()
 
 
 class Commands:

@@ -2,27 +2,11 @@
 
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-
-import pytest
 
 from normexp import records
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-cluster = pytest.importorskip("cluster", reason="the test's SLURM cluster is not there")
-
-
-@pytest.fixture
-def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[object]:
-    if (reason := cluster.why_not()) is not None:
-        pytest.skip(reason)
-    running = cluster.Cluster(tmp_path_factory.mktemp("slurm"))
-    try:
-        running.start()
-        yield running
-    finally:
-        running.stop()
 
 
 def test_tasks_of_a_step_are_ranks(slurm, tmp_path) -> None:
