@@ -25,8 +25,8 @@ from normexp.errors import UserError
 from normexp.experiment import experiment
 from normexp.records import Record
 from normexp.run_folder import RunFolder, open_run
-from normexp.run_status import recorded
 from normexp.superseding import put_record_aside
+from normexp.sweeps.run_status import recorded
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 

@@ -22,6 +22,8 @@ from typing import Any
 
 import torch.distributed
 
+from normexp.distributed import this_process
+
 logger = logging.getLogger(__name__)
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
@@ -190,4 +192,5 @@ def _job_is_running() -> bool:
 def _say(number: int, text: str) -> None:
     line = f"{signal.Signals(number).name}: {text}"
     logger.info(line)
-    print(line, flush=True)
+    if this_process().is_main:
+        print(line, flush=True)

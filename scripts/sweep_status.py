@@ -22,11 +22,11 @@ import argparse
 import sys
 from pathlib import Path
 
-from normexp import slurm_queue
 from normexp.errors import UserError
-from normexp.run_status import status_of
-from normexp.status_table import print_statuses
-from normexp.sweep import runs_found, runs_of_sweep
+from normexp.sweeps import slurm_queue
+from normexp.sweeps.run_status import status_of
+from normexp.sweeps.status_table import print_statuses
+from normexp.sweeps.sweep import runs_found, runs_of_sweep
 
 UNFINISHED = 3
 

@@ -6,9 +6,10 @@ import sys
 import hydra
 from omegaconf import DictConfig
 
-from normexp import distributed, records, run_status, slurm
+from normexp import distributed, records
 from normexp.distributed import ToldByMain
 from normexp.errors import UserError
+from normexp.sweeps import run_status, slurm
 
 failures = []
 

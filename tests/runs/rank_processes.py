@@ -4,6 +4,7 @@ import logging
 import multiprocessing
 import os
 import runpy
+import signal
 import socket
 import sys
 import time
@@ -39,11 +40,12 @@ def train_on_ranks(
     size: int = 2,
     prepare: Callable[[int], object] = lambda rank: None,
     kill_when: Callable[[], bool] | None = None,
+    by: signal.Signals = signal.SIGKILL,
 ) -> Ended:
     """Run scripts/train.py as torchrun does, without its agent.
 
     folder: for what the ranks print. prepare: called with the rank in its process before all else.
-    kill_when: all are killed as soon as it returns True.
+    kill_when: all are sent a signal, once, as soon as it returns True.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -65,8 +67,9 @@ def train_on_ranks(
     deadline = time.monotonic() + TIMEOUT
     while any(process.is_alive() for process in processes) and time.monotonic() < deadline:
         if kill_when is not None and kill_when():
+            kill_when = None
             for process in processes:
-                process.kill()
+                os.kill(process.pid, by)
         time.sleep(0.02)
     hung = [rank for rank, process in enumerate(processes) if process.is_alive()]
     for process in processes:

@@ -236,7 +236,7 @@ def test_local_statistics_are_pooled_where_they_are_saved(overrides, tmp_path) -
 
 
 def test_killed_ranks_resume_as_if_nothing_had_happened(overrides, tmp_path) -> None:
-    """SIGKILL of both in the third epoch; then torchrun, as users start it, goes on."""
+    """SIGTERM in the first epoch, SIGKILL in the third; then torchrun, as users start it."""
     settings = overrides(
         "toy_language_model",
         *ON_219_BLOCKS,
@@ -275,6 +275,18 @@ def test_killed_ranks_resume_as_if_nothing_had_happened(overrides, tmp_path) -> 
     assert len(masks) == 2 * expected.num_updates
 
     metrics_file = tmp_path / "results/runs/toy_language_model/PN-seed1/metrics.jsonl"
+
+    def within_the_first_epoch() -> bool:
+        return metrics_file.exists() and metrics_file.read_text().count('"tag": "train_inner"') >= 3
+
+    ended = train_on_ranks(
+        tmp_path / "terminated", *settings, kill_when=within_the_first_epoch, by=signal.SIGTERM
+    )
+    assert ended.codes == [128 + signal.SIGTERM] * 2, ended.err
+    saved = checkpoints.load(metrics_file.parent / "checkpoints" / checkpoints.LAST)
+    update = saved["optimizer_history"][-1]["num_updates"]
+    assert f"SIGTERM: saved after update {update}\n" in ended.out[0]
+    assert ended.out[1] == ended.err[1] == ""
 
     def in_the_third_epoch() -> bool:
         return metrics_file.exists() and metrics_file.read_text().count('"tag": "train"') == 2

@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 from small_runs import composed, run_script, train_script
 
-from normexp import pipeline, records, run_folder, run_status, slurm_queue
+from normexp import pipeline, records, run_folder
 from normexp.errors import UserError
 from normexp.run_folder import RunFolder, open_run
-from normexp.slurm_queue import Job
-from normexp.sweep import runs_of_sweep
+from normexp.sweeps import run_status, slurm_queue
+from normexp.sweeps.slurm_queue import Job
+from normexp.sweeps.sweep import runs_of_sweep
 
 TASK = "toy_language_model"
 

@@ -11,7 +11,7 @@ from hydra import compose, initialize_config_dir
 
 from normexp import pipeline, records
 from normexp.run_folder import RunFolder
-from normexp.slurm import SlurmLauncher
+from normexp.sweeps.slurm import SlurmLauncher
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 TASK = "toy_language_model"

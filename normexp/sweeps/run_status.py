@@ -16,7 +16,7 @@ from normexp.errors import UserError
 from normexp.experiment import differences, experiment, resolved
 from normexp.records import Record, hash_config, path_of_run, read_record
 from normexp.run_folder import RunFolder
-from normexp.slurm_queue import Job
+from normexp.sweeps.slurm_queue import Job
 
 State = Literal["done", "diverged", "running", "waiting", "failed", "interrupted", "missing"]
 FINISHED = ("done", "diverged")

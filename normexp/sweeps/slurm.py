@@ -18,11 +18,11 @@ from hydra_plugins.hydra_submitit_launcher import submitit_launcher
 from hydra_plugins.hydra_submitit_launcher.config import BaseQueueConf
 from omegaconf import DictConfig
 
-from normexp import slurm_queue
 from normexp.errors import UserError
-from normexp.run_status import status_of
-from normexp.slurm_queue import Job
-from normexp.status_table import print_statuses
+from normexp.sweeps import slurm_queue
+from normexp.sweeps.run_status import status_of
+from normexp.sweeps.slurm_queue import Job
+from normexp.sweeps.status_table import print_statuses
 
 SHARED = {
     field.name for field in fields(BaseQueueConf)

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from normexp.run_status import RunStatus, State
+from normexp.sweeps.run_status import RunStatus, State
 
 COLOURS: dict[State, str] = {
     "done": "green",

@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from normexp.errors import UserError
 from normexp.run_folder import RunFolder
 
-CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
 
 def runs_of_sweep(overrides: list[str]) -> list[DictConfig]:
