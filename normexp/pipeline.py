@@ -74,8 +74,11 @@ def _train_along(cfg: DictConfig, ranks: Ranks) -> None:
 
 def _run_in_folder(cfg: DictConfig, sites: dict[str, dict[str, Any]], ranks: Ranks) -> Record:
     plain = config.resolved(cfg)
+    if found := recorded(cfg):
+        _say(f"complete already: {found[0]}")
+        return found[1]
     with open_run(cfg) as folder:
-        earlier = _complete_record(cfg, folder)
+        earlier = _complete_record(folder, Path(plain["results_dir"]))
         if earlier is not None:
             return earlier
         _check_records_writable(Path(plain["results_dir"]) / "records" / plain["task"]["name"])
@@ -312,11 +315,8 @@ def _publish(record: Record, results_dir: Path) -> None:
     records.write_record(path, record)
 
 
-def _complete_record(cfg: DictConfig, folder: RunFolder) -> Record | None:
+def _complete_record(folder: RunFolder, results_dir: Path) -> Record | None:
     """The record of a run that needs nothing more; diverged counts, failed is tried again."""
-    if found := recorded(cfg):
-        _say(f"complete already: {found[0]}")
-        return found[1]
     if not folder.record.is_file():
         return None
     try:
@@ -326,7 +326,7 @@ def _complete_record(cfg: DictConfig, folder: RunFolder) -> Record | None:
         return None
     if record.status == "failed":
         return None
-    _publish(record, Path(cfg.results_dir))  # somebody removed it from among the results
+    _publish(record, results_dir)  # somebody removed it from among the results
     _say(f"complete already: {folder.record}")
     return record
 

@@ -85,7 +85,9 @@ def _record_of(cfg: DictConfig) -> tuple[Path, Record] | None:
     path = path_of_run(
         Path(plain["results_dir"]), plain["task"]["name"], str(plain["label"]), plain["seed"]
     )
-    if not path.is_file():
+    folder = RunFolder(Path(plain["run_dir"]))
+    # A run that was killed between writing its two records has not ended.
+    if not path.is_file() or (folder.config.is_file() and not folder.record.is_file()):
         return None
     try:
         record = read_record(path)
