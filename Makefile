@@ -29,7 +29,7 @@ demo: install  ## train LN, BN, PN-V and PN on two toy tasks and print the table
 		wait $$first && exit $$second
 	@$(BIN)/python scripts/report.py --results results/demo --console-only
 
-test: install  ## all tests (about 11 minutes, 2 cores)
+test: install  ## all tests (about 12 minutes, 2 cores)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: install  ## ruff
