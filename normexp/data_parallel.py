@@ -107,10 +107,6 @@ def trainer_on(ranks: Ranks, trainer: type) -> type:
             super().__init__(cfg, task, *args, **kwargs)
             task.train_step = self._train_on(task.train_step)
 
-        def train_step(self, samples: Any, raise_oom: bool = False) -> Any:
-            # fairseq would leave out the batch, and with it collectives that others wait in.
-            return super().train_step(samples, raise_oom=True)
-
         def begin_valid_epoch(self, epoch: int) -> None:
             super().begin_valid_epoch(epoch)
             _pool_state(self.get_model())

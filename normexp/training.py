@@ -191,7 +191,8 @@ def _observed_trainer(
             scale = _loss_scale(self.optimizer)
             self._watch.begin_update()
             try:
-                # By itself fairseq leaves out a batch that does not fit into the GPU's memory.
+                # By itself fairseq leaves out a batch that does not fit into the GPU's memory, and
+                # with it collectives that other ranks wait in.
                 with update_diagnostics(self, report):
                     output = super().train_step(samples, raise_oom=True)
             except (FloatingPointError, StopIteration) as error:

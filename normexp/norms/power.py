@@ -89,14 +89,15 @@ class PowerNorm(QuadraticNorm):
         return y
 
     def _step_of_ranks(self, kernels: str, x: Tensor, padding_mask: Tensor | None) -> Tensor | None:
-        if EXCHANGE.owes((self, "psi2")) or EXCHANGE.owes((self, "nu")):
-            EXCHANGE.complete()
-        if kernels == "plain" or not self._past_warmup():
-            return None
         again = None
-        if recomputing():
+        if recomputing() and kernels != "plain":
             again = self._recent_of_ranks.find(self._squares(x, padding_mask))
-            if again is None:  # its forward was still in the warm-up
+        # A repeated forward needs nothing of the state.
+        if again is None:
+            if EXCHANGE.owes((self, "psi2")) or EXCHANGE.owes((self, "nu")):
+                EXCHANGE.complete()
+            # Not found, the forward that is repeated was still in the warm-up.
+            if kernels == "plain" or recomputing() or not self._past_warmup():
                 return None
         self._computed_by(kernels)
         return step_of_ranks(self, operators(kernels), x.contiguous(), padding_mask, again)
