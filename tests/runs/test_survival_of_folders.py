@@ -288,6 +288,18 @@ def test_removed_copy_of_the_record_is_written_again(finished_run, tmp_path) -> 
     assert records.read_record(copy) == record
 
 
+def test_killed_between_its_two_records(finished_run, finished, tmp_path) -> None:
+    """The one among the results is there, that of the folder is not."""
+    command = finished_run()
+    UNEVALUATED(tmp_path / "results" / RUN)
+    pipeline.run(composed(*command))
+    expected, made = (
+        records.read_record(root / RUN / "record.json")
+        for root in (finished["average"], tmp_path / "results")
+    )
+    assert made.metrics == expected.metrics
+
+
 def no_memory(error: Exception, at: int) -> Callable:
     calls = iter(range(1, 10**6))
 
