@@ -16,19 +16,21 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 
-from normexp import checkpoints, config, distributed, failures, preemption, records, speed
-from normexp.atomic import write_json
-from normexp.command_line import command_of_this_run
+from normexp.checkpoints import store
+from normexp.config import validation
+from normexp.config.identity import experiment
 from normexp.corpora import PreparedCorpus, prepare
-from normexp.distributed import Ranks
 from normexp.errors import UserError
-from normexp.experiment import experiment
-from normexp.records import Record
-from normexp.run_folder import RunFolder, open_run
-from normexp.superseding import put_record_aside
+from normexp.files import write_json
+from normexp.paths import REPOSITORY
+from normexp.runs import advice, records
+from normexp.runs.archive import put_record_aside
+from normexp.runs.command_line import command_of_this_run
+from normexp.runs.folder import RunFolder, open_run
+from normexp.runs.records import Record
 from normexp.sweeps.run_status import recorded
-
-REPOSITORY = Path(__file__).resolve().parents[1]
+from normexp.training import preemption, process_group, speed
+from normexp.training.process_group import Ranks
 
 logger = logging.getLogger(__name__)
 
@@ -42,18 +44,18 @@ def run(cfg: DictConfig) -> Record | None:
     """
     with (
         preemption.handled(),
-        distributed.together() as ranks,
+        process_group.together() as ranks,
         _warnings_on_console(ranks.is_main),
     ):
         if not ranks.is_main:
             _train_along(cfg, ranks)
             return None
-        sites = config.validate(cfg)
-        ranks.refuse_other_number(distributed.settings(config.resolved(cfg))["ranks"])
+        sites = validation.validate(cfg)
+        ranks.refuse_other_number(process_group.settings(validation.resolved(cfg))["ranks"])
         try:
             record = _run_in_folder(cfg, sites, ranks)
         except OSError as error:
-            told = failures.about_files(error, Path(config.resolved(cfg)["run_dir"]))
+            told = advice.about_files(error, Path(validation.resolved(cfg)["run_dir"]))
             if told is None:
                 raise
             raise UserError(told) from None
@@ -62,18 +64,18 @@ def run(cfg: DictConfig) -> Record | None:
 
 
 def _train_along(cfg: DictConfig, ranks: Ranks) -> None:
-    from normexp import training
+    from normexp.training import loop
 
     told = ranks.told("training")
     languages = told["languages"] and tuple(told["languages"])
     paths = Path(told["data_bin"]), Path(told["checkpoints"])
-    fairseq_cfg = config.fairseq_config(cfg, paths[0], languages, paths[1])
-    with suppress(training.Diverged):  # on all ranks: rank 0 records it
-        training.train(fairseq_cfg, None, [], speed.settings(config.resolved(cfg)), ranks)
+    fairseq_cfg = validation.fairseq_config(cfg, paths[0], languages, paths[1])
+    with suppress(loop.Diverged):  # on all ranks: rank 0 records it
+        loop.train(fairseq_cfg, None, [], speed.settings(validation.resolved(cfg)), ranks)
 
 
 def _run_in_folder(cfg: DictConfig, sites: dict[str, dict[str, Any]], ranks: Ranks) -> Record:
-    plain = config.resolved(cfg)
+    plain = validation.resolved(cfg)
     if found := recorded(cfg):
         _say(f"complete already: {found[0]}")
         return found[1]
@@ -109,24 +111,24 @@ def evaluate_run(
 
     fold: merge its norms into linear layers first. Raises UserError where that is impossible.
     """
-    from normexp import audit, evaluation
+    from normexp.evaluation import causality, scores
 
-    plain = config.resolved(cfg)
+    plain = validation.resolved(cfg)
     settings = plain["evaluation"]
-    path, chosen = checkpoints.choose(
+    path, chosen = store.choose(
         folder.checkpoints,
         settings["checkpoint"],
         settings["average_last"],
         plain["fairseq"]["checkpoint"].get("save_interval", 1),
     )
-    loaded = evaluation.load_model(path, corpus.data_bin, plain["fairseq"]["common"]["cpu"])
+    loaded = scores.load_model(path, corpus.data_bin, plain["fairseq"]["common"]["cpu"])
     if fold:
-        loaded = evaluation.folded(loaded)
+        loaded = scores.folded(loaded)
     if corpus.kind == "translation":
-        metrics = evaluation.evaluate_translation(loaded, corpus, settings, folder.hypotheses)
+        metrics = scores.evaluate_translation(loaded, corpus, settings, folder.hypotheses)
         return Evaluated(metrics, chosen, None)
-    sees_future = audit.dependence_on_future(loaded, settings["splits"][0]).sees_future
-    metrics = evaluation.evaluate_language_model(loaded, corpus, settings, not sees_future)
+    sees_future = causality.dependence_on_future(loaded, settings["splits"][0]).sees_future
+    metrics = scores.evaluate_language_model(loaded, corpus, settings, not sees_future)
     return Evaluated(metrics, chosen, sees_future)
 
 
@@ -138,7 +140,7 @@ def _run(
     folder: RunFolder,
     ranks: Ranks,
 ) -> Record:
-    from normexp.tracking import Tracker
+    from normexp.tracking.tracker import Tracker
 
     facts = _facts(cfg, plain, sites, corpus)
     environment = ("hardware", "versions", "code_commit", "code_dirty")
@@ -173,9 +175,9 @@ def _run(
                     "another rank of this training was killed; the same command goes on from the "
                     "last checkpoint"
                 ) from None
-            if told := failures.about_files(error, folder.path):
+            if told := advice.about_files(error, folder.path):
                 raise UserError(told) from None
-            told = failures.about_memory(error, plain, folder.finished.is_file())
+            told = advice.about_memory(error, plain, folder.finished.is_file())
             reason = told or f"{type(error).__name__}: {error}"
             _finish(folder, plain, facts, _failure("failed", reason))
             if told:
@@ -190,8 +192,8 @@ def _train_and_evaluate(
     cfg: DictConfig, corpus: PreparedCorpus, folder: RunFolder, tracker: Any, ranks: Ranks
 ) -> dict[str, Any]:
     """What the record says of the run's course: complete, or diverged with the step."""
-    from normexp import training
-    from normexp.metrics_file import MetricsFile
+    from normexp.runs.metrics_file import MetricsFile
+    from normexp.training import loop
 
     finished = _finished_training(folder)
     if finished is None:
@@ -200,15 +202,15 @@ def _train_and_evaluate(
             if corpus.kind == "translation"
             else None
         )
-        fairseq_cfg = config.fairseq_config(cfg, corpus.data_bin, languages, folder.checkpoints)
+        fairseq_cfg = validation.fairseq_config(cfg, corpus.data_bin, languages, folder.checkpoints)
         told = {"data_bin": str(corpus.data_bin.absolute()), "languages": languages}
         ranks.tell("training", told | {"checkpoints": str(folder.checkpoints)})
         with MetricsFile(folder.metrics) as metrics:
             try:
-                settings = speed.settings(config.resolved(cfg))
+                settings = speed.settings(validation.resolved(cfg))
                 sinks = [tracker, _Console()]
-                result = training.train(fairseq_cfg, metrics, sinks, settings, ranks)
-            except training.Diverged as diverged:
+                result = loop.train(fairseq_cfg, metrics, sinks, settings, ranks)
+            except loop.Diverged as diverged:
                 return _failure("diverged", diverged.reason) | {
                     "diverged_at_update": diverged.update,
                     "diverged_site": diverged.site,
@@ -220,9 +222,9 @@ def _train_and_evaluate(
         preemption.leave_if_asked()
     try:
         evaluated = evaluate_run(cfg, folder, corpus)
-    except checkpoints.Lost as lost:
+    except store.Lost as lost:
         folder.finished.unlink()  # first: a kill must not leave it with too few checkpoints
-        source = checkpoints.go_back_before(folder.checkpoints, lost)
+        source = store.go_back_before(folder.checkpoints, lost)
         if ranks.size > 1:  # the others have trained to the end and left
             raise UserError(f"{lost}; the same command makes it again from {source}") from None
         logger.warning("%s; going on from %s to make it again", lost, source)
@@ -240,7 +242,7 @@ def _train_and_evaluate(
 def _curve(folder: RunFolder) -> list[tuple[int, float]]:
     """Validation losses as the record has them. fairseq logs bits, and apart from a smoothed loss
     the likelihood."""
-    from normexp.metrics_file import MetricsFile
+    from normexp.runs.metrics_file import MetricsFile
 
     with MetricsFile(folder.metrics) as metrics:
         bits = metrics.values("valid", "nll_loss") or metrics.values("valid", "loss")
@@ -249,7 +251,7 @@ def _curve(folder: RunFolder) -> list[tuple[int, float]]:
 
 def _finished_training(folder: RunFolder) -> dict[str, Any] | None:
     """What training left when it had ended; None where it has not, as far as can be read."""
-    from normexp.training import TrainingResult
+    from normexp.training.loop import TrainingResult
 
     try:
         return vars(TrainingResult(**json.loads(folder.finished.read_text(encoding="utf-8"))))
@@ -262,7 +264,7 @@ def _finished_training(folder: RunFolder) -> dict[str, Any] | None:
 
 
 def _failure(status: str, reason: str) -> dict[str, Any]:
-    from normexp.training import TrainingResult
+    from normexp.training.loop import TrainingResult
 
     unknown = [*(field.name for field in fields(TrainingResult)), "peak_memory_bytes"]
     return dict.fromkeys(unknown) | {"status": status, "reason": reason, "metrics": {}}
@@ -277,7 +279,7 @@ def _facts(
     """What the record says of the run before it starts."""
     commit, dirty = records.code_version(REPOSITORY)
     settings = experiment(cfg)
-    parallel = distributed.settings(plain)
+    parallel = process_group.settings(plain)
     return {
         "task": plain["task"]["name"],
         "kind": plain["task"]["kind"],

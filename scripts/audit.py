@@ -34,9 +34,9 @@ def main() -> int:
     parser.add_argument("--cpu", action="store_true", help="even where there is a GPU")
     arguments = parser.parse_args()
 
-    from normexp import audit
+    from normexp.evaluation import causality
 
-    return 2 if audit.main(**vars(arguments)).sees_future else 0
+    return 2 if causality.main(**vars(arguments)).sees_future else 0
 
 
 if __name__ == "__main__":

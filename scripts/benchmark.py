@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from normexp.errors import UserError
+from normexp.paths import RESULTS
 
-RECORDS = Path(__file__).resolve().parents[1] / "results" / "benchmarks"
+RECORDS = RESULTS / "benchmarks"
 _BYTES_PER_PAIR = 2500
 
 
@@ -132,12 +133,12 @@ def _measured(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
     logging.getLogger("fairseq").setLevel(logging.WARNING)  # it tells of every batch iterator
-    measure = importlib.import_module(f"normexp.benchmarks.{arguments.benchmark}").measure
+    measure = importlib.import_module(f"normexp.benchmarks.bench_{arguments.benchmark}").measure
     progress = sys.stderr.isatty()
     if arguments.benchmark != "preparation":
         return measure(arguments.rounds, arguments.output, progress)
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    logging.getLogger("normexp.benchmarks.preparation").setLevel(logging.INFO)
+    logging.getLogger("normexp.benchmarks.bench_preparation").setLevel(logging.INFO)
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         free, needed = shutil.disk_usage(folder).free, arguments.pairs * _BYTES_PER_PAIR
         if free < needed:
@@ -151,7 +152,7 @@ def _measured(arguments: argparse.Namespace) -> dict[str, Any]:
 def _show(benchmark: str, record: dict[str, Any]) -> None:
     from rich.console import Console
 
-    from normexp.report.benchmarks import tables
+    from normexp.report.benchmark_tables import tables
     from normexp.report.console import print_table
 
     console = Console() if sys.stdout.isatty() else Console(width=200)

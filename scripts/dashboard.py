@@ -14,8 +14,7 @@ import sys
 from pathlib import Path
 
 from normexp.errors import UserError
-
-RESULTS = Path(__file__).resolve().parents[1] / "results"
+from normexp.paths import RESULTS
 
 
 def main() -> None:
@@ -34,10 +33,10 @@ def main() -> None:
     options = parser.parse_args()
 
     # Here, because W&B and torch take seconds to load, and --help should not.
-    from normexp import dashboard
+    from normexp.tracking import dashboard
 
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    logging.getLogger("normexp.tracking").setLevel(logging.INFO)
+    logging.getLogger("normexp.tracking.tracker").setLevel(logging.INFO)
     if options.command == "workspace":
         print(dashboard.save_workspace(options.entity, options.project, options.task))
     else:

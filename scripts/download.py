@@ -15,8 +15,7 @@ import sys
 from pathlib import Path
 
 from normexp.errors import UserError
-
-CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+from normexp.paths import CONFIGS
 
 
 def main() -> None:

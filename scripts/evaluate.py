@@ -27,7 +27,7 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as fold=true")
     arguments = parser.parse_args()
 
-    from normexp import reevaluation
+    from normexp.evaluation import reevaluation
 
     reevaluation.main(arguments.run_folder, arguments.overrides)
 

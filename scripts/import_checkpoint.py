@@ -29,7 +29,7 @@ def main() -> None:
     parser.add_argument("--force", action="store_true", help="overwrite OUT")
     arguments = parser.parse_args()
 
-    from normexp.released_checkpoints import import_checkpoint
+    from normexp.checkpoints.released import import_checkpoint
 
     print(import_checkpoint(**vars(arguments)))
 

@@ -59,5 +59,5 @@ install "setuptools>=68,<81" wheel
 install --no-build-isolation --constraint "$VENV/constraints.txt" --editable '.[dev]'
 "$VENV/bin/python" -c 'import logging; logging.disable(); import fairseq, normexp.norms' || fail "the environment does not work."
 echo "kernels for this processor"
-"$VENV/bin/python" -m normexp.native
+"$VENV/bin/python" -m normexp.norms.kernels
 echo "done: $VENV ($("$VENV/bin/python" --version), PyTorch $TORCH)"

@@ -6,18 +6,17 @@ from pathlib import Path
 
 from rich.console import Console
 
-from normexp.atomic import whole_file
-from normexp.audits import load_audits
 from normexp.errors import UserError
-from normexp.records import load_records, utc_now
+from normexp.files import whole_file
+from normexp.paths import RESULTS
 from normexp.report.aggregate import rows_by_task
-from normexp.report.benchmarks import load_benchmarks
+from normexp.report.benchmark_tables import load_benchmarks
 from normexp.report.console import print_results
 from normexp.report.files import check_files, report_files, write_files
 from normexp.report.html import report_html, unfinished_runs
 from normexp.report.paper import load_paper
-
-RESULTS = Path(__file__).resolve().parents[1] / "results"
+from normexp.runs.causality_record import load_audits
+from normexp.runs.records import load_records, utc_now
 
 
 def main() -> None:

@@ -12,9 +12,10 @@ import sys
 from pathlib import Path
 
 from normexp.errors import UserError
-from normexp.offline_runs import UploadError, check_connection, find_offline_runs, upload
+from normexp.paths import RESULTS
+from normexp.tracking.offline import UploadError, check_connection, find_offline_runs, upload
 
-RUNS = Path(__file__).resolve().parents[1] / "results" / "runs"
+RUNS = RESULTS / "runs"
 
 
 def main() -> None:

@@ -6,10 +6,11 @@ import sys
 import hydra
 from omegaconf import DictConfig
 
-from normexp import distributed, records
-from normexp.distributed import ToldByMain
 from normexp.errors import UserError
+from normexp.runs import records
 from normexp.sweeps import run_status, slurm
+from normexp.training import process_group
+from normexp.training.process_group import ToldByMain
 
 failures = []
 
@@ -18,7 +19,7 @@ failures = []
 def main(cfg: DictConfig) -> str | None:
     """Do one run and return why it failed; in a sweep the other runs go on when one cannot."""
     try:
-        alone = distributed.this_process().size == 1
+        alone = process_group.this_process().size == 1
         if alone and (found := run_status.recorded(cfg)):
             path, record = found
             print(f"complete already: {path}")

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import hypothesis
 import pytest
+from support.made_up_records import make_record  # noqa: F401 (a fixture)
+from support.whole_runs import data_dir, little_text, overrides  # noqa: F401 (fixtures)
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 

@@ -7,10 +7,9 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig
 
-from normexp import config
+from normexp.config import validation
 from normexp.corpora import prepare
-
-_CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+from normexp.paths import CONFIGS
 
 
 def toy_task(task: str, folder: Path, *overrides: str) -> tuple[DictConfig, Any]:
@@ -22,11 +21,11 @@ def toy_task(task: str, folder: Path, *overrides: str) -> tuple[DictConfig, Any]
     from fairseq import tasks
 
     GlobalHydra.instance().clear()
-    with initialize_config_dir(str(_CONFIGS), version_base="1.3"):
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         cfg = compose("train", [f"task={task}", *overrides])
     corpus = prepare(cfg.task.corpus, folder, None)
     languages = None
     if corpus.kind == "translation":
         languages = corpus.source_language, corpus.target_language
-    fairseq_cfg = config.fairseq_config(cfg, corpus.data_bin, languages, folder)
+    fairseq_cfg = validation.fairseq_config(cfg, corpus.data_bin, languages, folder)
     return fairseq_cfg, tasks.setup_task(fairseq_cfg.task)

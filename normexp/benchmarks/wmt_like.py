@@ -8,7 +8,7 @@ rules, and a few pairs that the length filter drops.
 from collections.abc import Iterator
 from random import Random
 
-from normexp.corpora.zipf import Zipf
+from normexp.corpora.toy.zipf import Zipf
 
 # Distinct words to draw from; most of them turn up in a million sentences.
 VOCABULARY = {"en": 300_000, "de": 800_000}

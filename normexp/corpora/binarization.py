@@ -16,8 +16,8 @@ import numpy as np
 from tqdm import tqdm
 
 from normexp.corpora.catalogue import SPLITS, Corpus
-from normexp.corpora.parallel import map_rows
-from normexp.corpora.rows import Row, open_text, read_rows
+from normexp.corpora.parallel_text import Row, open_text, read_rows
+from normexp.corpora.process_pool import map_rows
 from normexp.corpora.text import final_text
 
 

@@ -24,8 +24,9 @@ from normexp.corpora.hashing import ALGORITHMS
 from normexp.corpora.raw_text import FORMATS
 from normexp.corpora.tokenization import STEPS
 from normexp.errors import UserError
+from normexp.paths import REPOSITORY
 
-CATALOGUE = Path(__file__).resolve().parents[2] / "data" / "catalogue.yaml"
+CATALOGUE = REPOSITORY / "data" / "catalogue.yaml"
 SPLITS = ("train", "valid", "test")
 CLEAN = "clean"
 STEP_TEXTS = "steps"  # folder of the text stage

@@ -11,9 +11,9 @@ from pathlib import Path
 import pooch
 import requests
 
+from normexp.corpora.atomic_stage import locked
 from normexp.corpora.catalogue import Archive, Corpus
 from normexp.corpora.hashing import file_hash
-from normexp.corpora.stages import locked
 from normexp.errors import UserError
 
 log = logging.getLogger(__name__)

@@ -19,18 +19,18 @@ from concurrent.futures.process import BrokenProcessPool
 from importlib.metadata import version
 from pathlib import Path
 
-from normexp.atomic import write_json
+from normexp.corpora.atomic_stage import build_stage, files_intact, locked, read_json
 from normexp.corpora.binarization import build_binary
 from normexp.corpora.catalogue import CATALOGUE, SPLITS, Corpus, load_catalogue
 from normexp.corpora.download import fetch
-from normexp.corpora.expectations import compare
-from normexp.corpora.parallel import available_cores
+from normexp.corpora.expected_counts import compare
+from normexp.corpora.parallel_text import write_rows, zip_texts
 from normexp.corpora.prepared import PreparedCorpus
+from normexp.corpora.process_pool import available_cores
 from normexp.corpora.raw_text import FORMATS, member_hash, open_member
-from normexp.corpora.rows import write_rows, zip_texts
-from normexp.corpora.stages import build_stage, files_intact, locked, read_json
 from normexp.corpora.text import build_text
 from normexp.errors import UserError
+from normexp.files import write_json
 
 log = logging.getLogger(__name__)
 

@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.table import Table
 
 from normexp.corpora.catalogue import Corpus
-from normexp.corpora.expectations import compare
+from normexp.corpora.expected_counts import compare
 from normexp.corpora.prepared import PreparedCorpus
 
 

@@ -15,8 +15,8 @@ from tqdm import tqdm
 from normexp.corpora.bpe import learn_codes
 from normexp.corpora.catalogue import CLEAN, SPLITS, STEP_TEXTS, Corpus
 from normexp.corpora.cleaning import clean_rows
-from normexp.corpora.parallel import map_rows
-from normexp.corpora.rows import Row, open_text, read_rows, row_writer, write_rows
+from normexp.corpora.parallel_text import Row, open_text, read_rows, row_writer, write_rows
+from normexp.corpora.process_pool import map_rows
 from normexp.corpora.tokenization import STEPS
 from normexp.errors import UserError
 

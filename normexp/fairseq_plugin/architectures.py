@@ -19,7 +19,9 @@ from fairseq.models import (
 )
 from omegaconf import DictConfig, OmegaConf
 
-PRESETS = Path(__file__).resolve().parents[2] / "configs" / "model"
+from normexp.paths import CONFIGS
+
+PRESETS = CONFIGS / "model"
 PREFIX = "normexp_"
 
 

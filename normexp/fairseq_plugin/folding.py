@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from normexp.fairseq_plugin.layers import NormDecoderLayer, NormEncoderLayer
 from normexp.fairseq_plugin.stacks import NormEncoder
 from normexp.fairseq_plugin.tensorized import TensorizedLayer
-from normexp.norms.folding import fold_into, why_not_foldable
+from normexp.norms.fold_into_linear import fold_into, why_not_foldable
 
 logger = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ from fairseq.modules.transformer_layer import (
 )
 from torch import Tensor, nn
 
-from normexp.norms.slots import fill_slot, padding_mask_for
+from normexp.norms.replace import fill_slot, padding_mask_for
 
 Norms = dict[str, dict[str, Any]]  # what normexp.sites.resolve_sites returns
 

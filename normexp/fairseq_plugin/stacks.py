@@ -10,7 +10,7 @@ from fairseq.models.transformer import (
 from torch import Tensor, nn
 
 from normexp.fairseq_plugin.layers import NormDecoderLayer, NormEncoderLayer, Norms, wrap_layer
-from normexp.norms.slots import fill_slot, padding_mask_for
+from normexp.norms.replace import fill_slot, padding_mask_for
 
 
 class NormEncoder(TransformerEncoderBase):

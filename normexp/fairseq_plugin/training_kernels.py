@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from normexp import native
+from normexp.norms.kernels import native
 
 _SOURCE = Path(__file__).with_suffix(".cpp")
 
@@ -13,6 +13,6 @@ _SOURCE = Path(__file__).with_suffix(".cpp")
 def compiled_for(x: Tensor, *dtypes: torch.dtype) -> bool:
     """Whether torch.ops.normexp offers its kernels for x, which must be of one of these types.
 
-    The first call of an installation compiles, for half a minute; see normexp.native.
+    The first call of an installation compiles, for half a minute; see normexp.norms.kernels.native.
     """
     return x.device.type == "cpu" and x.dtype in dtypes and native.load(_SOURCE)

@@ -12,8 +12,8 @@ tokens, G groups.
 import importlib
 import pkgutil
 
+from normexp.norms.average_statistics import pool_statistics
 from normexp.norms.loss_scale import follow_loss_scale
-from normexp.norms.pooling import pool_statistics
 from normexp.norms.registry import (
     available_norms,
     build_norm,
@@ -23,6 +23,8 @@ from normexp.norms.registry import (
 )
 
 for _module in pkgutil.iter_modules(__path__):
+    if _module.ispkg:  # parts of layers; whoever needs one imports it
+        continue
     importlib.import_module(f"{__name__}.{_module.name}")
 
 __all__ = [

@@ -3,8 +3,8 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from normexp.norms import checks
-from normexp.norms.masking import flatten_tokens
+from normexp.norms.core import option_checks
+from normexp.norms.core.masking import flatten_tokens
 from normexp.norms.registry import register_norm
 
 
@@ -19,8 +19,8 @@ class AdaNorm(nn.Module):
 
     def __init__(self, num_features: int, eps: float = 1e-5, k: float = 0.1, scale: float = 1.0):
         super().__init__()
-        checks.positive(eps=eps, scale=scale)
-        checks.not_negative(k=k)
+        option_checks.positive(eps=eps, scale=scale)
+        option_checks.not_negative(k=k)
         self.num_features, self.eps, self.k, self.scale = num_features, eps, k, scale
 
     def forward(self, x: Tensor, padding_mask: Tensor | None = None) -> Tensor:

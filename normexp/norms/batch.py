@@ -5,13 +5,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from normexp.norms import checks
-from normexp.norms.averaging import average_
-from normexp.norms.masking import num_real, only_real, zero_padding_
-from normexp.norms.recomputation import recomputing
+from normexp.norms.core import option_checks
+from normexp.norms.core.averaging import average_
+from normexp.norms.core.masking import num_real, only_real, zero_padding_
+from normexp.norms.core.replay_cache import recomputing
+from normexp.norms.distributed.collectives import pooled_moments, sum_over_ranks
 from normexp.norms.registry import register_norm
 from normexp.norms.running_norm import NATIVE_SOURCES, RunningNorm
-from normexp.norms.synchronization import pooled_moments, sum_over_ranks
 
 
 @register_norm("batch")
@@ -38,7 +38,7 @@ class BatchNorm(RunningNorm):
         self, num_features: int, eps: float = 1e-5, momentum: float = 0.05, sync: bool = False
     ):
         super().__init__(num_features, eps, sync)
-        checks.share(momentum=momentum)
+        option_checks.share(momentum=momentum)
         self.momentum = momentum
         self.register_buffer("running_mean", torch.zeros(num_features))
         self.register_buffer("running_var", torch.ones(num_features))

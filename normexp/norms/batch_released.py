@@ -4,9 +4,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from normexp.norms import checks
-from normexp.norms.masking import num_real, real_mean
-from normexp.norms.recomputation import recomputing
+from normexp.norms.core import option_checks
+from normexp.norms.core.masking import num_real, real_mean
+from normexp.norms.core.replay_cache import recomputing
 from normexp.norms.registry import register_norm
 from normexp.norms.running_norm import RunningNorm
 
@@ -27,7 +27,7 @@ class BatchNormReleased(RunningNorm):
 
     def __init__(self, num_features: int, eps: float = 1e-5, momentum: float = 0.05):
         super().__init__(num_features, eps)
-        checks.share(momentum=momentum)
+        option_checks.share(momentum=momentum)
         self.momentum = momentum
         self.register_buffer("running_mean", torch.zeros(num_features))
         self.register_buffer("running_var", torch.ones(num_features))

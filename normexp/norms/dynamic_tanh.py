@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from normexp.norms import checks
-from normexp.norms.masking import flatten_tokens
+from normexp.norms.core import option_checks
+from normexp.norms.core.masking import flatten_tokens
 from normexp.norms.registry import register_norm
 
 
@@ -17,7 +17,7 @@ class DynamicTanh(nn.Module):
 
     def __init__(self, num_features: int, alpha: float = 0.5):
         super().__init__()
-        checks.positive(alpha=alpha)
+        option_checks.positive(alpha=alpha)
         self.num_features, self.alpha = num_features, alpha
         self.a = nn.Parameter(torch.tensor(float(alpha)))
         self.weight = nn.Parameter(torch.ones(num_features))

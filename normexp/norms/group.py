@@ -4,8 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from normexp.norms import checks
-from normexp.norms.masking import flatten_tokens
+from normexp.norms.core import option_checks
+from normexp.norms.core.masking import flatten_tokens
 from normexp.norms.registry import register_norm
 
 
@@ -21,8 +21,8 @@ class GroupNorm(nn.Module):
 
     def __init__(self, num_features: int, eps: float = 1e-5, num_groups: int = 4):
         super().__init__()
-        checks.positive(eps=eps)
-        checks.groups(num_features, num_groups)
+        option_checks.positive(eps=eps)
+        option_checks.groups(num_features, num_groups)
         self.num_features, self.eps, self.num_groups = num_features, eps, num_groups
         self.weight = nn.Parameter(torch.ones(num_features))
         self.bias = nn.Parameter(torch.zeros(num_features))

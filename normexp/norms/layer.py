@@ -2,8 +2,8 @@
 
 from torch import Tensor, nn
 
-from normexp.norms import checks
-from normexp.norms.masking import check_input
+from normexp.norms.core import option_checks
+from normexp.norms.core.masking import check_input
 from normexp.norms.registry import register_norm
 
 
@@ -16,7 +16,7 @@ class LayerNorm(nn.LayerNorm):
     """
 
     def __init__(self, num_features: int, eps: float = 1e-5):
-        checks.positive(eps=eps)
+        option_checks.positive(eps=eps)
         super().__init__(num_features, eps=eps)
 
     def forward(self, x: Tensor, padding_mask: Tensor | None = None) -> Tensor:

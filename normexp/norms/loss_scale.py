@@ -3,8 +3,8 @@
 import torch
 from torch import nn
 
-from normexp.norms import checks
-from normexp.norms.exchange import EXCHANGE
+from normexp.norms.core import option_checks
+from normexp.norms.distributed.deferred import EXCHANGE
 from normexp.norms.running_norm import RunningNorm
 
 
@@ -26,7 +26,7 @@ def follow_loss_scale(model: nn.Module, factor: float) -> None:
 
     Raises ValueError unless factor is a number greater than 0.
     """
-    checks.positive(factor=factor)
+    option_checks.positive(factor=factor)
     EXCHANGE.settle()
     for norm in model.modules():
         if isinstance(norm, RunningNorm):

@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from normexp.norms.masking import check_input
+from normexp.norms.core.masking import check_input
 from normexp.norms.registry import register_norm
 
 

@@ -5,15 +5,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from normexp.norms import checks
-from normexp.norms.averaging import average_
-from normexp.norms.exchange import EXCHANGE
+from normexp.norms.core import option_checks
+from normexp.norms.core.averaging import average_
+from normexp.norms.core.replay_cache import RecentForwards, recomputing
+from normexp.norms.distributed.collectives import pooled_mean, sum_over_ranks
+from normexp.norms.distributed.deferred import EXCHANGE
 from normexp.norms.power_ranks import step_of_ranks
 from normexp.norms.quadratic_norm import QuadraticNorm
-from normexp.norms.recomputation import RecentForwards, recomputing
 from normexp.norms.registry import register_norm
 from normexp.norms.running_norm import NATIVE_SOURCES, operators
-from normexp.norms.synchronization import pooled_mean, sum_over_ranks
 
 
 @register_norm("power")
@@ -65,9 +65,9 @@ class PowerNorm(QuadraticNorm):
         sync: bool = False,
     ):
         super().__init__(num_features, eps, sync)
-        checks.decay(alpha_fwd=alpha_fwd, alpha_bwd=alpha_bwd)
-        checks.count(warmup_steps=warmup_steps)
-        checks.flag(bound_nu=bound_nu)
+        option_checks.decay(alpha_fwd=alpha_fwd, alpha_bwd=alpha_bwd)
+        option_checks.count(warmup_steps=warmup_steps)
+        option_checks.flag(bound_nu=bound_nu)
         self.alpha_fwd, self.alpha_bwd = alpha_fwd, alpha_bwd
         self.warmup_steps, self.bound_nu = warmup_steps, bound_nu
         self.register_buffer("running_psi2", torch.ones(num_features))

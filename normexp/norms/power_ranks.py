@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from normexp.norms.averaging import average_
-from normexp.norms.exchange import EXCHANGE
+from normexp.norms.core.averaging import average_
+from normexp.norms.distributed.deferred import EXCHANGE
 
 
 @dataclass

@@ -6,13 +6,13 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from normexp.norms import checks
-from normexp.norms.averaging import average_
-from normexp.norms.masking import num_real, zero_padding_
-from normexp.norms.recomputation import recomputing
+from normexp.norms.core import option_checks
+from normexp.norms.core.averaging import average_
+from normexp.norms.core.masking import num_real, zero_padding_
+from normexp.norms.core.replay_cache import recomputing
+from normexp.norms.distributed.collectives import pooled_mean
 from normexp.norms.registry import register_norm
 from normexp.norms.running_norm import NATIVE_SOURCES, RunningNorm
-from normexp.norms.synchronization import pooled_mean
 
 
 @register_norm("power_released")
@@ -49,9 +49,9 @@ class PowerNormReleased(RunningNorm):
         sync: bool = False,
     ):
         super().__init__(num_features, eps, sync)
-        checks.decay(alpha_fwd=alpha_fwd, alpha_bwd=alpha_bwd)
-        checks.count(warmup_steps=warmup_steps)
-        checks.groups(num_features, num_groups)
+        option_checks.decay(alpha_fwd=alpha_fwd, alpha_bwd=alpha_bwd)
+        option_checks.count(warmup_steps=warmup_steps)
+        option_checks.groups(num_features, num_groups)
         self.alpha_fwd, self.alpha_bwd = alpha_fwd, alpha_bwd
         self.warmup_steps, self.num_groups = warmup_steps, num_groups
         self.register_buffer("running_psi2", torch.ones(num_features))

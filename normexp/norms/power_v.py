@@ -5,14 +5,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from normexp.norms import checks
-from normexp.norms.averaging import average_
-from normexp.norms.masking import num_real, only_real
+from normexp.norms.core import option_checks
+from normexp.norms.core.averaging import average_
+from normexp.norms.core.masking import num_real, only_real
+from normexp.norms.core.replay_cache import recomputing
+from normexp.norms.distributed.collectives import pooled_mean, sum_over_ranks
 from normexp.norms.quadratic_norm import QuadraticNorm, Scale
-from normexp.norms.recomputation import recomputing
 from normexp.norms.registry import register_norm
 from normexp.norms.running_norm import NATIVE_SOURCES
-from normexp.norms.synchronization import pooled_mean, sum_over_ranks
 
 
 @register_norm("power_v")
@@ -35,7 +35,7 @@ class PowerNormV(QuadraticNorm):
         self, num_features: int, eps: float = 1e-5, alpha: float = 0.9, sync: bool = False
     ):
         super().__init__(num_features, eps, sync)
-        checks.decay(alpha=alpha)
+        option_checks.decay(alpha=alpha)
         self.alpha = alpha
         self.register_buffer("running_psi2", torch.ones(num_features))
 

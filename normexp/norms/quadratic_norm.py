@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from normexp.norms.masking import num_real, zero_padding_
+from normexp.norms.core.masking import num_real, zero_padding_
 from normexp.norms.running_norm import RunningNorm
 
 

@@ -6,11 +6,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from normexp.norms import checks
 from normexp.norms.batch import BatchNorm
-from normexp.norms.recomputation import recomputing
+from normexp.norms.core import option_checks
+from normexp.norms.core.replay_cache import recomputing
+from normexp.norms.distributed.collectives import several_ranks
 from normexp.norms.registry import register_norm
-from normexp.norms.synchronization import several_ranks
 
 
 @register_norm("regularized_batch")
@@ -41,7 +41,7 @@ class RegularizedBatchNorm(BatchNorm):
         sync: bool = False,
     ):
         super().__init__(num_features, eps, momentum, sync)
-        checks.not_negative(penalty_mean=penalty_mean, penalty_var=penalty_var)
+        option_checks.not_negative(penalty_mean=penalty_mean, penalty_var=penalty_var)
         self.penalty_mean, self.penalty_var = penalty_mean, penalty_var
         self._pending = _Pending()
 

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from normexp.norms import checks
-from normexp.norms.masking import flatten_tokens
+from normexp.norms.core import option_checks
+from normexp.norms.core.masking import flatten_tokens
 from normexp.norms.registry import register_norm
 
 
@@ -17,7 +17,7 @@ class RMSNorm(nn.Module):
 
     def __init__(self, num_features: int, eps: float = 1e-5):
         super().__init__()
-        checks.positive(eps=eps)
+        option_checks.positive(eps=eps)
         self.num_features, self.eps = num_features, eps
         self.weight = nn.Parameter(torch.ones(num_features))
 

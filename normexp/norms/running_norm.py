@@ -9,18 +9,18 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from normexp import native
-from normexp.kernels import chosen_kernels
-from normexp.norms import checks, triton
 from normexp.norms.compilation import eager
-from normexp.norms.exchange import EXCHANGE
-from normexp.norms.masking import check_input, flatten_tokens, zero_padding_
-from normexp.norms.recomputation import RecentForwards, recomputing
-from normexp.norms.synchronization import several_ranks, warn_of_private_statistics
+from normexp.norms.core import option_checks
+from normexp.norms.core.masking import check_input, flatten_tokens, zero_padding_
+from normexp.norms.core.replay_cache import RecentForwards, recomputing
+from normexp.norms.distributed.collectives import several_ranks, warn_of_private_statistics
+from normexp.norms.distributed.deferred import EXCHANGE
+from normexp.norms.kernels import native, triton
+from normexp.norms.kernels.choice import chosen_kernels
 
 _HALF = (torch.float16, torch.bfloat16)
 _NATIVE_TYPES = (torch.float32, torch.float64, torch.bfloat16)
-NATIVE_SOURCES = Path(__file__).parent / "native"
+NATIVE_SOURCES = Path(__file__).parent / "kernels" / "cpp"
 
 
 class RunningNorm(nn.Module):
@@ -46,8 +46,8 @@ class RunningNorm(nn.Module):
     - torch.compile: inference compiles without graph breaks. Training runs the layer outside the
       graph, with the same results, because compiled code could not tell a repeated forward.
 
-    - Training steps are computed by a kernel compiled for the CPU (normexp.native) or by Triton on
-      a GPU (normexp.norms.triton), where the layer has one and it can be had, else by torch's
+    - Training steps are computed by a kernel compiled for the CPU (kernels/native.py) or by Triton
+      on a GPU (kernels/triton), where the layer has one and it can be had, else by torch's
       operations: the same up to rounding.
       Statistics of several ranks are left to torch but for PN's after its warm-up, and so is
       inference. `kernels` tells what computed the last forward in training mode.
@@ -61,8 +61,8 @@ class RunningNorm(nn.Module):
 
     def __init__(self, num_features: int, eps: float, sync: bool = False):
         super().__init__()
-        checks.positive(eps=eps)
-        checks.flag(sync=sync)
+        option_checks.positive(eps=eps)
+        option_checks.flag(sync=sync)
         self.num_features, self.eps, self.sync = num_features, eps, sync
         self.weight = nn.Parameter(torch.ones(num_features))
         self.bias = nn.Parameter(torch.zeros(num_features))

@@ -6,13 +6,13 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from normexp.norms import checks
-from normexp.norms.averaging import average_
-from normexp.norms.masking import num_real, zero_padding_
-from normexp.norms.recomputation import recomputing
+from normexp.norms.core import option_checks
+from normexp.norms.core.averaging import average_
+from normexp.norms.core.masking import num_real, zero_padding_
+from normexp.norms.core.replay_cache import recomputing
+from normexp.norms.distributed.collectives import pooled_mean
 from normexp.norms.registry import register_norm
 from normexp.norms.running_norm import RunningNorm
-from normexp.norms.synchronization import pooled_mean
 
 _MOST_CORRECTION = 5.0
 _STEPS_UNCORRECTED = 1000
@@ -58,10 +58,10 @@ class UnifiedNorm(RunningNorm):
         sync: bool = False,
     ):
         super().__init__(num_features, eps, sync)
-        checks.decay(momentum=momentum)
-        checks.count(window_size=window_size, warmup_steps=warmup_steps)
-        checks.positive(window_size=window_size)
-        checks.flag(outlier_filtration=outlier_filtration)
+        option_checks.decay(momentum=momentum)
+        option_checks.count(window_size=window_size, warmup_steps=warmup_steps)
+        option_checks.positive(window_size=window_size)
+        option_checks.flag(outlier_filtration=outlier_filtration)
         self.momentum, self.window_size = momentum, window_size
         self.warmup_steps, self.outlier_filtration = warmup_steps, outlier_filtration
         self.register_buffer("running_psi2", torch.ones(num_features))

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from normexp.records import Record
+from normexp.runs.records import Record
 
 LABEL_ORDER = ("LN", "BN", "BN-released", "PN-V", "PN", "PN-released", "PN-released-mt")
 BASELINE = "LN"

@@ -5,9 +5,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from normexp.records import Record
 from normexp.report.aggregate import Row, Sample
 from normexp.report.paper import Published
+from normexp.runs.records import Record
 
 UNVERIFIED, BUDGET, FUTURE = "†", "‡", "§"
 ABOUT_THE_NUMBERS = """\

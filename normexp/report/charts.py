@@ -6,9 +6,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
 
-from normexp.records import Record
 from normexp.report.aggregate import Row, row_name
 from normexp.report.cells import with_marks
+from normexp.runs.records import Record
 
 MOST_TICKS = 6
 # Two keys nearer than this, in per cent of the chart's width and height, would overlap.

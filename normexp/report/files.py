@@ -3,16 +3,16 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from normexp.audits import Audit
 from normexp.errors import UserError
 from normexp.report.aggregate import Row
-from normexp.report.benchmarks import Benchmarks
+from normexp.report.benchmark_tables import Benchmarks
 from normexp.report.csv_tables import results_csv, runs_csv
 from normexp.report.figures import curves_svg, digest_of, norms_svg, scaling_svg
 from normexp.report.latex import results_tex
 from normexp.report.markdown import benchmarks_page, results_page
 from normexp.report.paper import Paper
 from normexp.report.tables import results_table
+from normexp.runs.causality_record import Audit
 
 
 def report_files(

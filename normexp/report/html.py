@@ -21,15 +21,15 @@ import jinja2
 import yaml
 from markupsafe import Markup
 
-from normexp.audits import Audit
-from normexp.records import Record
 from normexp.report import cells
 from normexp.report.aggregate import PRIMARY_METRIC, Row, differences, row_name
-from normexp.report.audits import audits_table
+from normexp.report.causality_table import audits_table
 from normexp.report.cells import ABOUT_THE_NUMBERS, MARKS, Link, Number, Table, metric_name
 from normexp.report.charts import Chart, chart
 from normexp.report.paper import Paper, Published, PublishedTask
 from normexp.report.tables import differences_table, published_table, results_table, runs_table
+from normexp.runs.causality_record import Audit
+from normexp.runs.records import Record
 
 TEMPLATES = Path(__file__).parent / "templates"
 FIXED_IDS = ("top", "filter", "filter-text", "filter-norm", "filter-status", "filtered")

@@ -5,13 +5,13 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from normexp.audits import Audit
 from normexp.report.aggregate import Row
-from normexp.report.audits import audits_table
-from normexp.report.benchmarks import TITLES, Benchmarks, authors_table, circumstances, tables
+from normexp.report.benchmark_tables import TITLES, Benchmarks, authors_table, circumstances, tables
+from normexp.report.causality_table import audits_table
 from normexp.report.cells import ABOUT_THE_NUMBERS, MARKS, Cell, Link, Table
 from normexp.report.paper import Paper
 from normexp.report.tables import differences_table, published_table, results_table, runs_table
+from normexp.runs.causality_record import Audit
 
 HEAD = f"""# Results
 

@@ -12,10 +12,10 @@ from typing import Any, Literal
 
 from omegaconf import DictConfig
 
+from normexp.config.identity import differences, experiment, resolved
 from normexp.errors import UserError
-from normexp.experiment import differences, experiment, resolved
-from normexp.records import Record, hash_config, path_of_run, read_record
-from normexp.run_folder import RunFolder
+from normexp.runs.folder import RunFolder
+from normexp.runs.records import Record, hash_config, path_of_run, read_record
 from normexp.sweeps.slurm_queue import Job
 
 State = Literal["done", "diverged", "running", "waiting", "failed", "interrupted", "missing"]

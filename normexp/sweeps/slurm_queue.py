@@ -9,7 +9,7 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
-from normexp.atomic import write_json
+from normexp.files import write_json
 
 JOBS = "jobs.json"
 

@@ -9,9 +9,8 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
 from normexp.errors import UserError
-from normexp.run_folder import RunFolder
-
-CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+from normexp.paths import CONFIGS
+from normexp.runs.folder import RunFolder
 
 
 def runs_of_sweep(overrides: list[str]) -> list[DictConfig]:

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from normexp.kernels import chosen_kernels, use_kernels
+from normexp.norms.kernels.choice import chosen_kernels, use_kernels
 
 
 @pytest.fixture(autouse=True)

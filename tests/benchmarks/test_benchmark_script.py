@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from normexp.benchmarks.circumstances import write_record
-from normexp.report.benchmarks import TITLES, circumstances
+from normexp.benchmarks.benchmark_record import write_record
+from normexp.report.benchmark_tables import TITLES, circumstances
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "benchmark.py"
 
@@ -43,9 +43,9 @@ def test_impossible_numbers_are_refused(option: str) -> None:
 def test_threads_reach_the_record_and_the_table_is_printed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    from normexp.benchmarks import norms
+    from normexp.benchmarks import bench_norms
 
-    monkeypatch.setattr(norms, "SHAPES", {"small": (4, 6, 8)})
+    monkeypatch.setattr(bench_norms, "SHAPES", {"small": (4, 6, 8)})
     monkeypatch.setenv("MALLOC_TOP_PAD_", "1000")
     record = tmp_path / "norms.json"
     arguments = ["norms", "--rounds", "2", "--threads", "2", "--output", str(record)]

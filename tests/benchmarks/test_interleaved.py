@@ -4,8 +4,8 @@ from collections.abc import Callable
 
 import pytest
 
-from normexp.benchmarks import interleaved
-from normexp.benchmarks.interleaved import Turns, quartiles, take_turns
+from normexp.benchmarks import timing
+from normexp.benchmarks.timing import Turns, quartiles, take_turns
 
 
 @pytest.fixture
@@ -24,10 +24,10 @@ def clocks(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
             result, _ = original(*arguments)
             return result, share
 
-        original = interleaved._block
-        monkeypatch.setattr(interleaved, "_block", block)
-        monkeypatch.setattr(interleaved, "_now", lambda: now["wall"])
-        monkeypatch.setattr(interleaved.time, "perf_counter", lambda: now["wall"])
+        original = timing._block
+        monkeypatch.setattr(timing, "_block", block)
+        monkeypatch.setattr(timing, "_now", lambda: now["wall"])
+        monkeypatch.setattr(timing.time, "perf_counter", lambda: now["wall"])
         return {"slow": lambda: call(2.0), "fast": lambda: call(1.0)}
 
     return set_clocks
@@ -48,8 +48,8 @@ def test_short_calls_are_made_several_times(clocks, monkeypatch: pytest.MonkeyPa
     """Five milliseconds a turn, of which the mean counts; at most a hundred calls."""
     count, now = {"short": 0, "tiny": 0}, {"wall": 0.0}
     clocks([0.0] * 9)
-    monkeypatch.setattr(interleaved, "_now", lambda: now["wall"])
-    monkeypatch.setattr(interleaved.time, "perf_counter", lambda: 10 * now["wall"])
+    monkeypatch.setattr(timing, "_now", lambda: now["wall"])
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: 10 * now["wall"])
 
     def call(name: str, seconds: float) -> None:
         count[name] += 1
@@ -73,25 +73,25 @@ def test_a_machine_that_is_never_quiet_is_told(clocks) -> None:
 
 def test_time_of_others_is_all_but_our_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two processors for a second: one of them ours, half of the other somebody else's."""
-    monkeypatch.setattr(interleaved.os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(timing.os, "cpu_count", lambda: 2)
     ticks = {
         "wall": iter([0.0, 0.1, 1.0, 1.0]),
         "own": iter([5.0, 6.0]),
         "busy": iter([100.0, 101.5]),
     }
-    monkeypatch.setattr(interleaved.time, "perf_counter", lambda: next(ticks["wall"]))
-    monkeypatch.setattr(interleaved, "_now", lambda: 0.0)
-    monkeypatch.setattr(interleaved, "_own_seconds", lambda: next(ticks["own"]))
-    monkeypatch.setattr(interleaved, "_busy_seconds", lambda: next(ticks["busy"]))
-    block, share = interleaved._block({"a": lambda: None}, {"a": 1}, 5)
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: next(ticks["wall"]))
+    monkeypatch.setattr(timing, "_now", lambda: 0.0)
+    monkeypatch.setattr(timing, "_own_seconds", lambda: next(ticks["own"]))
+    monkeypatch.setattr(timing, "_busy_seconds", lambda: next(ticks["busy"]))
+    block, share = timing._block({"a": lambda: None}, {"a": 1}, 5)
     assert len(block) == 1 and share == pytest.approx(0.25)
 
 
 def test_the_clock_of_the_machine_runs_with_ours() -> None:
-    own, busy = interleaved._own_seconds(), interleaved._busy_seconds()
-    while interleaved._own_seconds() - own < 0.3:
+    own, busy = timing._own_seconds(), timing._busy_seconds()
+    while timing._own_seconds() - own < 0.3:
         sum(range(10_000))
-    assert interleaved._busy_seconds() - busy > 0.25
+    assert timing._busy_seconds() - busy > 0.25
 
 
 def test_quartiles_and_ratios_by_round() -> None:

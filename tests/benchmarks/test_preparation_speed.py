@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from normexp.benchmarks import preparation as benchmark
+from normexp.benchmarks import bench_preparation as benchmark
 from normexp.benchmarks.wmt_like import pairs, word
 from normexp.corpora.catalogue import load_catalogue
 

@@ -5,15 +5,15 @@ from pathlib import Path
 
 import pytest
 
-from normexp.benchmarks import scaling
+from normexp.benchmarks import bench_scaling
 
 
 def test_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scaling, "TOKENS", (64, 128))
-    monkeypatch.setattr(scaling, "CHANNELS", (16,))
-    monkeypatch.setattr(scaling, "GROUPS", (1, 4))
+    monkeypatch.setattr(bench_scaling, "TOKENS", (64, 128))
+    monkeypatch.setattr(bench_scaling, "CHANNELS", (16,))
+    monkeypatch.setattr(bench_scaling, "GROUPS", (1, 4))
     record = tmp_path / "results" / "scaling.json"
-    result = scaling.measure(2, record, progress=False)
+    result = bench_scaling.measure(2, record, progress=False)
     assert json.loads(record.read_text(encoding="utf-8")) == result
     rows = result["measured"]
     layers = {"nn.LayerNorm", "power", "power_released", "batch"}
@@ -45,10 +45,10 @@ def test_nanoseconds_are_per_element_of_x(tmp_path: Path, monkeypatch: pytest.Mo
         def ratios(self, name: str, to: str) -> list[float]:
             return [1.0, 1.0, 1.0]
 
-    monkeypatch.setattr(scaling, "take_turns", lambda calls, rounds, progress: Second(calls))
-    monkeypatch.setattr(scaling, "CHANNELS", (8,))
-    monkeypatch.setattr(scaling, "TOKENS", (64,))
-    result = scaling.measure(2, tmp_path / "scaling.json", progress=False)
+    monkeypatch.setattr(bench_scaling, "take_turns", lambda calls, rounds, progress: Second(calls))
+    monkeypatch.setattr(bench_scaling, "CHANNELS", (8,))
+    monkeypatch.setattr(bench_scaling, "TOKENS", (64,))
+    result = bench_scaling.measure(2, tmp_path / "scaling.json", progress=False)
     found = {row["sweep"]: row["nanoseconds_per_element"][1] for row in result["measured"]}
     assert found["tokens"] == round(1e9 / (64 * 512), 4)
     assert found["channels"] == round(1e9 / (4096 * 8), 4)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from normexp.benchmarks import data, diagnostics, inference
+from normexp.benchmarks import bench_data, bench_diagnostics, bench_inference
 from normexp.benchmarks.toy import toy_task
 
 SMALL = [
@@ -24,7 +24,7 @@ def small_toy(tmp_path_factory, monkeypatch: pytest.MonkeyPatch) -> None:
     def small(task: str, _: Path, *overrides: str):
         return toy_task(task, folder, *overrides, *SMALL)
 
-    for module in (data, diagnostics, inference):
+    for module in (bench_data, bench_diagnostics, bench_inference):
         monkeypatch.setattr(module, "toy_task", small)
 
 
@@ -33,12 +33,14 @@ def test_record_of_inference(
 ) -> None:
     side = {"layers": 1, "embed_dim": 16, "ffn_embed_dim": 16, "attention_heads": 4}
     shape = {"encoder": side, "decoder": side | {"input_dim": 16, "output_dim": 16}}
-    monkeypatch.setattr(inference, "ENCODER", shape)
-    monkeypatch.setattr(inference, "BATCHES", {"2 x 5": (2, 5), "2 x 1": (2, 1)})
-    monkeypatch.setattr(inference, "BEAM", 2)
-    monkeypatch.setattr(inference, "take_turns", partial(_one_round, inference.take_turns))
+    monkeypatch.setattr(bench_inference, "ENCODER", shape)
+    monkeypatch.setattr(bench_inference, "BATCHES", {"2 x 5": (2, 5), "2 x 1": (2, 1)})
+    monkeypatch.setattr(bench_inference, "BEAM", 2)
+    monkeypatch.setattr(
+        bench_inference, "take_turns", partial(_one_round, bench_inference.take_turns)
+    )
     record = tmp_path / "results" / "inference.json"
-    result = inference.measure(2, record, progress=False)
+    result = bench_inference.measure(2, record, progress=False)
     assert json.loads(record.read_text(encoding="utf-8")) == result
     assert len(result["encoder"]) == 2 * 2 * 3
     assert {row["norm"] for row in result["encoder"]} == {"LN", "PN", "PN, folded"}
@@ -55,10 +57,10 @@ def test_record_of_inference(
 def test_record_of_reading(
     small_toy: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(data, "TASKS", ("toy_translation",))
-    monkeypatch.setattr(data, "_BATCHES", 2)
+    monkeypatch.setattr(bench_data, "TASKS", ("toy_translation",))
+    monkeypatch.setattr(bench_data, "_BATCHES", 2)
     record = tmp_path / "results" / "data.json"
-    result = data.measure(2, record, progress=False)
+    result = bench_data.measure(2, record, progress=False)
     assert json.loads(record.read_text(encoding="utf-8")) == result
     reading, step = result["measured"]
     assert [reading["part"], step["part"]] == ["reading", "training step"]
@@ -72,9 +74,9 @@ def test_record_of_reading(
 def test_record_of_diagnostics(
     small_toy: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(diagnostics, "NORMS", ("layer", "power"))
+    monkeypatch.setattr(bench_diagnostics, "NORMS", ("layer", "power"))
     record = tmp_path / "results" / "diagnostics.json"
-    result = diagnostics.measure(2, record, progress=False)
+    result = bench_diagnostics.measure(2, record, progress=False)
     assert json.loads(record.read_text(encoding="utf-8")) == result
     layer, power = result["measured"]
     # 2 + 2 layers with 2 and 3 norms and one behind each stack; PN tells psi2, its distance, nu,

@@ -8,7 +8,7 @@ import yaml
 
 from normexp.corpora import available_corpora
 from normexp.corpora.catalogue import CATALOGUE, load_catalogue
-from normexp.corpora.expectations import compare
+from normexp.corpora.expected_counts import compare
 from normexp.errors import UserError
 
 CORPORA = load_catalogue()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import requests
-from stand_ins import archive_entry, gzipped
+from support.stand_ins import archive_entry, gzipped
 
 from normexp.corpora.catalogue import Archive, Corpus, load_catalogue
 from normexp.corpora.download import CHUNK, fetch

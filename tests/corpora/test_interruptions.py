@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from stand_ins import archive_entry, iwslt14_members, tar_gz
+from support.stand_ins import archive_entry, iwslt14_members, tar_gz
 
 from normexp.corpora import PreparedCorpus, prepare
 from normexp.errors import UserError

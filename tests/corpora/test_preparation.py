@@ -10,7 +10,7 @@ import types
 from pathlib import Path
 
 import pytest
-from stand_ins import (
+from support.stand_ins import (
     PTB_ARCHIVES,
     PTB_TEXT,
     archive_entry,
@@ -20,8 +20,8 @@ from stand_ins import (
 )
 
 from normexp.corpora import binarization, preparation, prepare
+from normexp.corpora.atomic_stage import locked
 from normexp.corpora.catalogue import load_catalogue
-from normexp.corpora.stages import locked
 from normexp.errors import UserError
 
 SIZES = {"train": 1500, "valid": 40, "test": 60}

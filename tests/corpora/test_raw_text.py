@@ -7,7 +7,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from stand_ins import tar_gz, zip_file
+from support.stand_ins import tar_gz, zip_file
 
 from normexp.corpora import raw_text
 from normexp.corpora.raw_text import FORMATS, lines, member_hash, open_member

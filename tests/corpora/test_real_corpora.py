@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from sacremoses import MosesTokenizer
-from stand_ins import text_lines
+from support.stand_ins import text_lines
 
 from normexp.corpora import prepare
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from stand_ins import (
+from subword_nmt.apply_bpe import BPE
+from support.stand_ins import (
     IWSLT14_SETS,
     PTB_ARCHIVES,
     PTB_TEXT,
@@ -19,7 +20,6 @@ from stand_ins import (
     text_lines,
     zip_file,
 )
-from subword_nmt.apply_bpe import BPE
 
 from normexp.corpora import PreparedCorpus, prepare
 from normexp.corpora.catalogue import CATALOGUE

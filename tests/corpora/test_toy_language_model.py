@@ -9,8 +9,8 @@ from random import Random
 
 import pytest
 
-from normexp.corpora import toy_language_model
-from normexp.corpora.toy_language_model import entropy_bound, generate
+from normexp.corpora.toy import language_model
+from normexp.corpora.toy.language_model import entropy_bound, generate
 
 SIZES = {"train": 12_000, "valid": 600, "test": 600}
 GOLDEN = "7ab6c4c7fbc3d4a7ff6a97772a25d799b34353148c640ce4b1e78958aef38d75"
@@ -245,10 +245,10 @@ def test_brackets_and_quotes_close_and_correlatives_come_in_pairs(corpus):
 
 
 def test_draws_account_for_their_own_probability():
-    draws = toy_language_model._Draws(0)
+    draws = language_model._Draws(0)
     for choose in (
         lambda: draws.chance(0.2),
-        lambda: draws.draw(toy_language_model._OBJECTS),
+        lambda: draws.draw(language_model._OBJECTS),
         lambda: draws.integer(3, 6),
     ):
         outcomes, claimed = Counter(), {}
@@ -271,15 +271,15 @@ def test_every_random_number_is_accounted_for(monkeypatch):
             calls["random"] += 1
             return super().random()
 
-    monkeypatch.setattr(toy_language_model, "Random", Counting)
+    monkeypatch.setattr(language_model, "Random", Counting)
     for name in ("chance", "draw", "integer"):
-        original = getattr(toy_language_model._Draws, name)
+        original = getattr(language_model._Draws, name)
 
         def counted(self, *args, original=original):
             calls["accounted"] += 1
             return original(self, *args)
 
-        monkeypatch.setattr(toy_language_model._Draws, name, counted)
+        monkeypatch.setattr(language_model._Draws, name, counted)
     generate(3, {"train": 500})
     assert calls["random"] == calls["accounted"] > 0
 

@@ -8,7 +8,7 @@ from collections import Counter, defaultdict
 import pytest
 import sacrebleu
 
-from normexp.corpora.toy_translation import generate
+from normexp.corpora.toy.translation import generate
 
 SIZES = {"train": 20_000, "valid": 500, "test": 500}
 SUBORDINATORS = ["weil", "wenn", "obwohl", "während", "bevor", "nachdem", "damit", "sobald", "dass"]

@@ -3,7 +3,7 @@ from random import Random
 
 import pytest
 
-from normexp.corpora.zipf import Zipf
+from normexp.corpora.toy.zipf import Zipf
 
 
 def test_frequencies_follow_the_stated_law():

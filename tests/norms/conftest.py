@@ -4,9 +4,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from normexp import native
-from normexp.kernels import chosen_kernels, use_kernels
 from normexp.norms import running_norm
+from normexp.norms.kernels import native
+from normexp.norms.kernels.choice import chosen_kernels, use_kernels
 
 EVERYTHING_TWICE = {
     "test_broken_batches",
@@ -31,7 +31,7 @@ def kernels(request: pytest.FixtureRequest) -> Iterator[str]:
     """Which implementation the test is about; elsewhere what a user would get."""
     before, wanted = chosen_kernels(), getattr(request, "param", "auto")
     if wanted == "native" and not native.load(running_norm.NATIVE_SOURCES / "power.cpp"):
-        pytest.skip("no compiled kernels here: see the line that normexp.native has logged")
+        pytest.skip("no compiled kernels here: see the line that kernels.native has logged")
     use_kernels(wanted)
     yield wanted
     use_kernels(before)

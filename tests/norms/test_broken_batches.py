@@ -6,8 +6,8 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from batches import Batch, C, quick_options, random_batch
-from norm_steps import penalty_of
+from support.batches import Batch, C, quick_options, random_batch
+from support.norm_steps import penalty_of
 
 from normexp.norms import available_norms, build_norm
 

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from batches import C, quick_options
-from stateful import CASES, assert_same, batch, penalized, state, train
+from support.batches import C, quick_options
+from support.stateful import CASES, assert_same, batch, penalized, state, train
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.export import Dim

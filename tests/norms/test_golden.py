@@ -5,9 +5,10 @@ Equality of the references with the recordings is what makes them an oracle else
 
 import numpy as np
 import pytest
-from norm_steps import LayerSteps
-from recorded import Recording, load, recordings
-from references import Step, build_reference
+from support.norm_steps import LayerSteps
+from support.recorded import Recording, load, recordings
+
+from normexp.norms.reference import Step, build_reference
 
 
 class ReferenceSteps:

@@ -5,10 +5,10 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from batches import C, few_examples, quick_options, random_batch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from norm_steps import LayerSteps, penalty_of
+from support.batches import C, few_examples, quick_options, random_batch
+from support.norm_steps import LayerSteps, penalty_of
 
 from normexp.norms import available_norms, build_norm, norm_options
 

@@ -4,11 +4,11 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from stateful import assert_same
+from support.stateful import assert_same
 
-from normexp import native
-from normexp.kernels import chosen_kernels, use_kernels
 from normexp.norms import build_norm
+from normexp.norms.kernels import native
+from normexp.norms.kernels.choice import chosen_kernels, use_kernels
 from normexp.norms.running_norm import NATIVE_SOURCES
 
 OPTIONS = {
@@ -27,7 +27,7 @@ def compiled() -> Iterator[None]:
     before = chosen_kernels()
     use_kernels("auto")
     if not native.load(NATIVE_SOURCES / "power.cpp"):
-        pytest.skip("no compiled kernels here: see the line that normexp.native has logged")
+        pytest.skip("no compiled kernels here: see the line that kernels.native has logged")
     yield
     use_kernels(before)
 

@@ -5,10 +5,10 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from batches import few_examples, random_batch
 from hypothesis import given
 from hypothesis import strategies as st
-from norm_steps import penalty_of
+from support.batches import few_examples, random_batch
+from support.norm_steps import penalty_of
 
 from normexp.norms import available_norms, build_norm
 

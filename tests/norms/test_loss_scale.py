@@ -5,7 +5,7 @@ Factors are powers of two, so that equal means equal to the last bit.
 
 import pytest
 import torch
-from stateful import CASES, CHANGED_IN_BACKWARD, batch, state
+from support.stateful import CASES, CHANGED_IN_BACKWARD, batch, state
 
 from normexp.norms import build_norm, follow_loss_scale
 

@@ -14,8 +14,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from normexp import kernels, native
+import normexp
 from normexp.norms import build_norm
+from normexp.norms.kernels import choice as kernels
+from normexp.norms.kernels import native
 
 COMPILER = shutil.which("g++") or shutil.which("c++")
 needs_compiler = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler on this machine")
@@ -201,7 +203,7 @@ def test_choices(tmp_path, monkeypatch, caplog) -> None:
 
 
 def test_the_environment_chooses() -> None:
-    code = "from normexp.kernels import chosen_kernels; print(chosen_kernels())"
+    code = "from normexp.norms.kernels.choice import chosen_kernels; print(chosen_kernels())"
     for value, expected in {"plain": "plain", "native": "native", None: "auto"}.items():
         environment = {k: v for k, v in os.environ.items() if k != kernels.VARIABLE}
         if value:
@@ -211,10 +213,10 @@ def test_the_environment_chooses() -> None:
 
 
 def test_every_source_is_shipped() -> None:
-    """Sources, headers and the report's templates are package data; python -m normexp.native
+    """Sources, headers and the report's templates are package data; python -m normexp.norms.kernels
     compiles all of the sources.
     """
-    package = Path(native.__file__).parent
+    package = Path(normexp.__file__).parent
     settings = tomllib.loads((package.parent / "pyproject.toml").read_text())
     patterns = settings["tool"]["setuptools"]["package-data"]["normexp"]
     shipped = {path for pattern in patterns for path in package.glob(pattern)}

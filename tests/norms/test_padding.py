@@ -7,10 +7,10 @@ is, or the gradient that arrives there. Each run is three training steps and an 
 import numpy as np
 import pytest
 import torch
-from batches import Batch, C, few_examples, quick_options, random_batch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from norm_steps import LayerSteps
+from support.batches import Batch, C, few_examples, quick_options, random_batch
+from support.norm_steps import LayerSteps
 
 from normexp.norms import available_norms, build_norm
 

@@ -3,13 +3,13 @@
 import numpy as np
 import pytest
 import torch
-from batches import few_examples, quick_options, random_batch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from norm_steps import penalty_of
-from references import build_reference
+from support.batches import few_examples, quick_options, random_batch
+from support.norm_steps import penalty_of
 
 from normexp.norms import available_norms, build_norm
+from normexp.norms.reference import build_reference
 
 C = 8  # statistics of two channels would be too badly conditioned for narrow tolerances
 HALF = [torch.float16, torch.bfloat16]

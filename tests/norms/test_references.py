@@ -4,7 +4,9 @@ import inspect
 
 import numpy as np
 import pytest
-from batches import (
+from hypothesis import given
+from hypothesis import strategies as st
+from support.batches import (
     OPTION_VALUES,
     Batch,
     C,
@@ -13,12 +15,10 @@ from batches import (
     option_sets,
     random_batch,
 )
-from hypothesis import given
-from hypothesis import strategies as st
-from norm_steps import LayerSteps
-from references import REFERENCES, Reference, build_reference
+from support.norm_steps import LayerSteps
 
 from normexp.norms import available_norms, norm_options
+from normexp.norms.reference import REFERENCES, Reference, build_reference
 from normexp.norms.registry import _NORMS
 
 STEPS = 7
@@ -128,7 +128,7 @@ def test_defaults_are_those_of_the_reference(name: str) -> None:
 @pytest.mark.parametrize("name", available_norms())
 def test_every_option_is_tried(name: str) -> None:
     untried = set(norm_options(name)) - set(OPTION_VALUES)
-    assert not untried, f"add values to try to OPTION_VALUES in tests/norms/batches.py: {untried}"
+    assert not untried, f"add values to try to OPTION_VALUES in tests/support/batches.py: {untried}"
 
 
 def test_norm_without_reference_fails_with_advice(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from batches import C, quick_options, random_batch
-from norm_steps import penalty_of
+from support.batches import C, quick_options, random_batch
+from support.norm_steps import penalty_of
 
 from normexp.norms import available_norms, build_norm
 

@@ -9,9 +9,9 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import pytest
 import torch
-from batches import Batch, C
-from pending import PENDING, all_forwards_first, reference_like
-from stateful import (
+from support.batches import Batch, C
+from support.pending import PENDING, all_forwards_first, reference_like
+from support.stateful import (
     CASES,
     CHANGED_IN_BACKWARD,
     WITH_STATE,

@@ -4,11 +4,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
-import ranks
 import torch
 import torch.distributed as dist
-from ranks import LEARNING_RATE, STEPS, SYNC_CASES, batch_of, concatenated
-from stateful import CASES, CHANGED_IN_BACKWARD, assert_same, forward, no_warnings, state
+from support import norm_ranks
+from support.norm_ranks import LEARNING_RATE, STEPS, SYNC_CASES, batch_of, concatenated
+from support.stateful import CASES, CHANGED_IN_BACKWARD, assert_same, forward, no_warnings, state
 from torch import nn
 
 from normexp.norms import pool_statistics
@@ -43,7 +43,7 @@ def kernels(setting: tuple[int, str]) -> str:
 @pytest.fixture(scope="module")
 def results(setting: tuple[int, str], tmp_path_factory: pytest.TempPathFactory) -> Results:
     """Of every scenario, by rank. Starting processes takes seconds, so they run all of them."""
-    return ranks.run_all(*setting, tmp_path_factory.mktemp("ranks"))
+    return norm_ranks.run_all(*setting, tmp_path_factory.mktemp("ranks"))
 
 
 def test_every_layer_with_the_option_is_tried() -> None:
@@ -57,7 +57,7 @@ def test_equal_to_one_process_with_all_tokens(results: Results, case: str) -> No
     """Outputs, gradients, parameter gradients summed over the ranks, state; then inference."""
     world = len(results)
     batches, sizes = zip(*(concatenated(world, step) for step in range(STEPS)), strict=True)
-    expected = ranks.train_and_record(CASES[case].build(sync=True), list(batches))
+    expected = norm_ranks.train_and_record(CASES[case].build(sync=True), list(batches))
     obtained = [of_rank["training"][case] for of_rank in results]
     for step in range(STEPS):
         one = expected["steps"][step]
@@ -111,7 +111,7 @@ def test_several_layers_share_a_collective(
     """One a step for all layers; and as one process, also after a forward without backward."""
     world = len(results)
     batches, sizes = zip(*(concatenated(world, step) for step in range(STEPS)), strict=True)
-    expected = ranks.iterate(ranks.stack(shared, frozen), list(batches))["steps"]
+    expected = norm_ranks.iterate(ranks.stack(shared, frozen), list(batches))["steps"]
     for rank, of_rank in enumerate(results):
         obtained = of_rank["several_layers"][f"{shared}-{frozen}"]["steps"]
         for number, (one, many) in enumerate(zip(expected, obtained, strict=True)):
@@ -165,9 +165,9 @@ def test_data_parallel_model_equals_one_process(
 ) -> None:
     """Parameters and state after every step; broadcasting rank 0's buffers does no harm."""
     world = len(results)
-    model = ranks.small_model(case, sync=True)
+    model = norm_ranks.small_model(case, sync=True)
     batches = [concatenated(world, step)[0] for step in (0, 1, 2, 3, 4, 6)]
-    expected = ranks.descend(model, model, batches, LEARNING_RATE)
+    expected = norm_ranks.descend(model, model, batches, LEARNING_RATE)
     for of_rank in results:
         assert_same(of_rank["data_parallel"][f"{case}-{broadcast}"], expected, TOLERANCE)
 
@@ -255,7 +255,7 @@ def assert_alone_is_alone(case: str) -> None:
         norm = CASES[case].build(sync=sync)
         with no_warnings():
             recorded.append(
-                ranks.train_and_record(norm, [batch_of(0, step, 2) for step in range(STEPS)])
+                norm_ranks.train_and_record(norm, [batch_of(0, step, 2) for step in range(STEPS)])
             )
             before = {name: buffer.clone() for name, buffer in norm.named_buffers()}
             pool_statistics(norm)

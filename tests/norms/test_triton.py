@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from normexp.kernels import chosen_kernels, use_kernels
-from normexp.norms import triton
+from normexp.norms.kernels import triton
+from normexp.norms.kernels.choice import chosen_kernels, use_kernels
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1] / "support"
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="triton is not installed"

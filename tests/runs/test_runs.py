@@ -12,14 +12,16 @@ from pathlib import Path
 import pytest
 import torch
 from omegaconf import OmegaConf
-from small_runs import REPOSITORY, composed, run_script, train_script
+from support.small_runs import REPOSITORY, composed, run_script, train_script
 
-from normexp import checkpoints, pipeline, records
+from normexp import pipeline
+from normexp.checkpoints import store
 from normexp.errors import UserError
+from normexp.runs import records
 
 
 def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
-    return checkpoints.load(checkpoint)["model"]
+    return store.load(checkpoint)["model"]
 
 
 def assert_same_weights(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:

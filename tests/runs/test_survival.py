@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from small_runs import SMALL, composed
+from support.small_runs import SMALL, composed
 
 from normexp import pipeline
 from normexp.errors import UserError
@@ -76,7 +76,7 @@ def injected(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
     }
     (folder / "jobs.json").write_text(json.dumps(list(jobs.values())))
     done = subprocess.run(
-        [sys.executable, Path(__file__).with_name("fault_injection.py"), folder],
+        [sys.executable, Path(__file__).parents[1] / "support" / "fault_injection.py", folder],
         capture_output=True,
         text=True,
         timeout=None if ALL else 550,

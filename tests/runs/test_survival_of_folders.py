@@ -9,10 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_runs import composed
+from support.small_runs import composed
 
-from normexp import checkpoints, evaluation, pipeline, records
+from normexp import pipeline
+from normexp.checkpoints import store
 from normexp.errors import UserError
+from normexp.evaluation import scores
+from normexp.runs import records
 
 RUN = Path("runs/toy_language_model/PN-V-seed1")
 
@@ -81,7 +84,7 @@ def flip(name: str) -> Callable[[Path], None]:
 
     def do(folder: Path) -> None:
         path = folder / "checkpoints" / name
-        weight = next(iter(checkpoints.load(path)["model"].values()))
+        weight = next(iter(store.load(path)["model"].values()))
         content = path.read_bytes()
         at = content.index(bytes(weight.flatten().view(torch.uint8).tolist()))
         path.write_bytes(content[:at] + bytes([content[at] ^ 8]) + content[at + 1 :])
@@ -184,7 +187,7 @@ def test_same_command_goes_on(state, finished_run, finished, tmp_path, capsys) -
     )
     for name in ("average.pt", "checkpoint3.pt", "checkpoint_last.pt"):
         there, here = (
-            checkpoints.load(root / RUN / "checkpoints" / name)
+            store.load(root / RUN / "checkpoints" / name)
             for root in (finished["average"], tmp_path / "results")
         )
         for key, weight in there["model"].items():
@@ -260,7 +263,7 @@ def test_translations_in_the_way_of_a_file(overrides, little_text, tmp_path) -> 
 def test_best_checkpoint(state, finished_run, finished, tmp_path) -> None:
     command = finished_run("best")
     folder = tmp_path / "results" / RUN
-    last = checkpoints.load(folder / "checkpoints" / checkpoints.LAST)
+    last = store.load(folder / "checkpoints" / store.LAST)
     assert last["extra_state"]["val_loss"] == last["extra_state"]["best"]
     remove_record(tmp_path / "results")
     UNEVALUATED(folder)
@@ -274,7 +277,7 @@ def test_best_checkpoint(state, finished_run, finished, tmp_path) -> None:
         assert record.metrics == expected.metrics
         return
     last["extra_state"]["best"] -= 1  # as if an earlier epoch had been better
-    checkpoints.save(folder / "checkpoints" / checkpoints.LAST, last)
+    store.save(folder / "checkpoints" / store.LAST, last)
     with pytest.raises(UserError, match="no earlier one is left: remove"):
         pipeline.run(composed(*command))
 
@@ -341,7 +344,7 @@ def test_too_little_memory(error, settings, finished_run, finished, tmp_path, mo
     assert "fairseq.optimization.update_freq=[2]" in str(raised.value)
     (record,) = records.load_records(tmp_path / "results").values()
     assert record.status == "failed" and record.reason == str(raised.value)
-    checkpoint = checkpoints.load(tmp_path / "results" / RUN / "checkpoints" / checkpoints.LAST)
+    checkpoint = store.load(tmp_path / "results" / RUN / "checkpoints" / store.LAST)
     assert checkpoint["optimizer_history"][-1]["num_updates"] > 1
     again = pipeline.run(composed(*command))
     expected = records.read_record(finished["average"] / RUN / "record.json")
@@ -357,8 +360,8 @@ def test_too_little_memory_to_evaluate(finished_run, tmp_path, monkeypatch) -> N
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
     with monkeypatch.context() as patch:
-        patch.setattr(evaluation, "score", score)
-        with pytest.raises(UserError, match=r"while evaluating.*evaluation.max_tokens below 16000"):
+        patch.setattr(scores, "score", score)
+        with pytest.raises(UserError, match=r"while evaluating.*scores.max_tokens below 16000"):
             pipeline.run(composed(*command))
     assert pipeline.run(composed(*command)).status == "complete"
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from wandb_server import KEY, Server, running_server
+from support.wandb_server import KEY, Server, running_server
 
 
 @pytest.fixture

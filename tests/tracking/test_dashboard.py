@@ -9,12 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from wandb_server import KEY
+from support.wandb_server import KEY
 
-from normexp import dashboard
-from normexp.dashboard import log_results, save_workspace, workspace
 from normexp.errors import UserError
-from normexp.offline_runs import find_offline_runs, upload
+from normexp.tracking import dashboard
+from normexp.tracking.dashboard import log_results, save_workspace, workspace
+from normexp.tracking.offline import find_offline_runs, upload
 
 pytestmark = pytest.mark.usefixtures("isolated_wandb")
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -94,7 +94,7 @@ def test_the_table_has_the_rows_of_the_report(tmp_path, wandb_server):
         expected = list(csv.DictReader(file))
     wandb_server.refuse = lambda path, body: 503
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("normexp.tracking.INIT_TIMEOUT_SECONDS", 1.0)
+        patch.setattr("normexp.tracking.tracker.INIT_TIMEOUT_SECONDS", 1.0)
         assert log_results(results, "normexp") == len(expected)
     wandb_server.refuse = lambda path, body: None
     [run] = find_offline_runs([results / "runs"])

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 import wandb
-from wandb_server import KEY
+from support.wandb_server import KEY
 
-from normexp import offline_runs
 from normexp.errors import UserError
-from normexp.offline_runs import UploadError, check_connection, find_offline_runs, upload
-from normexp.tracking import Tracker
+from normexp.tracking import offline
+from normexp.tracking.offline import UploadError, check_connection, find_offline_runs, upload
+from normexp.tracking.tracker import Tracker
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "sync_wandb.py"
 
@@ -93,7 +93,7 @@ def test_an_upload_that_was_cut_is_made_anew(runs, wandb_server):
     [run, _] = find_offline_runs([runs])
     first, second = run.logs
     upload(first)
-    offline_runs._begun(first).touch()
+    offline._begun(first).touch()
     [run, _] = find_offline_runs([runs])
     assert run.waiting == (first, second)
     for log in run.waiting:
@@ -141,7 +141,7 @@ def test_what_a_killed_process_left(runs, wandb_server):
 def test_two_uploads_of_the_same_part_do_not_meet(runs, wandb_server):
     [_, run] = find_offline_runs([runs])
     with (
-        offline_runs._holding(offline_runs._begun(run.logs[0])),
+        offline._holding(offline._begun(run.logs[0])),
         pytest.raises(UploadError, match="another process"),
     ):
         upload(run.logs[0])

@@ -9,12 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from wandb_server import KEY
+from support.wandb_server import KEY
 
-from normexp import tracking
 from normexp.errors import UserError
-from normexp.offline_runs import upload
-from normexp.tracking import Tracker
+from normexp.tracking import tracker
+from normexp.tracking.offline import upload
+from normexp.tracking.tracker import Tracker
 
 pytestmark = pytest.mark.usefixtures("isolated_wandb")
 
@@ -51,7 +51,7 @@ PRIVATE = ("_runtime", "_timestamp", "num_updates")
 
 def notices(caplog) -> list[str]:
     """What the user is warned of; W&B's own records never reach the console."""
-    ours = [record for record in caplog.records if record.name == "normexp.tracking"]
+    ours = [record for record in caplog.records if record.name == "normexp.tracking.tracker"]
     return [record.getMessage() for record in ours if record.levelno >= logging.WARNING]
 
 
@@ -208,8 +208,8 @@ def test_an_unknown_mode_is_refused_by_name(tmp_path):
 
 
 def test_online_without_a_key_is_logged_offline_with_one_notice(tmp_path, caplog, inspect):
-    with start(tmp_path, mode="online") as tracker:
-        tracker.log({"loss": 1.0}, step=1)
+    with start(tmp_path, mode="online") as run:
+        run.log({"loss": 1.0}, step=1)
     [notice] = notices(caplog)
     assert "no API key" in notice
     [log] = logs(tmp_path)
@@ -219,9 +219,9 @@ def test_online_without_a_key_is_logged_offline_with_one_notice(tmp_path, caplog
 def test_online_without_a_network_is_logged_offline(tmp_path, monkeypatch, caplog, inspect):
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("WANDB_API_KEY", KEY)
-    monkeypatch.setattr(tracking, "INIT_TIMEOUT_SECONDS", 2.0)
-    with start(tmp_path, mode="online") as tracker:
-        tracker.log({"loss": 1.0}, step=1)
+    monkeypatch.setattr(tracker, "INIT_TIMEOUT_SECONDS", 2.0)
+    with start(tmp_path, mode="online") as run:
+        run.log({"loss": 1.0}, step=1)
     [notice] = notices(caplog)
     assert "logged offline" in notice and "connection refused" in notice
     [log] = logs(tmp_path)
@@ -236,8 +236,9 @@ def test_a_terminal_is_never_asked_for_a_key(tmp_path, monkeypatch, key):
         monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
         monkeypatch.setenv("WANDB_API_KEY", key)
     script = (
-        "from pathlib import Path; from normexp import tracking; from normexp.tracking import *\n"
-        "tracking.INIT_TIMEOUT_SECONDS = 2.0\n"
+        "from pathlib import Path; from normexp.tracking import tracker; "
+        "from normexp.tracking.tracker import Tracker\n"
+        "tracker.INIT_TIMEOUT_SECONDS = 2.0\n"
         f"Tracker.start('online', 'p', Path({str(tmp_path)!r}), 'id', 'n', 'g', [], {{}}).finish()"
     )
     master, slave = pty.openpty()
@@ -329,7 +330,7 @@ def test_after_an_error_of_wandb_the_run_goes_on_without_it(tmp_path, caplog):
 
 def test_wandb_is_imported_only_when_it_is_used():
     script = (
-        "import sys, normexp.tracking, normexp.metrics_file, normexp.records\n"
+        "import sys, normexp.tracking.tracker, normexp.runs.metrics_file, normexp.runs.records\n"
         "print({'torch', 'fairseq', 'wandb'} & set(sys.modules))"
     )
     assert subprocess.check_output([sys.executable, "-c", script], text=True) == "set()\n"

@@ -1,0 +1,162 @@
+"""Inference: an encoder with its norms folded, and beam search as the evaluation runs it."""
+
+import copy
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor, nn
+
+from normexp.benchmarks.bench_norms import DTYPES
+from normexp.benchmarks.benchmark_record import write_record
+from normexp.benchmarks.timing import Turns, take_turns
+from normexp.benchmarks.toy import toy_task
+
+BATCHES = {"32 x 40": (32, 40), "32 x 1": (32, 1), "1 x 1": (1, 1)}  # sentences x tokens
+ENCODER = {
+    "encoder": {"layers": 6, "embed_dim": 512, "ffn_embed_dim": 1024, "attention_heads": 4},
+    "decoder": {"layers": 1, "embed_dim": 512, "ffn_embed_dim": 1024, "attention_heads": 4,
+                "input_dim": 512, "output_dim": 512},
+}  # fmt: skip
+BEAM, MAX_TOKENS = 5, 8000
+_MOST_TARGET_TOKENS = 40  # an untrained model does not end its sentences
+_SHORT_BATCH = 10  # rounds of a batch of single tokens, to one of the others
+
+
+def measure(rounds: int, record: Path, progress: bool) -> dict[str, Any]:
+    """An encoder with LN, with PN and with PN folded, and beam search with an untrained model.
+
+    Encoder: 6 pre-norm layers of 512 channels, embedding included, in float32 and bfloat16. Folding
+    is done in float32, before the conversion. Beam search: fairseq's Transformer on the toy corpus,
+    by normexp.evaluation.scores.translate and by what fairseq-generate does, with the same batches.
+    Writes to `record`, and returns, milliseconds or sentences per second by the median, quartiles
+    of the ratio to LN or to fairseq, and how many hypotheses differ between the two searches.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        cfg, task = toy_task("toy_translation", Path(folder))
+        encoders = _encoder_rows(cfg, task, rounds, progress)
+        searches = _search_rows(cfg, task, rounds, progress)
+    result = {
+        "what": "forward of an encoder, and beam search over the test split of toy_translation",
+        "quartiles": "lower, median, upper",
+        "encoder": encoders,
+        "beam_search": searches,
+    }
+    return write_record(record, "inference", {"rounds": rounds}, result)
+
+
+def _encoder_rows(cfg: DictConfig, task: Any, rounds: int, progress: bool) -> list[dict[str, Any]]:
+    from normexp.fairseq_plugin.folding import fold_norms
+
+    layer, power = (_model(cfg, task, norm) for norm in ("layer", "power"))
+    models = {"LN": layer, "PN": power, "PN, folded": fold_norms(power)}
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    rows = []
+    for dtype_name, dtype in DTYPES.items():
+        encoders = {
+            name: copy.deepcopy(model.encoder).to(device, dtype) for name, model in models.items()
+        }
+        for batch, shape in BATCHES.items():
+            tokens = torch.randint(4, len(task.source_dictionary), shape, device=device)
+            calls = {name: _forward(encoder, tokens) for name, encoder in encoders.items()}
+            turns = take_turns(calls, rounds * (_SHORT_BATCH if shape[1] == 1 else 1), progress)
+            for name in turns.seconds:
+                rows.append(
+                    {
+                        "batch": batch,
+                        "dtype": dtype_name,
+                        "norm": name,
+                        "milliseconds": round(1e3 * turns.quartiles(name)[1], 4),
+                        "ratio_to_layer_norm": _rounded(turns.ratios(name, "LN")),
+                        **_counts(turns, name),
+                    }
+                )
+    return rows
+
+
+def _model(cfg: DictConfig, task: Any, norm: str) -> nn.Module:
+    torch.manual_seed(1)
+    changes = {**ENCODER, "norm": norm}
+    return task.build_model(OmegaConf.merge(cfg.model, changes)).eval()
+
+
+def _forward(encoder: nn.Module, tokens: Tensor) -> Callable[[], None]:
+    @torch.inference_mode()
+    def call() -> None:
+        encoder(tokens)
+
+    return call
+
+
+def _search_rows(cfg: DictConfig, task: Any, rounds: int, progress: bool) -> list[dict[str, Any]]:
+    from fairseq.models.transformer import TransformerModelBase
+
+    from normexp.evaluation.scores import LoadedModel, translate
+
+    torch.manual_seed(1)
+    short = OmegaConf.merge(cfg.model, {"max_target_positions": _MOST_TARGET_TOKENS})
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = TransformerModelBase.build_model(short, task).eval().to(device)
+    loaded = LoadedModel(model, task, cfg, device)
+    task.load_dataset("test")
+    stock = copy.deepcopy(model)
+    stock.make_generation_fast_(need_attn=False)
+    found: dict[str, list[Tensor]] = {}
+
+    def by_fairseq() -> None:
+        found["fairseq"] = _as_fairseq_generate(task, stock, device)
+
+    def by_us() -> None:
+        found["ours"] = translate(loaded, "test", BEAM, 1.0, MAX_TOKENS, progress=False)
+
+    turns = take_turns({"fairseq": by_fairseq, "ours": by_us}, rounds, progress)
+    pairs = list(zip(found["fairseq"], found["ours"], strict=True))
+    return [
+        {
+            "search": name,
+            "beam": BEAM,
+            "sentences": len(pairs),
+            "different_hypotheses": sum(not torch.equal(*pair) for pair in pairs),
+            "seconds": round(turns.quartiles(name)[1], 3),
+            "sentences_per_second": round(len(pairs) / turns.quartiles(name)[1], 1),
+            "ratio_to_fairseq": _rounded(turns.ratios(name, "fairseq")),
+            **_counts(turns, name),
+        }
+        for name in turns.seconds
+    ]
+
+
+@torch.no_grad()
+def _as_fairseq_generate(task: Any, model: nn.Module, device: torch.device) -> list[Tensor]:
+    """Best hypotheses in the order of the corpus, as fairseq-generate finds them."""
+    from fairseq import utils
+    from fairseq.dataclass.configs import GenerationConfig
+
+    generator = task.build_generator([model], GenerationConfig(beam=BEAM))
+    iterator = task.get_batch_iterator(
+        dataset=task.dataset("test"),
+        max_tokens=MAX_TOKENS,
+        max_positions=utils.resolve_max_positions(task.max_positions(), model.max_positions()),
+    ).next_epoch_itr(shuffle=False)
+    found: dict[int, Tensor] = {}
+    for sample in iterator:
+        moved = utils.move_to_cuda(sample) if device.type == "cuda" else sample
+        hypotheses = task.inference_step(generator, [model], moved)
+        for sentence, beams in zip(sample["id"].tolist(), hypotheses, strict=True):
+            found[sentence] = beams[0]["tokens"].int().cpu()
+    return [found[sentence] for sentence in sorted(found)]
+
+
+def _counts(turns: Turns, name: str) -> dict[str, Any]:
+    return {
+        "rounds_kept": len(turns.seconds[name]),
+        "rounds_dropped": turns.dropped,
+        "disturbed": turns.disturbed,
+    }
+
+
+def _rounded(values: list[float]) -> list[float]:
+    return [round(value, 3) for value in values]

@@ -1,0 +1,75 @@
+"""Time of the normalization layers over the number of tokens, channels and groups."""
+
+from pathlib import Path
+from typing import Any
+
+from normexp.benchmarks.bench_norms import BASELINE, DTYPES, Layer, competitors
+from normexp.benchmarks.benchmark_record import write_record
+from normexp.benchmarks.timing import take_turns
+
+TOKENS = (256, 1024, 4096, 8192, 16384, 32768)  # with 512 channels
+CHANNELS = (128, 256, 512, 1024, 2048)  # with 4096 tokens
+GROUPS = (1, 2, 4, 8, 16)  # of power_released, with 4096 tokens and 512 channels
+LAYERS = {
+    "power": Layer("power", {"warmup_steps": 0}),
+    "power_released": Layer("power_released", {"warmup_steps": 0, "num_groups": 4}),
+    "batch": Layer("batch", {}),
+}
+_BATCH = 32
+
+
+def measure(rounds: int, record: Path, progress: bool) -> dict[str, Any]:
+    """Forward and backward in training at every size and type; write to `record`.
+
+    Padding and types are those of the benchmark `norms`. Returns what it writes: of every layer the
+    quartiles of nanoseconds per element of x and of the ratio to nn.LayerNorm at the same size.
+    """
+    measured = []
+    for sweep, tokens, channels, layers in _sizes():
+        for dtype_name, dtype in DTYPES.items():
+            shape = (tokens // _BATCH, _BATCH, channels)
+            every, _ = competitors(shape, dtype, layers)
+            turns = take_turns({n: every[n] for n in (BASELINE, *layers)}, rounds, progress)
+            elements = tokens * channels
+            for name in turns.seconds:
+                measured.append(
+                    {
+                        "sweep": sweep,
+                        "tokens": tokens,
+                        "channels": channels,
+                        "groups": layers[name].options.get("num_groups")
+                        if name in layers
+                        else None,
+                        "dtype": dtype_name,
+                        "layer": name,
+                        "nanoseconds_per_element": [
+                            round(1e9 * seconds / elements, 4) for seconds in turns.quartiles(name)
+                        ],
+                        "ratio_to_layer_norm": [round(r, 3) for r in turns.ratios(name, BASELINE)],
+                        "rounds_kept": len(turns.seconds[name]),
+                        "rounds_dropped": turns.dropped,
+                        "disturbed": turns.disturbed,
+                    }
+                )
+    result = {
+        "what": "forward and backward of a normalization layer in training over its size",
+        "quartiles": "lower, median, upper",
+        "measured": measured,
+    }
+    return write_record(record, "scaling", {"rounds": rounds}, result)
+
+
+def _sizes() -> list[tuple[str, int, int, dict[str, Layer]]]:
+    """What is varied, tokens, channels and layers of every measurement."""
+    by_groups = {
+        f"power_released, {groups} groups": Layer(
+            "power_released",
+            {"warmup_steps": 0, "num_groups": groups},
+        )
+        for groups in GROUPS
+    }
+    return [
+        *(("tokens", tokens, 512, LAYERS) for tokens in TOKENS),
+        *(("channels", 4096, channels, LAYERS) for channels in CHANNELS),
+        ("groups", 4096, 512, by_groups),
+    ]

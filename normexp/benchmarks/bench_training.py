@@ -1,0 +1,233 @@
+"""Time of training updates of a small Transformer: stock fairseq, and the settings of `speed`."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from fairseq.data import Dictionary
+from fairseq.dataclass.configs import FairseqConfig
+from fairseq.dataclass.initialize import add_defaults
+from fairseq.tasks.translation import TranslationTask
+from fairseq.trainer import Trainer
+from omegaconf import OmegaConf
+from torch.profiler import ProfilerActivity, profile
+
+import normexp.fairseq_plugin  # noqa: F401 (registers models, criterions and the optimizer)
+from normexp.benchmarks.benchmark_record import write_record
+from normexp.benchmarks.timing import take_turns
+from normexp.norms.kernels.choice import chosen_kernels, use_kernels
+from normexp.training import speed
+
+VOCABULARY, SENTENCES, LENGTH = 9792, 100, 40
+STOCK = "fairseq"
+ALL = {"precision": "bfloat16", "fast_dropout": True, "fused_loss": True, "fused_adam": True}
+FASTEST = "all, compiled"
+WARM_UPDATES = 5
+_SHAPE = {
+    "layers": 3,
+    "embed_dim": 256,
+    "ffn_embed_dim": 512,
+    "attention_heads": 4,
+    "normalize_before": True,
+}
+_MODEL = {
+    "_name": "transformer",
+    "encoder": _SHAPE,
+    "decoder": _SHAPE,
+    "share_all_embeddings": True,
+    # as in the paper's model for IWSLT14
+    "dropout": 0.3,
+    "attention_dropout": 0.1,
+    "activation_dropout": 0.1,
+}
+
+
+@dataclass(frozen=True)
+class _Configuration:
+    speed: Mapping[str, Any]
+    kernels: str = "plain"
+    encoder_norm: str | None = None  # None: the LayerNorm of fairseq's own model
+
+
+CONFIGURATIONS = {
+    STOCK: _Configuration(speed.STOCK),
+    "fast dropout, torch only": _Configuration(speed.STOCK | {"fast_dropout": True}),
+    "fast dropout, compiled": _Configuration(speed.STOCK | {"fast_dropout": True}, "auto"),
+    "fused loss, torch only": _Configuration(speed.STOCK | {"fused_loss": True}),
+    "fused loss, compiled": _Configuration(speed.STOCK | {"fused_loss": True}, "auto"),
+    "bfloat16": _Configuration(speed.STOCK | {"precision": "bfloat16"}),
+    "fused Adam": _Configuration(speed.STOCK | {"fused_adam": True}),
+    "all but bfloat16, torch only": _Configuration(ALL | {"precision": "float32"}),
+    "all but bfloat16, compiled": _Configuration(ALL | {"precision": "float32"}, "auto"),
+    "all, torch only": _Configuration(ALL),
+    FASTEST: _Configuration(ALL, "auto"),
+    "all, compiled, encoder norm layer": _Configuration(ALL, "auto", "layer"),
+    "all, compiled, encoder norm power": _Configuration(ALL, "auto", "power"),
+    "all, compiled, encoder norm batch": _Configuration(ALL, "auto", "batch"),
+}
+
+
+def measure(rounds: int, record: Path, progress: bool) -> dict[str, Any]:
+    """Time the updates of every configuration in turn, on the CPU; write to `record`.
+
+    An update is fairseq's Trainer.train_step on one generated batch of 100 sentence pairs with 20
+    to 40 tokens a side, padded to 40. `loss` is the training loss in nats per token of the update
+    after WARM_UPDATES others, with dropout: of equal configurations it differs by the masks.
+    Returns what it writes: medians, quartiles of the speed-up taken round by round, and tables of
+    what the operators of one update take (`ms` without the operators they call).
+    """
+    chosen = chosen_kernels()
+    try:
+        updates = {name: _update(configuration) for name, configuration in CONFIGURATIONS.items()}
+        losses = {}
+        for name, update in updates.items():
+            for _ in range(WARM_UPDATES):
+                update()
+            losses[name] = update()
+        turns = take_turns(updates, rounds, progress)
+        profiles = {name: _profile(updates[name]) for name in (STOCK, FASTEST)}
+    finally:
+        use_kernels(chosen)
+    tokens = int((_batch()["target"] != _dictionary().pad()).sum())
+    measured = [
+        {
+            "configuration": name,
+            "milliseconds": round(1e3 * turns.quartiles(name)[1], 2),
+            "speedup_over_stock": [round(ratio, 3) for ratio in turns.ratios(STOCK, name)],
+            "tokens_per_second": round(tokens / turns.quartiles(name)[1]),
+            "loss": round(losses[name], 5),
+            "rounds_kept": len(turns.seconds[name]),
+            "rounds_dropped": turns.dropped,
+            "disturbed": turns.disturbed,
+        }
+        for name in updates
+    ]
+    return write_record(
+        record,
+        "training",
+        {"rounds": rounds},
+        {
+            "what": "one update of a Transformer with 3 + 3 layers, 256 channels, 512 in the FFN, "
+            f"4 heads and a shared vocabulary of {VOCABULARY}; {tokens} target tokens padded to "
+            f"{SENTENCES * LENGTH}",
+            "quartiles": "lower, median, upper",
+            "measured": measured,
+            "profiles": profiles,
+        },
+    )
+
+
+def _update(configuration: _Configuration) -> Callable[[], float]:
+    """A call that does one update and returns its training loss in nats per token."""
+    use_kernels(configuration.kernels)
+    trainer, sample = _trainer(configuration), _batch()
+
+    def update() -> float:
+        use_kernels(configuration.kernels)
+        (logged,) = _logging_outputs(trainer, sample)
+        return float(logged["loss"]) / logged["ntokens"]
+
+    return update
+
+
+def _logging_outputs(trainer: Trainer, sample: dict[str, Any]) -> list[dict[str, Any]]:
+    found = []
+    original = trainer.task.train_step
+
+    def seen(*args: Any, **kwargs: Any) -> Any:
+        output = original(*args, **kwargs)
+        found.append(output[2])
+        return output
+
+    trainer.task.train_step = seen
+    try:
+        trainer.train_step([sample])
+    finally:
+        trainer.task.train_step = original
+    return found
+
+
+def _trainer(configuration: _Configuration) -> Trainer:
+    model = dict(_MODEL)
+    if configuration.encoder_norm is not None:
+        model |= {"norm": configuration.encoder_norm}
+    ours = configuration.speed != speed.STOCK
+    if ours or configuration.encoder_norm is not None:
+        model["_name"] = "normexp_transformer"
+    node = {
+        "common": {"cpu": True, "seed": 1},
+        "task": {"_name": "translation"},
+        "model": model,
+        "criterion": {
+            "_name": ("normexp_" if ours else "") + "label_smoothed_cross_entropy",
+            "label_smoothing": 0.1,
+        },
+        "optimizer": {"_name": "adam", "adam_betas": "(0.9, 0.98)", "weight_decay": 1e-4},
+        "lr_scheduler": {"_name": "inverse_sqrt", "warmup_updates": 4000},
+        "optimization": {"lr": [0.0005]},
+    }
+    speed.into_fairseq(configuration.speed, node)
+    cfg = OmegaConf.merge(OmegaConf.structured(FairseqConfig), node)
+    add_defaults(cfg)
+    cfg = OmegaConf.create(OmegaConf.to_container(cfg, resolve=True, enum_to_str=True))
+    task = TranslationTask(cfg.task, _dictionary(), _dictionary())
+    torch.manual_seed(1)
+    built, criterion = task.build_model(cfg.model), task.build_criterion(cfg.criterion)
+    speed.into_model(configuration.speed, built, criterion)
+    return Trainer(cfg, task, built, criterion)
+
+
+def _dictionary() -> Dictionary:
+    dictionary = Dictionary()
+    for word in range(VOCABULARY - len(dictionary)):
+        dictionary.add_symbol(str(word))
+    return dictionary
+
+
+def _batch() -> dict[str, Any]:
+    """Uniform draws; source padded on the left, target on the right, as fairseq does."""
+    generator = torch.Generator().manual_seed(1)
+    dictionary = _dictionary()
+    shape = (SENTENCES, LENGTH)
+    lengths = torch.linspace(LENGTH / 2, LENGTH, SENTENCES).round().long()[:, None]
+    place = torch.arange(LENGTH)
+    source, target = torch.randint(
+        dictionary.nspecial, VOCABULARY, (2, *shape), generator=generator
+    )
+    target[place == lengths - 1] = dictionary.eos()
+    target[place >= lengths] = dictionary.pad()
+    source[:, -1] = dictionary.eos()
+    source[place < LENGTH - lengths] = dictionary.pad()
+    shifted = target.roll(1, 1)
+    shifted[:, 0] = dictionary.eos()
+    shifted[place >= lengths] = dictionary.pad()
+    return {
+        "net_input": {
+            "src_tokens": source,
+            "src_lengths": lengths.squeeze(1),
+            "prev_output_tokens": shifted,
+        },
+        "target": target,
+        "ntokens": int(lengths.sum()),
+        "nsentences": SENTENCES,
+    }
+
+
+def _profile(update: Callable[[], object]) -> list[dict[str, Any]]:
+    """The operators that take at least a hundredth of an update, the longest first."""
+    with profile(activities=[ProfilerActivity.CPU]) as profiled:
+        update()
+    events = [event for event in profiled.key_averages() if event.self_cpu_time_total > 0]
+    total = sum(event.self_cpu_time_total for event in events)
+    events.sort(key=lambda event: event.self_cpu_time_total, reverse=True)
+    return [
+        {
+            "share": round(event.self_cpu_time_total / total, 4),
+            "ms": round(event.self_cpu_time_total / 1e3, 2),
+            "what": event.key,
+        }
+        for event in events
+        if event.self_cpu_time_total >= total / 100
+    ]

@@ -1,0 +1,1 @@
+"""Checkpoints: selecting, averaging, recovering, and importing the authors'."""

@@ -1,0 +1,1 @@
+"""From Hydra's configuration to typed settings and to fairseq's configuration."""

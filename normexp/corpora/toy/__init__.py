@@ -1,0 +1,1 @@
+"""Toy corpora made on the spot."""

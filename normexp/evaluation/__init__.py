@@ -1,0 +1,1 @@
+"""BLEU, perplexity and causality of a trained model."""

@@ -1,0 +1,294 @@
+"""Does a language model see the tokens that it predicts? Measured from outside, by perturbation.
+
+Works for any language model of fairseq's: nothing is assumed about its inside.
+"""
+
+import argparse
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from omegaconf import DictConfig
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from tqdm import tqdm
+
+from normexp.checkpoints import store
+from normexp.config import validation
+from normexp.corpora import prepare
+from normexp.errors import UserError
+from normexp.evaluation.scores import LoadedModel, load_model
+from normexp.paths import REPOSITORY
+from normexp.runs import records
+from normexp.runs.causality_record import Audit, write_audit
+from normexp.runs.folder import RunFolder
+
+_LOG_PROBS_AT_A_TIME = 2**26
+
+
+@dataclass(frozen=True)
+class Dependence:
+    """How log-probabilities at positions <= i answer to other tokens at positions > i.
+
+    Differences are in nats, over the whole vocabulary; `changed` is the share of positions at
+    which any log-probability differs at all.
+    """
+
+    positions: int
+    largest: float
+    mean: float
+    changed: float
+
+    @property
+    def sees_future(self) -> bool:
+        """Whether any position answered at all; exactly zero is what causality means."""
+        return self.changed > 0
+
+
+@dataclass(frozen=True)
+class FutureUse:
+    """Perplexity per token of the same targets with what follows them seen, replaced, or hidden."""
+
+    tokens: int
+    visible: float
+    random: float
+    masked: float
+
+
+def dependence_on_future(
+    loaded: LoadedModel, split: str, segments: int = 16, cuts: int = 4, seed: int = 0
+) -> Dependence:
+    """Change the inputs after a random position and look at the predictions up to it.
+
+    segments: number of blocks, drawn from the split; cuts: positions drawn per block. Input i + 1
+    is the token that position i predicts. Raises UserError where the split has no block of two
+    tokens.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    positions, largest, total, changed = 0, 0.0, 0.0, 0
+    with torch.inference_mode():
+        for tokens, _ in _segments(loaded, split, segments, generator):
+            before = _log_probs(loaded, tokens)
+            for _ in range(cuts):
+                cut = int(torch.randint(0, tokens.shape[1] - 1, (), generator=generator))
+                other = _randomized(loaded, tokens, cut, generator)
+                after = _log_probs(loaded, other)[:, : cut + 1]
+                difference = (after - before[:, : cut + 1]).abs().amax(-1)
+                positions += difference.numel()
+                largest = max(largest, float(difference.max()))
+                total += float(difference.sum())
+                changed += int((difference > 0).sum())
+    return Dependence(positions, largest, total / positions, changed / positions)
+
+
+def use_of_future(
+    loaded: LoadedModel, split: str, segments: int = 16, seed: int = 0, progress: bool = False
+) -> FutureUse:
+    """Perplexity with the future visible, replaced by random tokens, and hidden as padding.
+
+    Every position of every drawn block is predicted three times: as the model is evaluated
+    otherwise, with all inputs after the position replaced, and with them made padding. For a
+    causal model the three are one number. segments: number of blocks, drawn from the split.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    sums, count = dict.fromkeys(("visible", "random", "masked"), 0.0), 0
+    with torch.inference_mode():
+        for tokens, targets in tqdm(
+            _segments(loaded, split, segments, generator),
+            "audit",
+            total=segments,
+            leave=False,
+            disable=not progress or None,
+        ):
+            length = tokens.shape[1]
+            at = torch.arange(length, device=tokens.device)
+            # Row i of these batches is the block with everything after position i taken away.
+            later = at > at[:, None]
+            rows = tokens.expand(length, -1)
+            noise = _random_tokens(loaded, rows.shape, generator).to(tokens.device)
+            padding = loaded.task.source_dictionary.pad()
+            wanted = targets[0, :, None]
+            sums["visible"] -= float(_log_probs(loaded, tokens)[0].gather(1, wanted).sum())
+            for treatment, replacement in (("random", noise), ("masked", padding)):
+                changed = torch.where(later, replacement, rows)
+                for block in at.split(_rows_at_a_time(loaded, length)):
+                    log_probs = _log_probs(loaded, changed[block])
+                    own = log_probs[torch.arange(len(block), device=at.device), block]
+                    sums[treatment] -= float(own.gather(1, wanted[block]).sum())
+            count += length
+    return FutureUse(count, **{name: math.exp(value / count) for name, value in sums.items()})
+
+
+def main(
+    model: Path,
+    data: Path | None,
+    user_dir: Path | None,
+    split: str,
+    segments: int,
+    seed: int,
+    cpu: bool,
+) -> Dependence:
+    """Audit a run folder, or a checkpoint with its binarized data, and print what was found."""
+    if segments < 1:
+        raise UserError(f"--segments={segments} must be at least 1")
+    run = _Run.read(model) if model.is_dir() else None
+    loaded = run.load(cpu) if run else _of_checkpoint(model, data, user_dir, cpu)
+    if loaded.cfg.task._name not in validation.FAIRSEQ_TASKS["language_model"]:
+        raise UserError(f"{model} is no language model but a model for {loaded.cfg.task._name}")
+    dependence = dependence_on_future(loaded, split, segments, seed=seed)
+    use = use_of_future(loaded, split, segments, seed, progress=True)
+    table = Table(title=f"{model}: {split}, {segments} blocks, seed {seed}", show_header=False)
+    for name, value in (
+        ("sees future tokens", "yes" if dependence.sees_future else "no"),
+        ("positions that answered to later tokens", f"{100 * dependence.changed:.1f} %"),
+        ("largest answer of a log-probability", f"{dependence.largest:.3g} nats"),
+        ("mean of the largest at a position", f"{dependence.mean:.3g} nats"),
+        ("perplexity per token, future visible", f"{use.visible:.2f}"),
+        ("perplexity per token, future replaced at random", f"{use.random:.2f}"),
+        ("perplexity per token, future hidden", f"{use.masked:.2f}"),
+    ):
+        table.add_row(name, value)
+    Console().print(table)
+    if run and run.folder.record.is_file():
+        options = f" --split {split} --segments {segments} --seed {seed}" + " --cpu" * cpu
+        print("record:", run.write(dependence, use, split, segments, seed, options))
+    return dependence
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A run folder with the checkpoint that its evaluation took."""
+
+    folder: RunFolder
+    cfg: DictConfig
+    checkpoint: Path
+    chosen: str
+
+    @classmethod
+    def read(cls, path: Path) -> "_Run":
+        folder = RunFolder(path.absolute())
+        cfg = folder.read_config()
+        plain = validation.resolved(cfg)
+        settings = plain["evaluation"]
+        checkpoint, chosen = store.choose(
+            folder.checkpoints,
+            settings["checkpoint"],
+            settings["average_last"],
+            plain["fairseq"]["checkpoint"].get("save_interval", 1),
+        )
+        return cls(folder, cfg, checkpoint, chosen)
+
+    def load(self, cpu: bool) -> LoadedModel:
+        data = self.cfg.data
+        local = Path(data.local) if data.local else None
+        corpus = prepare(self.cfg.task.corpus, Path(data.dir), local)
+        return load_model(self.checkpoint, corpus.data_bin, cpu or self.cfg.fairseq.common.cpu)
+
+    def write(
+        self,
+        dependence: Dependence,
+        use: FutureUse,
+        split: str,
+        segments: int,
+        seed: int,
+        options: str,
+    ) -> Path:
+        """The audit's record, where the run's record is one; its path."""
+        record = records.read_record(self.folder.record)
+        results = Path(self.cfg.results_dir)
+        of_run = records.record_path(results, record)
+        path = results / "audits" / of_run.relative_to(results / "records")
+        commit, dirty = records.code_version(REPOSITORY)
+        audit = Audit(
+            task=record.task,
+            label=record.label,
+            seed=record.seed,
+            config_hash=record.config_hash,
+            checkpoint=self.chosen,
+            split=split,
+            blocks=segments,
+            draw_seed=seed,
+            sees_future_tokens=dependence.sees_future,
+            changed=dependence.changed,
+            largest_nats=dependence.largest,
+            perplexity_visible=use.visible,
+            perplexity_random=use.random,
+            perplexity_hidden=use.masked,
+            code_commit=commit,
+            code_dirty=dirty,
+            versions=records.package_versions(),
+            command=f"python scripts/audit.py results/runs/{record.task}/{of_run.stem}{options}",
+            finished_at=records.utc_now(),
+        )
+        write_audit(path, audit)
+        return path
+
+
+def _of_checkpoint(path: Path, data: Path | None, user_dir: Path | None, cpu: bool) -> LoadedModel:
+    from fairseq.utils import import_user_module
+
+    if data is None:
+        raise UserError(f"{path} needs --data, the folder of the binarized corpus")
+    if not (data / "dict.txt").is_file():
+        raise UserError(f"{data} holds no dict.txt; name the folder that fairseq-preprocess made")
+    if user_dir is not None:
+        import_user_module(argparse.Namespace(user_dir=str(user_dir)))
+    return load_model(path, data, cpu)
+
+
+def _segments(
+    loaded: LoadedModel, split: str, segments: int, generator: torch.Generator
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Blocks drawn without replacement: inputs (1, L) and targets (1, L), the longest there are."""
+    task = loaded.task
+    if split not in task.datasets:
+        task.load_dataset(split)
+    dataset = task.dataset(split)
+    longest = max(dataset.sizes, default=0)
+    if longest < 2:
+        raise UserError(f"{split} has no block of two tokens")
+    whole = [index for index in range(len(dataset)) if dataset.sizes[index] == longest]
+    for choice in torch.randperm(len(whole), generator=generator)[:segments].tolist():
+        sample = dataset.collater([dataset[whole[choice]]])
+        yield (
+            sample["net_input"]["src_tokens"].to(loaded.device),
+            sample["target"].to(loaded.device),
+        )
+
+
+def _rows_at_a_time(loaded: LoadedModel, length: int) -> int:
+    # A model with WikiText's vocabulary gives 86 MB of log-probabilities per block of 80 tokens.
+    return max(1, _LOG_PROBS_AT_A_TIME // (length * len(loaded.task.source_dictionary)))
+
+
+def _randomized(
+    loaded: LoadedModel, tokens: Tensor, cut: int, generator: torch.Generator
+) -> Tensor:
+    # Within the bands of an adaptive input: it multiplies each band by a matrix of its own, and the
+    # last bits of such a product depend on how many tokens of the band there are.
+    decoder = getattr(loaded.model, "decoder", None)
+    ends = getattr(getattr(decoder, "embed_tokens", None), "cutoff", None)
+    dictionary = loaded.task.source_dictionary
+    noise = torch.empty_like(tokens)
+    first = dictionary.nspecial
+    lowest = 0
+    for end in ends or [len(dictionary)]:
+        drawn = torch.randint(first, end, tokens.shape, generator=generator).to(tokens.device)
+        noise = torch.where((tokens >= lowest) & (tokens < end), drawn, noise)
+        first = lowest = end
+    after = torch.arange(tokens.shape[1], device=tokens.device) > cut
+    return torch.where(after, noise, tokens)
+
+
+def _random_tokens(loaded: LoadedModel, shape: torch.Size, generator: torch.Generator) -> Tensor:
+    dictionary = loaded.task.source_dictionary
+    return torch.randint(dictionary.nspecial, len(dictionary), shape, generator=generator)
+
+
+def _log_probs(loaded: LoadedModel, tokens: Tensor) -> Tensor:
+    """(B, L) -> (B, L, vocabulary)."""
+    output = loaded.model(tokens, src_lengths=None)
+    return loaded.model.get_normalized_probs(output, log_probs=True)

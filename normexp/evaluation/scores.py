@@ -1,0 +1,288 @@
+"""Evaluation of a checkpoint: BLEU for translation, perplexity for language models.
+
+Every function checks that it scored exactly the sentences or tokens of the split: fairseq's own
+tools leave out what does not fit and report a score all the same.
+"""
+
+import logging
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from normexp.checkpoints import store
+from normexp.errors import UserError
+from normexp.evaluation import bleu, sliding_window
+from normexp.files import whole_file
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A trained model ready to be evaluated, with fairseq's task and training configuration."""
+
+    model: Any
+    task: Any
+    cfg: Any
+    device: torch.device
+
+
+def load_model(checkpoint: Path, data_bin: Path, cpu: bool = False) -> LoadedModel:
+    """Build the model of a checkpoint, on the GPU where there is one.
+
+    The task's settings (tokens_per_sample among them) come from the checkpoint. Raises UserError
+    for a missing or damaged checkpoint.
+    """
+    from fairseq import checkpoint_utils
+
+    with store.instead_of_reading(store.load(checkpoint)):
+        models, cfg, task = checkpoint_utils.load_model_ensemble_and_task(
+            [str(checkpoint)], arg_overrides={"data": str(data_bin)}
+        )
+    device = torch.device("cuda" if torch.cuda.is_available() and not cpu else "cpu")
+    return LoadedModel(models[0].eval().to(device), task, cfg, device)
+
+
+def folded(loaded: LoadedModel) -> LoadedModel:
+    """The model with its norms merged into linear layers; UserError where that is impossible."""
+    from normexp.fairseq_plugin.folding import fold_norms
+
+    try:
+        return replace(loaded, model=fold_norms(loaded.model))
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+@torch.inference_mode()
+def score(loaded: LoadedModel, split: str, max_tokens: int, progress: bool) -> tuple[float, int]:
+    """Negative log-likelihood of a split in nats, and the number of target tokens in it.
+
+    Sentence ends count as tokens. Language models see the preceding tokens of the same block of
+    tokens_per_sample only. Raises UserError when the tokens scored are not those of the split.
+    """
+    samples = _batches(loaded, split, max_tokens, f"{split}: perplexity", progress)
+    return _score(loaded, split, samples)
+
+
+@torch.inference_mode()
+def score_stream(
+    loaded: LoadedModel,
+    split: str,
+    context_window: int,
+    stride: int | None,
+    max_tokens: int,
+    progress: bool,
+) -> tuple[float, int]:
+    """Like `score`, for a causal language model, with context carried over from block to block.
+
+    Every token is predicted from at least context_window earlier ones, as far as there are any, in
+    windows that move on by `stride` tokens (None: as far as the model's tokens_per_sample allows).
+    The result does not depend on the size of the batches, nor on how the text is cut into blocks.
+    Raises UserError for impossible windows, too.
+    """
+    stride = sliding_window.stride_for(loaded.cfg.task.tokens_per_sample, context_window, stride)
+    if split not in loaded.task.datasets:
+        loaded.task.load_dataset(split)
+    batches = sliding_window.stream_batches(
+        loaded.task.dataset(split),
+        loaded.task.source_dictionary.pad(),
+        context_window,
+        stride,
+        max_tokens,
+    )
+    shown = tqdm(
+        batches, f"{split}: windows", unit="batch", leave=False, disable=not progress or None
+    )
+    return _score(loaded, split, (_on_device(loaded, sample) for sample in shown))
+
+
+def _score(loaded: LoadedModel, split: str, samples: Iterable[Any]) -> tuple[float, int]:
+    criterion = loaded.task.build_criterion(loaded.cfg.criterion).eval().to(loaded.device)
+    total, tokens = 0.0, 0
+    for sample in samples:
+        _, _, logged = criterion(loaded.model, sample)
+        # With label smoothing the loss is not the likelihood; nll_loss is.
+        total += float(logged.get("nll_loss", logged["loss"]))
+        tokens += int(logged["ntokens"])
+    expected = _num_target_tokens(loaded.task.dataset(split))
+    if tokens != expected or tokens == 0:
+        raise UserError(f"scored {tokens} tokens of {split}, which has {expected}")
+    return total, tokens
+
+
+@torch.inference_mode()
+def translate(
+    loaded: LoadedModel,
+    split: str,
+    beam: int,
+    length_penalty: float,
+    max_tokens: int,
+    progress: bool,
+) -> list[torch.Tensor]:
+    """Best hypothesis of every sentence of a split, by beam search, in the order of the corpus.
+
+    Returns one tensor of target token ids per sentence, end of sentence included. Raises UserError
+    when a sentence is missing.
+    """
+    from fairseq.dataclass.configs import GenerationConfig
+
+    from normexp.evaluation.beam_search import LeanEnsemble, beams_share_encoder_states
+
+    generator = loaded.task.build_generator(
+        LeanEnsemble([loaded.model]), GenerationConfig(beam=beam, lenpen=length_penalty)
+    )
+    hypotheses: dict[int, torch.Tensor] = {}
+    with beams_share_encoder_states(loaded.model, generator.beam_size):
+        for sample in _batches(loaded, split, max_tokens, f"{split}: beam search", progress):
+            found = loaded.task.inference_step(generator, [loaded.model], sample)
+            for sentence, beams in zip(sample["id"].tolist(), found, strict=True):
+                hypotheses[sentence] = beams[0]["tokens"].int().cpu()
+    expected = len(loaded.task.dataset(split))
+    if sorted(hypotheses) != list(range(expected)):
+        raise UserError(f"translated {len(hypotheses)} sentences of {split}, which has {expected}")
+    return [hypotheses[sentence] for sentence in range(expected)]
+
+
+def to_text(loaded: LoadedModel, tokens: torch.Tensor, bpe: str | None, reference: bool) -> str:
+    """Token ids to tokenised text without BPE; in a reference, unknown words never match."""
+    dictionary = loaded.task.target_dictionary
+    return dictionary.string(tokens.int(), bpe, escape_unk=reference)
+
+
+def evaluate_translation(
+    loaded: LoadedModel,
+    corpus: Any,
+    settings: dict[str, Any],
+    hypotheses_dir: Path,
+    progress: bool = True,
+) -> dict[str, dict[str, float | str]]:
+    """BLEU, both kinds, and perplexity per token of every split asked for.
+
+    corpus: a PreparedCorpus; settings: the configuration's `evaluation`. The detokenised
+    translations are written to hypotheses_dir/<split>.txt.
+    """
+    hypotheses_dir.mkdir(parents=True, exist_ok=True)
+    metrics = {}
+    for split in settings["splits"]:
+        nll, tokens = score(loaded, split, settings["max_tokens"], progress)
+        found = translate(
+            loaded,
+            split,
+            settings["beam"],
+            settings["length_penalty"],
+            settings["max_tokens"],
+            progress,
+        )
+        dataset = loaded.task.dataset(split)
+        hypotheses = [to_text(loaded, h, corpus.bpe, reference=False) for h in found]
+        references = [
+            to_text(loaded, dataset[i]["target"], corpus.bpe, reference=True)
+            for i in range(len(dataset))
+        ]
+        detokenised = bleu.detokenise(hypotheses, corpus.target_language)
+        raw = _lines(corpus.raw_reference(split))
+        if len(raw) != len(detokenised):
+            raise UserError(
+                f"{corpus.raw_reference(split)} has {len(raw)} lines for {len(detokenised)} "
+                f"sentences; remove {corpus.data_bin.parent} to prepare the corpus again"
+            )
+        with whole_file(hypotheses_dir / f"{split}.txt") as file:
+            file.writelines(line + "\n" for line in detokenised)
+        sacre, signature = bleu.sacre_bleu(detokenised, raw, lowercase=corpus.lowercase)
+        metrics[split] = {
+            "bleu_tokenised": bleu.tokenised_bleu(hypotheses, references),
+            "sacrebleu": sacre,
+            "sacrebleu_signature": signature,
+            "loss_per_token_nats": nll / tokens,
+            "perplexity_per_token": math.exp(nll / tokens),
+        }
+        if settings["compound_split"]:
+            metrics[split]["bleu_compound_split"] = bleu.compound_split_bleu(
+                detokenised, raw, corpus.target_language
+            )
+    return metrics
+
+
+def evaluate_language_model(
+    loaded: LoadedModel,
+    corpus: Any,
+    settings: dict[str, Any],
+    causal: bool,
+    progress: bool = True,
+) -> dict[str, dict[str, float | str]]:
+    """Perplexity per token and per word of every split asked for.
+
+    A token is a unit of the dictionary, a word a unit of the text before BPE; the end of every
+    line counts as one of each. With a context_window also `streamed_*`, the same with context
+    carried over (`score_stream`), unless the model is not causal: it then means nothing.
+    """
+    streamed = settings["context_window"] > 0
+    if streamed and not causal:
+        logger.warning("the model sees future tokens: no perplexity with context carried over")
+        streamed = False
+    metrics = {}
+    for split in settings["splits"]:
+        nll, tokens = score(loaded, split, settings["max_tokens"], progress)
+        words = corpus.words(split) + corpus.sentences(split)
+        if tokens != corpus.tokens(split):
+            raise UserError(
+                f"{split} has {tokens} tokens in {corpus.data_bin} but {corpus.tokens(split)} by "
+                f"its manifest; remove {corpus.data_bin.parent} to prepare the corpus again"
+            )
+        metrics[split] = {
+            "loss_per_token_nats": nll / tokens,
+            "perplexity_per_token": math.exp(nll / tokens),
+            "perplexity_per_word": math.exp(nll / words),
+        }
+        if streamed:
+            windows = settings["context_window"], settings["stride"], settings["max_tokens"]
+            nll, _ = score_stream(loaded, split, *windows, progress)
+            metrics[split] |= {
+                "streamed_loss_per_token_nats": nll / tokens,
+                "streamed_perplexity_per_token": math.exp(nll / tokens),
+                "streamed_perplexity_per_word": math.exp(nll / words),
+            }
+    return metrics
+
+
+def _batches(
+    loaded: LoadedModel, split: str, max_tokens: int, description: str, progress: bool
+) -> Iterator[Any]:
+    from fairseq import utils
+
+    task = loaded.task
+    if split not in task.datasets:
+        task.load_dataset(split)
+    iterator = task.get_batch_iterator(
+        dataset=task.dataset(split),
+        max_tokens=max_tokens,
+        max_positions=utils.resolve_max_positions(
+            task.max_positions(), loaded.model.max_positions()
+        ),
+        ignore_invalid_inputs=False,
+        required_batch_size_multiple=1,
+    ).next_epoch_itr(shuffle=False)
+    for sample in tqdm(iterator, desc=description, leave=False, disable=not progress or None):
+        yield _on_device(loaded, sample)
+
+
+def _on_device(loaded: LoadedModel, sample: Any) -> Any:
+    from fairseq import utils
+
+    return utils.move_to_cuda(sample) if loaded.device.type == "cuda" else sample
+
+
+def _num_target_tokens(dataset: Any) -> int:
+    # Translation: one size per sentence; language model: sizes of the blocks.
+    sizes = dataset.tgt_sizes if hasattr(dataset, "tgt_sizes") else dataset.sizes
+    return int(sizes.sum())
+
+
+def _lines(path: Path) -> list[str]:
+    text = path.read_bytes().decode()  # no universal newlines: a line may hold a CR
+    return text.removesuffix("\n").split("\n")

@@ -1,0 +1,1 @@
+"""What layers share: masks, averages, option checks, the replay cache."""

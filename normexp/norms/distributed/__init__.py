@@ -1,0 +1,1 @@
+"""Statistics of several ranks."""

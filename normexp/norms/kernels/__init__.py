@@ -1,0 +1,1 @@
+"""Compiled implementations of training steps, and the choice among them."""

@@ -1,0 +1,1 @@
+"""Weights & Biases: logging, uploading offline runs, dashboards."""

@@ -1,0 +1,1 @@
+"""Training with fairseq's trainer, on one process or several."""
