@@ -111,7 +111,7 @@ def test_several_layers_share_a_collective(
     """One a step for all layers; and as one process, also after a forward without backward."""
     world = len(results)
     batches, sizes = zip(*(concatenated(world, step) for step in range(STEPS)), strict=True)
-    expected = norm_ranks.iterate(ranks.stack(shared, frozen), list(batches))["steps"]
+    expected = norm_ranks.iterate(norm_ranks.stack(shared, frozen), list(batches))["steps"]
     for rank, of_rank in enumerate(results):
         obtained = of_rank["several_layers"][f"{shared}-{frozen}"]["steps"]
         for number, (one, many) in enumerate(zip(expected, obtained, strict=True)):
