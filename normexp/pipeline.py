@@ -1,4 +1,4 @@
-"""One run from configuration to record: corpus, training, averaging, evaluation, record."""
+"""One run from its settings to its record: corpus, training, averaging, evaluation, record."""
 
 import errno
 import json
@@ -9,38 +9,40 @@ import resource
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from omegaconf import DictConfig
 
 from normexp.checkpoints import store
-from normexp.config import validation
-from normexp.config.identity import experiment
+from normexp.config.fairseq_config import trainer_config
+from normexp.config.identity import config_hash
+from normexp.config.settings import RunSettings
+from normexp.config.validation import Sites, ValidRun, validate
 from normexp.corpora import PreparedCorpus, prepare
 from normexp.errors import UserError
 from normexp.files import write_json
 from normexp.paths import REPOSITORY
-from normexp.runs import advice, records
-from normexp.runs.archive import put_record_aside
-from normexp.runs.command_line import command_of_this_run
+from normexp.runs import advice, provenance, records
+from normexp.runs.archive import archive_record
 from normexp.runs.folder import RunFolder, open_run
-from normexp.runs.records import Record
-from normexp.sweeps.run_status import recorded
-from normexp.training import preemption, process_group, speed
+from normexp.runs.lookup import find_finished
+from normexp.runs.records import Asked, Outcome, Record
+from normexp.training import preemption, process_group
 from normexp.training.process_group import Ranks
+
+if TYPE_CHECKING:  # it imports fairseq, which takes seconds
+    from normexp.training.loop import TrainingResult
 
 logger = logging.getLogger(__name__)
 
 
-def run(cfg: DictConfig) -> Record | None:
-    """Do what a configuration says, from where an earlier attempt stopped, and return the record.
+def run(settings: RunSettings) -> Record | None:
+    """Do what the settings ask for, from where an earlier attempt stopped; return the record.
 
-    A run that is complete is not repeated. Raises UserError for what the user can mend; a training
-    that diverged is a result and returns a record that says so. Where torchrun or srun started
-    several processes, rank 0 does all this; the others train along, and return None.
+    A run that is complete is not repeated. Raises UserError for what the user can correct; a
+    training that diverged is a result and returns a record that says so. Where torchrun or srun
+    started several processes, rank 0 does all this; the others train with it and return None.
     """
     with (
         preemption.handled(),
@@ -48,200 +50,174 @@ def run(cfg: DictConfig) -> Record | None:
         _warnings_on_console(ranks.is_main),
     ):
         if not ranks.is_main:
-            _train_along(cfg, ranks)
+            _train_as_worker(settings, ranks)
             return None
-        sites = validation.validate(cfg)
-        ranks.refuse_other_number(process_group.settings(validation.resolved(cfg))["ranks"])
+        valid = validate(settings)
+        ranks.refuse_other_number(settings.distributed.ranks)
         try:
-            record = _run_in_folder(cfg, sites, ranks)
+            record = _run_in_folder(settings, valid, ranks)
         except OSError as error:
-            told = advice.about_files(error, Path(validation.resolved(cfg)["run_dir"]))
-            if told is None:
+            cure = advice.about_files(error, settings.run_dir)
+            if cure is None:
                 raise
-            raise UserError(told) from None
+            raise UserError(cure) from None
         ranks.succeeded = record.status == "complete"
         return record
 
 
-def _train_along(cfg: DictConfig, ranks: Ranks) -> None:
+def _train_as_worker(settings: RunSettings, ranks: Ranks) -> None:
     from normexp.training import loop
 
-    told = ranks.told("training")
-    languages = told["languages"] and tuple(told["languages"])
-    paths = Path(told["data_bin"]), Path(told["checkpoints"])
-    fairseq_cfg = validation.fairseq_config(cfg, paths[0], languages, paths[1])
+    sent = ranks.told("training")
+    languages = sent["languages"] and tuple(sent["languages"])
+    fairseq_cfg = trainer_config(
+        validate(settings).fairseq, Path(sent["data_bin"]), languages, Path(sent["checkpoints"])
+    )
     with suppress(loop.Diverged):  # on all ranks: rank 0 records it
-        loop.train(fairseq_cfg, None, [], speed.settings(validation.resolved(cfg)), ranks)
+        loop.train(fairseq_cfg, None, [], settings.speed, ranks)
 
 
-def _run_in_folder(cfg: DictConfig, sites: dict[str, dict[str, Any]], ranks: Ranks) -> Record:
-    plain = validation.resolved(cfg)
-    if found := recorded(cfg):
-        _say(f"complete already: {found[0]}")
+def _run_in_folder(settings: RunSettings, valid: ValidRun, ranks: Ranks) -> Record:
+    if found := find_finished(settings):
+        _print(f"complete already: {found[0]}")
         return found[1]
-    with open_run(cfg) as folder:
-        earlier = _complete_record(folder, Path(plain["results_dir"]))
+    with open_run(settings) as folder:
+        earlier = _complete_record(folder, settings.results_dir)
         if earlier is not None:
             return earlier
-        _check_records_writable(Path(plain["results_dir"]) / "records" / plain["task"]["name"])
+        _check_records_writable(settings.results_dir / "records" / settings.task.name)
         # The corpus comes before the log: its progress and its errors belong on the console.
-        corpus = prepare(plain["task"]["corpus"], Path(plain["data"]["dir"]), _local(plain))
-        if corpus.kind != plain["task"]["kind"]:
+        corpus = prepare(settings.task.corpus, settings.data.dir, settings.data.local)
+        if corpus.kind != settings.task.kind:
             raise UserError(
                 f"the corpus {corpus.name} is for {corpus.kind}, the task for "
-                f"{plain['task']['kind']}: mend task.corpus or task.kind"
+                f"{settings.task.kind}: correct task.corpus or task.kind"
             )
         with _log_to(folder.log):
-            return _run(cfg, plain, sites, corpus, folder, ranks)
+            return _run_with_corpus(settings, valid, corpus, folder, ranks)
 
 
-@dataclass(frozen=True)
-class Evaluated:
-    """What the evaluation of a run found."""
-
-    metrics: dict[str, dict[str, float | str]]
-    checkpoint: str
-    sees_future_tokens: bool | None  # measured; None for a translation model
-
-
-def evaluate_run(
-    cfg: DictConfig, folder: RunFolder, corpus: PreparedCorpus, fold: bool = False
-) -> Evaluated:
-    """Evaluate the model of a run folder; metrics per split, and which checkpoint it was.
-
-    fold: merge its norms into linear layers first. Raises UserError where that is impossible.
-    """
-    from normexp.evaluation import causality, scores
-
-    plain = validation.resolved(cfg)
-    settings = plain["evaluation"]
-    path, chosen = store.choose(
-        folder.checkpoints,
-        settings["checkpoint"],
-        settings["average_last"],
-        plain["fairseq"]["checkpoint"].get("save_interval", 1),
-    )
-    loaded = scores.load_model(path, corpus.data_bin, plain["fairseq"]["common"]["cpu"])
-    if fold:
-        loaded = scores.folded(loaded)
-    if corpus.kind == "translation":
-        metrics = scores.evaluate_translation(loaded, corpus, settings, folder.hypotheses)
-        return Evaluated(metrics, chosen, None)
-    sees_future = causality.dependence_on_future(loaded, settings["splits"][0]).sees_future
-    metrics = scores.evaluate_language_model(loaded, corpus, settings, not sees_future)
-    return Evaluated(metrics, chosen, sees_future)
-
-
-def _run(
-    cfg: DictConfig,
-    plain: dict[str, Any],
-    sites: dict[str, dict[str, Any]],
-    corpus: PreparedCorpus,
-    folder: RunFolder,
-    ranks: Ranks,
+def _run_with_corpus(
+    settings: RunSettings, valid: ValidRun, corpus: PreparedCorpus, folder: RunFolder, ranks: Ranks
 ) -> Record:
     from normexp.tracking.tracker import Tracker
 
-    facts = _facts(cfg, plain, sites, corpus)
-    environment = ("hardware", "versions", "code_commit", "code_dirty")
-    write_json(folder.path / "environment.json", {name: facts[name] for name in environment})
-    _say(f"{facts['task']} · {facts['label']} · seed {facts['seed']} · {plain['run_dir']}")
-    _say("  " + ", ".join(f"{site} {norm['name']}" for site, norm in sites.items()))
-    tracking = plain["tracking"]
+    asked = _asked(settings, valid.sites, corpus)
+    _write_environment(folder, asked)
+    _print(f"{asked.task} · {asked.label} · seed {asked.seed} · {settings.run_dir}")
+    _print("  " + ", ".join(f"{site} {norm['name']}" for site, norm in valid.sites.items()))
     with Tracker.start(
-        tracking["mode"],
-        tracking["project"],
+        settings.tracking.mode,
+        settings.tracking.project,
         folder.path,
-        run_id="-".join([facts["task"], facts["label"], str(facts["seed"]), facts["config_hash"]]),
-        name=tracking["name"],
-        group=tracking["group"],
-        tags=tracking["tags"],
-        config=_for_the_dashboard(plain, sites, facts),
+        run_id="-".join([asked.task, asked.label, str(asked.seed), asked.config_hash]),
+        name=settings.tracking.name,
+        group=settings.tracking.group,
+        tags=settings.tracking.tags,
+        config=_for_the_dashboard(settings, asked),
     ) as tracker:
 
         def rank_failed(reason: str) -> None:
-            _finish(folder, plain, facts, _failure("failed", reason))
+            _finish(folder, settings, asked, Outcome.without_result("failed", reason))
             tracker.finish(failed=True)
 
         ranks.on_failure = rank_failed
         try:
-            outcome = _train_and_evaluate(cfg, corpus, folder, tracker, ranks)
+            outcome = _train_and_evaluate(settings, valid, corpus, folder, tracker, ranks)
         except UserError:
             raise
         except Exception as error:
             logger.info("the run failed", exc_info=True)  # the console gets one line, or the error
             if ranks.lost_another(error):
                 raise UserError(
-                    "another rank of this training was killed; the same command goes on from the "
+                    "another rank of this training was killed; the same command resumes from the "
                     "last checkpoint"
                 ) from None
-            if told := advice.about_files(error, folder.path):
-                raise UserError(told) from None
-            told = advice.about_memory(error, plain, folder.finished.is_file())
-            reason = told or f"{type(error).__name__}: {error}"
-            _finish(folder, plain, facts, _failure("failed", reason))
-            if told:
-                raise UserError(told) from None
+            if cure := advice.about_files(error, folder.path):
+                raise UserError(cure) from None
+            cure = advice.about_memory(error, settings, folder.finished.is_file())
+            reason = cure or f"{type(error).__name__}: {error}"
+            _finish(folder, settings, asked, Outcome.without_result("failed", reason))
+            if cure:
+                raise UserError(cure) from None
             raise
-        record = _finish(folder, plain, facts, outcome)
+        record = _finish(folder, settings, asked, outcome)
         tracker.summarize(_flat(record))
     return record
 
 
 def _train_and_evaluate(
-    cfg: DictConfig, corpus: PreparedCorpus, folder: RunFolder, tracker: Any, ranks: Ranks
-) -> dict[str, Any]:
-    """What the record says of the run's course: complete, or diverged with the step."""
-    from normexp.runs.metrics_file import MetricsFile
+    settings: RunSettings,
+    valid: ValidRun,
+    corpus: PreparedCorpus,
+    folder: RunFolder,
+    tracker: Any,
+    ranks: Ranks,
+) -> Outcome:
+    """Train unless that is done, then evaluate: complete, or diverged with the step."""
+    from normexp.evaluation.evaluate_run import evaluate_run
     from normexp.training import loop
 
-    finished = _finished_training(folder)
-    if finished is None:
-        languages = (
-            (corpus.source_language, corpus.target_language)
-            if corpus.kind == "translation"
-            else None
-        )
-        fairseq_cfg = validation.fairseq_config(cfg, corpus.data_bin, languages, folder.checkpoints)
-        told = {"data_bin": str(corpus.data_bin.absolute()), "languages": languages}
-        ranks.tell("training", told | {"checkpoints": str(folder.checkpoints)})
-        with MetricsFile(folder.metrics) as metrics:
-            try:
-                settings = speed.settings(validation.resolved(cfg))
-                sinks = [tracker, _Console()]
-                result = loop.train(fairseq_cfg, metrics, sinks, settings, ranks)
-            except loop.Diverged as diverged:
-                return _failure("diverged", diverged.reason) | {
-                    "diverged_at_update": diverged.update,
-                    "diverged_site": diverged.site,
-                    "num_updates": diverged.update - 1,
-                    "curve": _curve(folder),
-                }
-        finished = vars(result)
-        write_json(folder.finished, finished)
+    trained = _finished_training(folder)
+    if trained is None:
+        try:
+            trained = _train(settings, valid, corpus, folder, tracker, ranks)
+        except loop.Diverged as diverged:
+            return Outcome.without_result(
+                "diverged",
+                diverged.reason,
+                diverged_at_update=diverged.update,
+                diverged_site=diverged.site,
+                num_updates=diverged.update - 1,
+                curve=_curve(folder),
+            )
+        write_json(folder.finished, vars(trained))
         preemption.leave_if_asked()
     try:
-        evaluated = evaluate_run(cfg, folder, corpus)
+        evaluated = evaluate_run(settings, folder, corpus)
     except store.Lost as lost:
         folder.finished.unlink()  # first: a kill must not leave it with too few checkpoints
         source = store.go_back_before(folder.checkpoints, lost)
         if ranks.size > 1:  # the others have trained to the end and left
             raise UserError(f"{lost}; the same command makes it again from {source}") from None
         logger.warning("%s; going on from %s to make it again", lost, source)
-        return _train_and_evaluate(cfg, corpus, folder, tracker, ranks)
+        return _train_and_evaluate(settings, valid, corpus, folder, tracker, ranks)
     logger.info("evaluated: %s", evaluated.checkpoint)
-    return finished | {
-        "status": "complete",
-        "metrics": evaluated.metrics,
-        "curve": _curve(folder),
-        "sees_future_tokens": evaluated.sees_future_tokens,
-        "peak_memory_bytes": _peak_memory(),
-    }
+    return Outcome(
+        status="complete",
+        metrics=evaluated.metrics,
+        curve=_curve(folder),
+        sees_future_tokens=evaluated.sees_future_tokens,
+        peak_memory_bytes=_peak_memory(),
+        **vars(trained),
+    )
+
+
+def _train(
+    settings: RunSettings,
+    valid: ValidRun,
+    corpus: PreparedCorpus,
+    folder: RunFolder,
+    tracker: Any,
+    ranks: Ranks,
+) -> "TrainingResult":
+    from normexp.runs.metrics_file import MetricsFile
+    from normexp.training import loop
+
+    languages = None
+    if corpus.kind == "translation":
+        languages = corpus.source_language, corpus.target_language
+    paths = {"data_bin": str(corpus.data_bin.absolute()), "checkpoints": str(folder.checkpoints)}
+    ranks.tell("training", paths | {"languages": languages})
+    fairseq_cfg = trainer_config(valid.fairseq, corpus.data_bin, languages, folder.checkpoints)
+    with MetricsFile(folder.metrics) as metrics:
+        sinks = [tracker, _print_validation]
+        return loop.train(fairseq_cfg, metrics, sinks, settings.speed, ranks)
 
 
 def _curve(folder: RunFolder) -> list[tuple[int, float]]:
-    """Validation losses as the record has them. fairseq logs bits, and apart from a smoothed loss
-    the likelihood."""
+    """(update, validation loss per token in nats). fairseq logs bits, and apart from a smoothed
+    loss the likelihood."""
     from normexp.runs.metrics_file import MetricsFile
 
     with MetricsFile(folder.metrics) as metrics:
@@ -249,12 +225,12 @@ def _curve(folder: RunFolder) -> list[tuple[int, float]]:
     return [(step, value * math.log(2)) for step, value in bits.items()]
 
 
-def _finished_training(folder: RunFolder) -> dict[str, Any] | None:
-    """What training left when it had ended; None where it has not, as far as can be read."""
+def _finished_training(folder: RunFolder) -> "TrainingResult | None":
+    """The result that training left when it ended; None where it has not, as far as is readable."""
     from normexp.training.loop import TrainingResult
 
     try:
-        return vars(TrainingResult(**json.loads(folder.finished.read_text(encoding="utf-8"))))
+        return TrainingResult(**json.loads(folder.finished.read_text(encoding="utf-8")))
     except FileNotFoundError:
         return None
     except (ValueError, TypeError) as error:
@@ -263,57 +239,50 @@ def _finished_training(folder: RunFolder) -> dict[str, Any] | None:
         return None
 
 
-def _failure(status: str, reason: str) -> dict[str, Any]:
-    from normexp.training.loop import TrainingResult
-
-    unknown = [*(field.name for field in fields(TrainingResult)), "peak_memory_bytes"]
-    return dict.fromkeys(unknown) | {"status": status, "reason": reason, "metrics": {}}
-
-
-def _facts(
-    cfg: DictConfig,
-    plain: dict[str, Any],
-    sites: dict[str, dict[str, Any]],
-    corpus: PreparedCorpus,
-) -> dict[str, Any]:
-    """What the record says of the run before it starts."""
-    commit, dirty = records.code_version(REPOSITORY)
-    settings = experiment(cfg)
-    parallel = process_group.settings(plain)
-    return {
-        "task": plain["task"]["name"],
-        "kind": plain["task"]["kind"],
-        "norm": plain["norm"]["name"],
-        "label": str(plain["label"]),
-        "seed": plain["seed"],
-        "sites": sites,
-        "sees_future_tokens": None,  # measured when the run is evaluated
-        "ranks": parallel["ranks"],
-        "statistics": parallel["statistics"] if parallel["ranks"] > 1 else None,
-        "hardware": records.hardware_facts(),
-        "versions": records.package_versions(),
-        "code_commit": commit,
-        "code_dirty": dirty,
-        "command": _command(),
-        "config": settings,
-        "config_hash": records.hash_config(settings, without=["seed"]),
-        "corpus": _corpus_facts(corpus),
-        "budget": plain["budget"],
-    }
+def _asked(settings: RunSettings, sites: Sites, corpus: PreparedCorpus) -> Asked:
+    """The part of the record that is known before the run starts."""
+    commit, dirty = provenance.code_version(REPOSITORY)
+    parallel = settings.distributed
+    return Asked(
+        task=settings.task.name,
+        kind=settings.task.kind,
+        norm=settings.norm.name,
+        label=settings.label,
+        seed=settings.seed,
+        sites=sites,
+        ranks=parallel.ranks,
+        statistics=parallel.statistics if parallel.ranks > 1 else None,
+        hardware=provenance.hardware_facts(),
+        versions=provenance.package_versions(),
+        code_commit=commit,
+        code_dirty=dirty,
+        command=_command(),
+        config=settings.experiment(),
+        config_hash=config_hash(settings),
+        corpus={
+            "name": corpus.name,
+            "hashes": corpus.manifest["files"],
+            "counts": corpus.manifest["splits"],
+        },
+        budget=settings.budget,
+    )
 
 
-def _finish(
-    folder: RunFolder, plain: dict[str, Any], facts: dict[str, Any], outcome: dict[str, Any]
-) -> Record:
-    record = Record(**(facts | outcome), finished_at=records.utc_now())
-    _publish(record, Path(plain["results_dir"]))
+def _write_environment(folder: RunFolder, asked: Asked) -> None:
+    environment = ("hardware", "versions", "code_commit", "code_dirty")
+    write_json(folder.path / "environment.json", {key: getattr(asked, key) for key in environment})
+
+
+def _finish(folder: RunFolder, settings: RunSettings, asked: Asked, outcome: Outcome) -> Record:
+    record = Record.of(asked, outcome, provenance.utc_now())
+    _publish(record, settings.results_dir)
     records.write_record(folder.record, record)  # last: it is the sign of completion
     return record
 
 
 def _publish(record: Record, results_dir: Path) -> None:
     path = records.record_path(results_dir, record)
-    put_record_aside(path, results_dir, record.task, record.config_hash)
+    archive_record(path, results_dir, record.task, record.config_hash)
     records.write_record(path, record)
 
 
@@ -329,7 +298,7 @@ def _complete_record(folder: RunFolder, results_dir: Path) -> Record | None:
     if record.status == "failed":
         return None
     _publish(record, results_dir)  # somebody removed it from among the results
-    _say(f"complete already: {folder.record}")
+    _print(f"complete already: {folder.record}")
     return record
 
 
@@ -340,32 +309,21 @@ def _check_records_writable(folder: Path) -> None:
         raise PermissionError(errno.EROFS, os.strerror(errno.EROFS), str(folder))
 
 
-def _corpus_facts(corpus: PreparedCorpus) -> dict[str, Any]:
-    return {
-        "name": corpus.name,
-        "hashes": corpus.manifest["files"],
-        "counts": corpus.manifest["splits"],
-    }
-
-
 def _command() -> str:
     """The command line without folders, which say nothing to anybody else."""
-    given = command_of_this_run()[1:]
+    given = provenance.command_of_this_run()[1:]
     arguments = [argument for argument in given if "/" not in argument and "=~" not in argument]
     return " ".join(["python", "scripts/train.py", *arguments])
 
 
-def _for_the_dashboard(
-    plain: dict[str, Any], sites: dict[str, dict[str, Any]], facts: dict[str, Any]
-) -> dict[str, Any]:
-    """W&B's config: what one filters and groups by on top, the complete configuration below."""
+def _for_the_dashboard(settings: RunSettings, asked: Asked) -> dict[str, Any]:
+    """W&B's config: what one filters and groups by on top, the complete settings below."""
     handles = ("task", "kind", "norm", "label", "seed", "config_hash", "budget", "corpus")
-    circumstances = ("code_commit", "code_dirty", "command", "hardware", "versions")
-    return {name: facts[name] for name in (*handles, *circumstances)} | {
-        "sites": sites,
-        "experiment": {key: value for key, value in plain.items() if key not in ("task", "norm")},
-        "task_config": plain["task"],
-        "norm_config": plain["norm"],
+    origin = ("code_commit", "code_dirty", "command", "hardware", "versions", "sites")
+    return {name: getattr(asked, name) for name in (*handles, *origin)} | {
+        "experiment": settings.model_dump(mode="json", exclude={"task", "norm"}),
+        "task_config": settings.task.model_dump(),
+        "norm_config": settings.norm.model_dump(),
     }
 
 
@@ -380,10 +338,6 @@ def _flat(record: Record) -> dict[str, Any]:
     return flat | {name: getattr(record, name) for name in (*course, *cost)}
 
 
-def _local(plain: dict[str, Any]) -> Path | None:
-    return Path(plain["data"]["local"]) if plain["data"]["local"] else None
-
-
 def _peak_memory() -> int:
     """Bytes: of the GPU's memory allocated to tensors, or of the process on the CPU."""
     if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
@@ -392,18 +346,16 @@ def _peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-class _Console:
-    """One line per validation on standard output."""
-
-    def __call__(self, tag: str, step: int, values: Mapping[str, float]) -> None:
-        if tag == "valid":
-            _say(
-                f"  update {step:>6}  validation loss {values['loss']:.3f} bits, "
-                f"perplexity {values.get('ppl', float('nan')):.2f}"
-            )
+def _print_validation(tag: str, step: int, values: Mapping[str, float]) -> None:
+    """Print one line per validation; a sink of the training loop."""
+    if tag == "valid":
+        _print(
+            f"  update {step:>6}  validation loss {values['loss']:.3f} bits, "
+            f"perplexity {values.get('ppl', float('nan')):.2f}"
+        )
 
 
-def _say(line: str) -> None:
+def _print(line: str) -> None:
     print(line, flush=True)
 
 

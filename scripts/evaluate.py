@@ -3,12 +3,10 @@
 
     python scripts/evaluate.py results/runs/multi30k/PN-seed1
     python scripts/evaluate.py results/runs/multi30k/PN-seed1 evaluation.beam=1
-    python scripts/evaluate.py results/runs/multi30k/PN-seed1 fold=true
+    python scripts/evaluate.py results/runs/multi30k/PN-seed1 --fold
 
-Prints the metrics beside those of the record. Overrides of the run's `evaluation` settings and of
-`data.dir` and `data.local` may follow; fold=true merges the norms into the linear layers that
-follow them, where they are per-channel affine at inference. Nothing but the translations in
-hypotheses/ is written.
+Prints the metrics beside those of the record. KEY=VALUE changes settings of the run's `evaluation`,
+or `data.dir` and `data.local`. Nothing but the translations in hypotheses/ is written.
 """
 
 import argparse
@@ -24,12 +22,22 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("run_folder", type=Path, help="results/runs/<task>/<label>-seed<k>")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as fold=true")
-    arguments = parser.parse_args()
+    parser.add_argument(
+        "overrides", nargs="*", metavar="KEY=VALUE", help="such as evaluation.beam=1"
+    )
+    parser.add_argument(
+        "--fold",
+        action="store_true",
+        help="merge the norms into the linear layers that follow them, where they are per-channel "
+        "affine at inference",
+    )
+    arguments = parser.parse_intermixed_args()
+    if any(override.startswith("fold=") for override in arguments.overrides):
+        parser.error("fold=true is now --fold")
 
     from normexp.evaluation import reevaluation
 
-    reevaluation.main(arguments.run_folder, arguments.overrides)
+    reevaluation.main(arguments.run_folder, arguments.overrides, arguments.fold)
 
 
 if __name__ == "__main__":

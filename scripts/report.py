@@ -16,7 +16,8 @@ from normexp.report.files import check_files, report_files, write_files
 from normexp.report.html import report_html, unfinished_runs
 from normexp.report.paper import load_paper
 from normexp.runs.causality_record import load_audits
-from normexp.runs.records import load_records, utc_now
+from normexp.runs.provenance import utc_now
+from normexp.runs.records import load_records
 
 
 def main() -> None:

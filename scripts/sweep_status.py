@@ -12,7 +12,7 @@ Takes what `scripts/train.py -m` takes, and looks only: nothing is started or ch
   running      a process holds its run folder: last update, and when it was logged
   waiting      its SLURM job has not started
   failed       an attempt ended with an error: the reason; the same command tries again
-  interrupted  begun, and nobody works on it: the same command goes on from its last checkpoint
+  interrupted  begun, and no process works on it: the same command resumes from its last checkpoint
   missing      not begun, or begun with another configuration
 
 Exit status 0 if every run is done or diverged, 3 if any is not, 1 after an error.
@@ -46,9 +46,9 @@ def main() -> int:
         runs = runs_found(results)
     else:
         runs = runs_of_sweep(overrides)
-        results = Path(runs[0].results_dir)
+        results = runs[0].results_dir
     jobs = slurm_queue.jobs(results)
-    statuses = [status_of(cfg, jobs) for cfg in runs]
+    statuses = [status_of(settings, jobs) for settings in runs]
     print_statuses(statuses)
     return 0 if all(status.finished for status in statuses) else UNFINISHED
 

@@ -6,11 +6,12 @@ import sys
 import hydra
 from omegaconf import DictConfig
 
+from normexp.config.settings import RunSettings, parse
 from normexp.errors import UserError
 from normexp.runs import records
-from normexp.sweeps import run_status, slurm
-from normexp.training import process_group
-from normexp.training.process_group import ToldByMain
+from normexp.runs.lookup import find_finished
+from normexp.sweeps import slurm
+from normexp.training.process_group import Process, ToldByMain, this_process
 
 failures = []
 
@@ -19,14 +20,15 @@ failures = []
 def main(cfg: DictConfig) -> str | None:
     """Do one run and return why it failed; in a sweep the other runs go on when one cannot."""
     try:
-        alone = process_group.this_process().size == 1
-        if alone and (found := run_status.recorded(cfg)):
+        process = this_process()
+        settings = _settings(cfg, process)
+        if process.size == 1 and (found := find_finished(settings)):
             path, record = found
             print(f"complete already: {path}")
         else:
             from normexp import pipeline  # here, because torch and fairseq take seconds
 
-            record = pipeline.run(cfg)
+            record = pipeline.run(settings)
     except UserError as error:
         if not isinstance(error, ToldByMain):
             print(f"error: {error}", file=sys.stderr)
@@ -41,10 +43,19 @@ def main(cfg: DictConfig) -> str | None:
     return None
 
 
+def _settings(cfg: DictConfig, process: Process) -> RunSettings:
+    try:
+        return parse(cfg)
+    except UserError:
+        if process.is_main:
+            raise
+        raise ToldByMain("the settings are invalid") from None  # rank 0 prints why
+
+
 if __name__ == "__main__":
     slurm.register(failures)
     try:
         main()
     except KeyboardInterrupt:
-        sys.exit("interrupted; the same command goes on from the last checkpoint")
+        sys.exit("interrupted; the same command resumes from the last checkpoint")
     sys.exit(int(bool(failures)))

@@ -1,6 +1,6 @@
 """Time of training updates of a small Transformer: stock fairseq, and the settings of `speed`."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,15 @@ from torch.profiler import ProfilerActivity, profile
 import normexp.fairseq_plugin  # noqa: F401 (registers models, criterions and the optimizer)
 from normexp.benchmarks.benchmark_record import write_record
 from normexp.benchmarks.timing import take_turns
+from normexp.config.fairseq_config import apply_speed
+from normexp.config.settings import SpeedSettings
 from normexp.norms.kernels.choice import chosen_kernels, use_kernels
 from normexp.training import speed
 
 VOCABULARY, SENTENCES, LENGTH = 9792, 100, 40
 STOCK = "fairseq"
-ALL = {"precision": "bfloat16", "fast_dropout": True, "fused_loss": True, "fused_adam": True}
+ALL_BUT_BFLOAT16 = SpeedSettings(fast_dropout=True, fused_loss=True, fused_adam=True)
+ALL = ALL_BUT_BFLOAT16.model_copy(update={"precision": "bfloat16"})
 FASTEST = "all, compiled"
 WARM_UPDATES = 5
 _SHAPE = {
@@ -46,21 +49,21 @@ _MODEL = {
 
 @dataclass(frozen=True)
 class _Configuration:
-    speed: Mapping[str, Any]
+    speed: SpeedSettings
     kernels: str = "plain"
     encoder_norm: str | None = None  # None: the LayerNorm of fairseq's own model
 
 
 CONFIGURATIONS = {
-    STOCK: _Configuration(speed.STOCK),
-    "fast dropout, torch only": _Configuration(speed.STOCK | {"fast_dropout": True}),
-    "fast dropout, compiled": _Configuration(speed.STOCK | {"fast_dropout": True}, "auto"),
-    "fused loss, torch only": _Configuration(speed.STOCK | {"fused_loss": True}),
-    "fused loss, compiled": _Configuration(speed.STOCK | {"fused_loss": True}, "auto"),
-    "bfloat16": _Configuration(speed.STOCK | {"precision": "bfloat16"}),
-    "fused Adam": _Configuration(speed.STOCK | {"fused_adam": True}),
-    "all but bfloat16, torch only": _Configuration(ALL | {"precision": "float32"}),
-    "all but bfloat16, compiled": _Configuration(ALL | {"precision": "float32"}, "auto"),
+    STOCK: _Configuration(SpeedSettings()),
+    "fast dropout, torch only": _Configuration(SpeedSettings(fast_dropout=True)),
+    "fast dropout, compiled": _Configuration(SpeedSettings(fast_dropout=True), "auto"),
+    "fused loss, torch only": _Configuration(SpeedSettings(fused_loss=True)),
+    "fused loss, compiled": _Configuration(SpeedSettings(fused_loss=True), "auto"),
+    "bfloat16": _Configuration(SpeedSettings(precision="bfloat16")),
+    "fused Adam": _Configuration(SpeedSettings(fused_adam=True)),
+    "all but bfloat16, torch only": _Configuration(ALL_BUT_BFLOAT16),
+    "all but bfloat16, compiled": _Configuration(ALL_BUT_BFLOAT16, "auto"),
     "all, torch only": _Configuration(ALL),
     FASTEST: _Configuration(ALL, "auto"),
     "all, compiled, encoder norm layer": _Configuration(ALL, "auto", "layer"),
@@ -153,7 +156,7 @@ def _trainer(configuration: _Configuration) -> Trainer:
     model = dict(_MODEL)
     if configuration.encoder_norm is not None:
         model |= {"norm": configuration.encoder_norm}
-    ours = configuration.speed != speed.STOCK
+    ours = configuration.speed != SpeedSettings()
     if ours or configuration.encoder_norm is not None:
         model["_name"] = "normexp_transformer"
     node = {
@@ -168,7 +171,7 @@ def _trainer(configuration: _Configuration) -> Trainer:
         "lr_scheduler": {"_name": "inverse_sqrt", "warmup_updates": 4000},
         "optimization": {"lr": [0.0005]},
     }
-    speed.into_fairseq(configuration.speed, node)
+    apply_speed(configuration.speed, node)
     cfg = OmegaConf.merge(OmegaConf.structured(FairseqConfig), node)
     add_defaults(cfg)
     cfg = OmegaConf.create(OmegaConf.to_container(cfg, resolve=True, enum_to_str=True))

@@ -8,7 +8,7 @@ import torch
 
 from normexp.files import write_json
 from normexp.paths import REPOSITORY
-from normexp.runs.records import code_version, hardware_facts, package_versions, utc_now
+from normexp.runs.provenance import code_version, hardware_facts, package_versions, utc_now
 
 # On a CPU the faults of fresh pages cost more than many layers; these decide how many there are.
 _MALLOC = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_", "LD_PRELOAD")

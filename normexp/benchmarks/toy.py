@@ -7,7 +7,8 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig
 
-from normexp.config import validation
+from normexp.config.fairseq_config import trainer_config, typed_config
+from normexp.config.settings import parse
 from normexp.corpora import prepare
 from normexp.paths import CONFIGS
 
@@ -22,10 +23,10 @@ def toy_task(task: str, folder: Path, *overrides: str) -> tuple[DictConfig, Any]
 
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        cfg = compose("train", [f"task={task}", *overrides])
-    corpus = prepare(cfg.task.corpus, folder, None)
+        settings = parse(compose("train", [f"task={task}", *overrides]))
+    corpus = prepare(settings.task.corpus, folder, None)
     languages = None
     if corpus.kind == "translation":
         languages = corpus.source_language, corpus.target_language
-    fairseq_cfg = validation.fairseq_config(cfg, corpus.data_bin, languages, folder)
+    fairseq_cfg = trainer_config(typed_config(settings), corpus.data_bin, languages, folder)
     return fairseq_cfg, tasks.setup_task(fairseq_cfg.task)

@@ -1,60 +1,112 @@
-"""What decides the result of a run, out of everything that is configured.
+"""The identity of a run: a hash of the settings that decide its result.
 
-Imports neither torch nor fairseq: what is done already should be found out at once.
+Two runs of equal identity and seed are the same run; runs of equal identity and different seeds are
+averaged. The hash must survive a new setting, or every run recorded before it would count as
+changed and be trained again. Hence these rules:
+
+- Paths and tracking are left out, and `distributed` with one rank, where it has no effect.
+- A setting at the value that means "as before it existed" is left out. For a field of
+  `config.settings` that value is its default; for a site without a norm of its own it is null; for
+  the options of norms and for fairseq's settings, which other code declares, it stands in
+  `NEUTRAL_OPTIONS` and `NEUTRAL_FAIRSEQ`.
+- A setting that was renamed without another effect is hashed under its old name (`RENAMED`).
 """
 
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from normexp.config.settings import NOT_IN_IDENTITY, ExperimentSettings
 
-from normexp.errors import UserError
-from normexp.training import process_group
+NEUTRAL_OPTIONS: dict[str, Any] = {"bound_nu": False}
+"""Options of norms that came after the first recorded runs, at the value without effect."""
 
-# What may differ between two runs of the same experiment.
-NOT_PART_OF_THE_EXPERIMENT = ("data", "results_dir", "run_dir", "tracking")
+NEUTRAL_FAIRSEQ: dict[str, dict[str, Any]] = {}
+"""Keys of fairseq's groups that configs/train.yaml named later, at fairseq's own default."""
+
+RENAMED: dict[str, dict[str, str]] = {
+    # Ours add the penalty of regularized norms, and refuse the stock names where there is one.
+    "criterion": {
+        "normexp_cross_entropy": "cross_entropy",
+        "normexp_label_smoothed_cross_entropy": "label_smoothed_cross_entropy",
+    }
+}
+"""fairseq's `_name` by group: new name -> the name that computed the same before."""
 
 
-def resolved(cfg: DictConfig) -> dict[str, Any]:
-    """The configuration as plain containers, references filled in, without Hydra's own node.
+def identity(settings: ExperimentSettings) -> dict[str, Any]:
+    """The settings that decide the result of a run, neutral ones left out; JSON types."""
+    kept = settings.model_dump(exclude=set(NOT_IN_IDENTITY), exclude_defaults=True)
+    alone = settings.distributed.ranks == 1
+    if alone:
+        kept.pop("distributed", None)
+    norm = kept["norm"]
+    norm["options"] = _options(norm["options"], alone)
+    norm["sites"] = {
+        site: _options(choice, alone) if isinstance(choice, Mapping) else choice
+        for site, choice in settings.norm.overridden_sites().items()
+    }
+    kept["fairseq"] = {
+        group: _fairseq_group(group, values) for group, values in settings.fairseq.items()
+    }
+    return kept
 
-    Raises UserError where a reference leads nowhere or a value is missing.
+
+def config_hash(settings: ExperimentSettings) -> str:
+    """First 12 hex digits of the SHA-256 of `identity` without the seed."""
+    return hash_config(identity(settings), without=["seed"])
+
+
+def hash_config(config: Mapping[str, Any], without: Iterable[str] = ()) -> str:
+    """First 12 hex digits of the SHA-256 of plain containers; the order of keys has no effect.
+
+    without: dotted keys that may differ between runs that are averaged, such as "seed".
     """
-    try:
-        own = OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"])
-        return OmegaConf.to_container(own, resolve=True, throw_on_missing=True)
-    except OmegaConfBaseException as error:
-        raise UserError(f"configuration: {first_line(error)}") from None
+    kept = json.loads(json.dumps(config))
+    for key in without:
+        *parents, last = key.split(".")
+        node = kept
+        for parent in parents:
+            node = node.get(parent, {})
+        node.pop(last, None)
+    canonical = json.dumps(kept, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()[:12]
 
 
-def experiment(cfg: DictConfig) -> dict[str, Any]:
-    """What decides the result: the resolved configuration less paths and tracking."""
-    plain = resolved(cfg)
-    left_out = list(NOT_PART_OF_THE_EXPERIMENT)
-    if process_group.settings(plain)["ranks"] == 1:  # with one rank it says nothing
-        left_out.append("distributed")
-    return {key: value for key, value in plain.items() if key not in left_out}
+def differences(earlier: ExperimentSettings, now: ExperimentSettings) -> str:
+    """The first few settings in which two identities differ, as "key: old -> new"; "" if none."""
+    changed = _changed(identity(earlier), identity(now), "")
+    return ", ".join(changed[:3]) + (", ..." if len(changed) > 3 else "")
 
 
-def differences(earlier: dict[str, Any], now: dict[str, Any]) -> str:
-    """The first few keys in which two configurations differ, as 'key: old -> new'."""
-    found = _differences(earlier, now, "")
-    return ", ".join(found[:3]) + (", ..." if len(found) > 3 else "")
+def _options(options: Mapping[str, Any], alone: bool) -> dict[str, Any]:
+    return {
+        name: value
+        for name, value in options.items()
+        if not (alone and name == "sync")  # statistics over one rank are those of one rank
+        and not (name in NEUTRAL_OPTIONS and value == NEUTRAL_OPTIONS[name])
+    }
 
 
-def _differences(earlier: dict[str, Any], now: dict[str, Any], prefix: str) -> list[str]:
-    found = []
+def _fairseq_group(group: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    neutral, renamed = NEUTRAL_FAIRSEQ.get(group, {}), RENAMED.get(group, {})
+    kept = {
+        key: value
+        for key, value in values.items()
+        if not (key in neutral and value == neutral[key])
+    }
+    if "_name" in kept:
+        kept["_name"] = renamed.get(kept["_name"], kept["_name"])
+    return kept
+
+
+def _changed(earlier: Mapping[str, Any], now: Mapping[str, Any], prefix: str) -> list[str]:
+    changed = []
     for key in sorted(set(earlier) | set(now)):
         a, b = earlier.get(key), now.get(key)
-        if isinstance(a, dict) and isinstance(b, dict):
-            found += _differences(a, b, f"{prefix}{key}.")
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            changed += _changed(a, b, f"{prefix}{key}.")
         elif a != b:
-            found.append(f"{prefix}{key}: {a} -> {b}")
-    return found
-
-
-def first_line(error: Exception) -> str:
-    """The first line of one of OmegaConf's messages, with the key that it is about."""
-    lines = str(error).strip().split("\n")
-    key = next((line.split(":", 1)[1].strip() for line in lines if "full_key" in line), "")
-    return lines[0] + (f" (key {key})" if key and key not in lines[0] else "")
+            changed.append(f"{prefix}{key}: {a} -> {b}")
+    return changed

@@ -10,19 +10,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from tqdm import tqdm
 
-from normexp.checkpoints import store
-from normexp.config import validation
+from normexp.config.settings import FAIRSEQ_TASKS, RunSettings
 from normexp.corpora import prepare
 from normexp.errors import UserError
-from normexp.evaluation.scores import LoadedModel, load_model
+from normexp.evaluation.scores import LoadedModel, load_evaluated, load_model
 from normexp.paths import REPOSITORY
-from normexp.runs import records
+from normexp.runs import provenance, records
 from normexp.runs.causality_record import Audit, write_audit
 from normexp.runs.folder import RunFolder
 
@@ -134,9 +132,14 @@ def main(
     """Audit a run folder, or a checkpoint with its binarized data, and print what was found."""
     if segments < 1:
         raise UserError(f"--segments={segments} must be at least 1")
-    run = _Run.read(model) if model.is_dir() else None
-    loaded = run.load(cpu) if run else _of_checkpoint(model, data, user_dir, cpu)
-    if loaded.cfg.task._name not in validation.FAIRSEQ_TASKS["language_model"]:
+    folder = RunFolder(model.absolute()) if model.is_dir() else None
+    if folder:
+        settings = folder.read_settings()
+        corpus = prepare(settings.task.corpus, settings.data.dir, settings.data.local)
+        loaded, checkpoint = load_evaluated(settings, folder, corpus, cpu)
+    else:
+        loaded = _of_checkpoint(model, data, user_dir, cpu)
+    if loaded.cfg.task._name not in FAIRSEQ_TASKS["language_model"]:
         raise UserError(f"{model} is no language model but a model for {loaded.cfg.task._name}")
     dependence = dependence_on_future(loaded, split, segments, seed=seed)
     use = use_of_future(loaded, split, segments, seed, progress=True)
@@ -152,79 +155,53 @@ def main(
     ):
         table.add_row(name, value)
     Console().print(table)
-    if run and run.folder.record.is_file():
+    if folder and folder.record.is_file():
         options = f" --split {split} --segments {segments} --seed {seed}" + " --cpu" * cpu
-        print("record:", run.write(dependence, use, split, segments, seed, options))
+        drawn = split, segments, seed, options
+        print("record:", _write_record(settings, folder, checkpoint, dependence, use, *drawn))
     return dependence
 
 
-@dataclass(frozen=True)
-class _Run:
-    """A run folder with the checkpoint that its evaluation took."""
-
-    folder: RunFolder
-    cfg: DictConfig
-    checkpoint: Path
-    chosen: str
-
-    @classmethod
-    def read(cls, path: Path) -> "_Run":
-        folder = RunFolder(path.absolute())
-        cfg = folder.read_config()
-        plain = validation.resolved(cfg)
-        settings = plain["evaluation"]
-        checkpoint, chosen = store.choose(
-            folder.checkpoints,
-            settings["checkpoint"],
-            settings["average_last"],
-            plain["fairseq"]["checkpoint"].get("save_interval", 1),
-        )
-        return cls(folder, cfg, checkpoint, chosen)
-
-    def load(self, cpu: bool) -> LoadedModel:
-        data = self.cfg.data
-        local = Path(data.local) if data.local else None
-        corpus = prepare(self.cfg.task.corpus, Path(data.dir), local)
-        return load_model(self.checkpoint, corpus.data_bin, cpu or self.cfg.fairseq.common.cpu)
-
-    def write(
-        self,
-        dependence: Dependence,
-        use: FutureUse,
-        split: str,
-        segments: int,
-        seed: int,
-        options: str,
-    ) -> Path:
-        """The audit's record, where the run's record is one; its path."""
-        record = records.read_record(self.folder.record)
-        results = Path(self.cfg.results_dir)
-        of_run = records.record_path(results, record)
-        path = results / "audits" / of_run.relative_to(results / "records")
-        commit, dirty = records.code_version(REPOSITORY)
-        audit = Audit(
-            task=record.task,
-            label=record.label,
-            seed=record.seed,
-            config_hash=record.config_hash,
-            checkpoint=self.chosen,
-            split=split,
-            blocks=segments,
-            draw_seed=seed,
-            sees_future_tokens=dependence.sees_future,
-            changed=dependence.changed,
-            largest_nats=dependence.largest,
-            perplexity_visible=use.visible,
-            perplexity_random=use.random,
-            perplexity_hidden=use.masked,
-            code_commit=commit,
-            code_dirty=dirty,
-            versions=records.package_versions(),
-            command=f"python scripts/audit.py results/runs/{record.task}/{of_run.stem}{options}",
-            finished_at=records.utc_now(),
-        )
-        write_audit(path, audit)
-        return path
+def _write_record(
+    settings: RunSettings,
+    folder: RunFolder,
+    checkpoint: str,
+    dependence: Dependence,
+    use: FutureUse,
+    split: str,
+    segments: int,
+    seed: int,
+    options: str,
+) -> Path:
+    """The audit's record, where the run's record is one; its path."""
+    record = records.read_record(folder.record)
+    results = settings.results_dir
+    of_run = records.record_path(results, record)
+    path = results / "audits" / of_run.relative_to(results / "records")
+    commit, dirty = provenance.code_version(REPOSITORY)
+    audit = Audit(
+        task=record.task,
+        label=record.label,
+        seed=record.seed,
+        config_hash=record.config_hash,
+        checkpoint=checkpoint,
+        split=split,
+        blocks=segments,
+        draw_seed=seed,
+        sees_future_tokens=dependence.sees_future,
+        changed=dependence.changed,
+        largest_nats=dependence.largest,
+        perplexity_visible=use.visible,
+        perplexity_random=use.random,
+        perplexity_hidden=use.masked,
+        code_commit=commit,
+        code_dirty=dirty,
+        versions=provenance.package_versions(),
+        command=f"python scripts/audit.py results/runs/{record.task}/{of_run.stem}{options}",
+        finished_at=provenance.utc_now(),
+    )
+    write_audit(path, audit)
+    return path
 
 
 def _of_checkpoint(path: Path, data: Path | None, user_dir: Path | None, cpu: bool) -> LoadedModel:

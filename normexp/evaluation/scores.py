@@ -15,9 +15,12 @@ import torch
 from tqdm import tqdm
 
 from normexp.checkpoints import store
+from normexp.config.settings import EvaluationSettings, RunSettings, window_stride
+from normexp.corpora import PreparedCorpus
 from normexp.errors import UserError
 from normexp.evaluation import bleu, sliding_window
 from normexp.files import whole_file
+from normexp.runs.folder import RunFolder
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +49,23 @@ def load_model(checkpoint: Path, data_bin: Path, cpu: bool = False) -> LoadedMod
         )
     device = torch.device("cuda" if torch.cuda.is_available() and not cpu else "cpu")
     return LoadedModel(models[0].eval().to(device), task, cfg, device)
+
+
+def load_evaluated(
+    settings: RunSettings, folder: RunFolder, corpus: PreparedCorpus, cpu: bool = False
+) -> tuple[LoadedModel, str]:
+    """Load the model of a run that its settings evaluate, and say which checkpoint it is of.
+
+    settings.evaluation.checkpoint selects the best epoch or averages the last ones. Raises
+    `store.Lost` where checkpoints that training wrote are missing or damaged.
+    """
+    path, selected = store.choose(
+        folder.checkpoints,
+        settings.evaluation.checkpoint,
+        settings.evaluation.average_last,
+        settings.save_interval,
+    )
+    return load_model(path, corpus.data_bin, cpu or settings.on_cpu), selected
 
 
 def folded(loaded: LoadedModel) -> LoadedModel:
@@ -85,7 +105,7 @@ def score_stream(
     The result does not depend on the size of the batches, nor on how the text is cut into blocks.
     Raises UserError for impossible windows, too.
     """
-    stride = sliding_window.stride_for(loaded.cfg.task.tokens_per_sample, context_window, stride)
+    stride = window_stride(loaded.cfg.task.tokens_per_sample, context_window, stride)
     if split not in loaded.task.datasets:
         loaded.task.load_dataset(split)
     batches = sliding_window.stream_batches(
@@ -156,26 +176,25 @@ def to_text(loaded: LoadedModel, tokens: torch.Tensor, bpe: str | None, referenc
 
 def evaluate_translation(
     loaded: LoadedModel,
-    corpus: Any,
-    settings: dict[str, Any],
+    corpus: PreparedCorpus,
+    settings: EvaluationSettings,
     hypotheses_dir: Path,
     progress: bool = True,
 ) -> dict[str, dict[str, float | str]]:
     """BLEU, both kinds, and perplexity per token of every split asked for.
 
-    corpus: a PreparedCorpus; settings: the configuration's `evaluation`. The detokenised
-    translations are written to hypotheses_dir/<split>.txt.
+    The detokenised translations are written to hypotheses_dir/<split>.txt.
     """
     hypotheses_dir.mkdir(parents=True, exist_ok=True)
     metrics = {}
-    for split in settings["splits"]:
-        nll, tokens = score(loaded, split, settings["max_tokens"], progress)
+    for split in settings.splits:
+        nll, tokens = score(loaded, split, settings.max_tokens, progress)
         found = translate(
             loaded,
             split,
-            settings["beam"],
-            settings["length_penalty"],
-            settings["max_tokens"],
+            settings.beam,
+            settings.length_penalty,
+            settings.max_tokens,
             progress,
         )
         dataset = loaded.task.dataset(split)
@@ -201,7 +220,7 @@ def evaluate_translation(
             "loss_per_token_nats": nll / tokens,
             "perplexity_per_token": math.exp(nll / tokens),
         }
-        if settings["compound_split"]:
+        if settings.compound_split:
             metrics[split]["bleu_compound_split"] = bleu.compound_split_bleu(
                 detokenised, raw, corpus.target_language
             )
@@ -210,8 +229,8 @@ def evaluate_translation(
 
 def evaluate_language_model(
     loaded: LoadedModel,
-    corpus: Any,
-    settings: dict[str, Any],
+    corpus: PreparedCorpus,
+    settings: EvaluationSettings,
     causal: bool,
     progress: bool = True,
 ) -> dict[str, dict[str, float | str]]:
@@ -221,13 +240,13 @@ def evaluate_language_model(
     line counts as one of each. With a context_window also `streamed_*`, the same with context
     carried over (`score_stream`), unless the model is not causal: it then means nothing.
     """
-    streamed = settings["context_window"] > 0
+    streamed = settings.context_window > 0
     if streamed and not causal:
         logger.warning("the model sees future tokens: no perplexity with context carried over")
         streamed = False
     metrics = {}
-    for split in settings["splits"]:
-        nll, tokens = score(loaded, split, settings["max_tokens"], progress)
+    for split in settings.splits:
+        nll, tokens = score(loaded, split, settings.max_tokens, progress)
         words = corpus.words(split) + corpus.sentences(split)
         if tokens != corpus.tokens(split):
             raise UserError(
@@ -240,7 +259,7 @@ def evaluate_language_model(
             "perplexity_per_word": math.exp(nll / words),
         }
         if streamed:
-            windows = settings["context_window"], settings["stride"], settings["max_tokens"]
+            windows = settings.context_window, settings.stride, settings.max_tokens
             nll, _ = score_stream(loaded, split, *windows, progress)
             metrics[split] |= {
                 "streamed_loss_per_token_nats": nll / tokens,

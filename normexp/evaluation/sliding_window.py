@@ -12,8 +12,6 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from normexp.errors import UserError
-
 
 def split_into_windows(length: int, context_window: int, stride: int) -> Iterator[range]:
     """Positions that each window reads; the last `stride` (at the end fewer) are predicted there.
@@ -23,21 +21,6 @@ def split_into_windows(length: int, context_window: int, stride: int) -> Iterato
     """
     for first in range(0, length, stride):
         yield range(max(0, first - context_window), min(first + stride, length))
-
-
-def stride_for(tokens_per_sample: int, context_window: int, stride: int | None) -> int:
-    """The stride asked for, by default as long as the model's windows allow.
-
-    Raises UserError where windows of context_window + stride tokens are impossible.
-    """
-    stride = tokens_per_sample - context_window if stride is None else stride
-    if context_window < 0 or stride < 1 or context_window + stride > tokens_per_sample:
-        raise UserError(
-            f"evaluation.context_window={context_window} and evaluation.stride={stride}: the first "
-            f"must not be negative, the second be at least 1, and their sum at most "
-            f"{tokens_per_sample}, the model's tokens_per_sample"
-        )
-    return stride
 
 
 def stream_batches(

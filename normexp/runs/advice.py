@@ -2,11 +2,12 @@
 
 import errno
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
+
+from normexp.config.settings import ExperimentSettings
 
 FULL_DISK_BYTES = 1_000_000
 _FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -46,21 +47,21 @@ def _full(folder: Path) -> str:
     )
 
 
-def about_memory(error: BaseException, plain: Mapping[str, Any], trained: bool) -> str | None:
+def about_memory(error: BaseException, settings: ExperimentSettings, trained: bool) -> str | None:
     """Cause and cure where memory did not suffice; None for another error.
 
-    plain: the resolved configuration; trained: whether it happened after the training.
+    trained: whether it happened after the training.
     """
     if not any(_is_of_memory(cause) for cause in _causes(error)):
         return None
-    again = "give the same command again where there is more memory, and it goes on from "
+    again = "give the same command again where there is more memory, and it resumes from "
     if trained:
         return (
             f"out of memory while evaluating; {again}the trained model, or choose another label= "
-            f"and evaluation.max_tokens below {plain['evaluation']['max_tokens']}"
+            f"and evaluation.max_tokens below {settings.evaluation.max_tokens}"
         )
-    max_tokens = plain["fairseq"]["dataset"].get("max_tokens")
-    update_freq = list(plain["fairseq"]["optimization"].get("update_freq", [1]))
+    max_tokens = settings.fairseq["dataset"].get("max_tokens")
+    update_freq = list(settings.fairseq["optimization"].get("update_freq", [1]))
     if max_tokens is None:
         smaller = "a smaller fairseq.dataset.batch_size and a larger update_freq"
     else:

@@ -1,7 +1,7 @@
-"""What a run with another configuration left behind is put aside, and never overwritten.
+"""An archive of what runs with another configuration left behind, so that nothing is overwritten.
 
 results/superseded/<task>/<name>.<time>/ is a former run folder, <name>.<time>.json a former record;
-the time is when it was put aside (UTC). Reports do not look there.
+the time is that of archiving (UTC). Reports do not look there.
 """
 
 import shutil
@@ -14,8 +14,8 @@ from normexp.runs.records import read_record
 FOLDER = "superseded"
 
 
-def put_aside(path: Path, results_dir: Path, task: str, why: str) -> Path:
-    """Move a run folder or a record to results/superseded/ and say so; returns where it is now.
+def archive(path: Path, results_dir: Path, task: str, why: str) -> Path:
+    """Move a run folder or a record to results/superseded/ and print so; returns its new path.
 
     The caller makes sure that nobody uses it. Raises UserError where it cannot be moved.
     """
@@ -27,20 +27,20 @@ def put_aside(path: Path, results_dir: Path, task: str, why: str) -> Path:
         shutil.move(path, target)
     except OSError as error:
         raise UserError(
-            f"cannot put {path} aside as {target} ({error.strerror}): {why}; move it away"
+            f"cannot archive {path} as {target} ({error.strerror}): {why}; move it away"
         ) from None
-    print(f"put aside: {path} -> {target} ({why})", flush=True)
+    print(f"archived: {path} -> {target} ({why})", flush=True)
     return target
 
 
-def put_record_aside(path: Path, results_dir: Path, task: str, config_hash: str) -> None:
-    """Put the record at `path` aside unless it has this configuration, or there is none."""
+def archive_record(path: Path, results_dir: Path, task: str, config_hash: str) -> None:
+    """Archive the record at `path` unless it has this hash, or there is none."""
     if not path.exists():
         return
     try:
         earlier = read_record(path).config_hash
     except UserError:
-        put_aside(path, results_dir, task, "it cannot be read")
+        archive(path, results_dir, task, "it cannot be read")
         return
     if earlier != config_hash:
-        put_aside(path, results_dir, task, f"configuration {earlier}, now {config_hash}")
+        archive(path, results_dir, task, f"configuration {earlier}, now {config_hash}")

@@ -15,22 +15,22 @@ record.json       written last; the committed copy is results/records/<task>/<la
 import fcntl
 import os
 import shlex
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
+from filelock import FileLock, Timeout
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from normexp.config.identity import differences, experiment, resolved
+from normexp.config.identity import differences
+from normexp.config.settings import RunSettings, parse
 from normexp.errors import UserError
 from normexp.files import whole_file
-from normexp.runs.archive import put_aside
-from normexp.runs.command_line import command_of_this_run
+from normexp.runs.archive import archive
+from normexp.runs.provenance import command_of_this_run
 
 LOCK = ".lock"
 LOCK_SECONDS = 1.0  # whoever looks whether the folder is in use holds the lock for a moment
@@ -72,8 +72,9 @@ class RunFolder:
 
     def in_use(self) -> bool:
         """Whether a process holds the folder at this moment."""
+        # By hand, because filelock needs permission to write, which others' folders may refuse.
         try:
-            lock = open(self.path / LOCK)  # noqa: SIM115
+            lock = open(self.path / LOCK, "rb")  # noqa: SIM115
         except OSError:
             return False
         with lock:
@@ -83,8 +84,8 @@ class RunFolder:
                 return True
         return False
 
-    def read_config(self) -> DictConfig:
-        """The run's resolved configuration. Raises UserError where there is none."""
+    def read_settings(self) -> RunSettings:
+        """The settings of the run. Raises UserError where there are none, or damaged ones."""
         if not self.config.is_file():
             raise UserError(
                 f"{self.path} is no run folder: it has no config.yaml (run folders lie under "
@@ -97,7 +98,10 @@ class RunFolder:
             raise UserError(f"{self.config} is damaged ({reason}); {self._cure}") from None
         if not isinstance(cfg, DictConfig) or "task" not in cfg:
             raise UserError(f"{self.config} is not the configuration of a run; {self._cure}")
-        return cfg
+        try:
+            return parse(cfg)
+        except UserError as error:
+            raise UserError(f"{self.config}: {error}; {self._cure}") from None
 
     @property
     def _cure(self) -> str:
@@ -105,53 +109,55 @@ class RunFolder:
 
 
 @contextmanager
-def open_run(cfg: DictConfig) -> Iterator[RunFolder]:
-    """Create the run folder of a configuration or reopen it, and hold it for this process.
+def open_run(settings: RunSettings) -> Iterator[RunFolder]:
+    """Create the run folder of these settings or reopen it, and hold it for this process.
 
-    A folder of another configuration is put aside. Raises UserError when the folder is in use by
-    another process or cannot be written.
+    A folder of another identity is archived. Raises UserError when the folder is in use by another
+    process or cannot be written.
     """
-    plain = resolved(cfg)
-    folder = RunFolder(Path(plain["run_dir"]).absolute())
+    folder = RunFolder(settings.run_dir.absolute())
     lock = _lock(folder)
     try:
-        now = experiment(cfg)
-        while folder.config.is_file() and (earlier := experiment(folder.read_config())) != now:
-            why = f"another configuration: {differences(earlier, now)}"
-            put_aside(folder.path, Path(plain["results_dir"]), plain["task"]["name"], why)
-            lock.close()  # it is that of the folder put aside
+        while folder.config.is_file() and (
+            changed := differences(folder.read_settings(), settings)
+        ):
+            why = f"another configuration: {changed}"
+            archive(folder.path, settings.results_dir, settings.task.name, why)
+            lock.release()  # it is that of the archived folder
             lock = _lock(folder)
         if not folder.config.is_file():
             with whole_file(folder.config) as file:
-                file.write(OmegaConf.to_yaml(OmegaConf.create(plain)))
+                file.write(settings.as_yaml())
         with open(folder.path / "command.txt", "a", encoding="utf-8") as file:
             file.write(shlex.join(["python", *command_of_this_run()]) + "\n")
         yield folder
     finally:
-        lock.close()
+        lock.release()
 
 
-def _lock(folder: RunFolder) -> IO[str]:
-    """Hold the folder until the file returned is closed."""
-    deadline = time.monotonic() + LOCK_SECONDS
+def _lock(folder: RunFolder) -> FileLock:
+    """Hold the folder until the lock returned is released."""
+    path = folder.path / LOCK
     while True:
+        lock = FileLock(path)
         try:
             folder.path.mkdir(parents=True, exist_ok=True)
-            lock = open(folder.path / LOCK, "w")  # noqa: SIM115 (held as long as the run)
+            path.touch()
+            before = path.stat()
+            lock.acquire(timeout=LOCK_SECONDS)
+        except Timeout:
+            raise UserError(
+                f"{folder.path} is in use by another process: the same run is under way"
+            ) from None
+        except FileNotFoundError:  # archived by another process meanwhile
+            continue
         except OSError as error:
             raise UserError(
                 f"cannot write the run folder {folder.path}: {error.strerror}; set results_dir=..."
             ) from None
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # Somebody may have put the folder aside before the lock was ours.
-            if os.path.samestat(os.fstat(lock.fileno()), os.stat(folder.path / LOCK)):
+        # Another process may have archived the folder before the lock was ours. Nothing is ever
+        # moved back, so an unchanged file is the one that was locked.
+        with suppress(FileNotFoundError):
+            if os.path.samestat(before, path.stat()):
                 return lock
-        except OSError:
-            pass
-        lock.close()
-        if time.monotonic() > deadline:
-            raise UserError(
-                f"{folder.path} is in use by another process: the same run is under way"
-            )
-        time.sleep(0.05)
+        lock.release()

@@ -4,17 +4,11 @@ A record is one JSON file, `records/<task>/<label>-seed<k>.json`, written once w
 however it ends. Tables are made from records and from nothing else.
 """
 
-import hashlib
-import importlib.metadata
 import json
 import math
-import os
-import platform
 import re
-import subprocess
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
+from collections.abc import Mapping
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -29,48 +23,65 @@ Metrics = dict[str, float | str | None]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Record:
-    """One run. A value that could not be determined, or is not a finite number, is None.
+class Asked:
+    """What was asked of a run and where it was made, known before it starts.
 
     Attributes:
         task: Name of the task's configuration, such as "iwslt14".
         norm: Name of the normalization, as in `available_norms()`.
         label: Name of the row in the tables; runs that differ only in their seed share it.
         sites: For each of the seven sites its norm's name and options.
-        status: "complete", "diverged" (see `diverged_at_update`) or "failed"; the last two have a
-            `reason`.
-        diverged_site: Site and layer ("encoder_ffn/0") at which running statistics, or what was to
-            be averaged into them, were first not finite in the failed update
-            (`StatisticsWatch` tells what that says of the cause). None without
-            divergence, without such norms, and where all of it was finite.
-        metrics: By split ("valid", "test"), then by name. A name says which convention it follows.
-        curve: (update, validation loss per token in nats) at every validation while training.
-        sees_future_tokens: Whether a language model's output depends on the tokens it predicts;
-            None for translation.
         ranks: How many processes trained together, each with a batch of its own in an update.
         statistics: Whether the norms took statistics over the tokens of all ranks, unless `sites`
             says otherwise, or each rank kept its own ("local"), averaged wherever they were
             validated and saved. None with one rank.
-        kernels: How many layers with running statistics were trained by "native" (compiled),
-            "triton" or "plain" kernels; None where the run ended before, or is older than they are.
-        config: The resolved configuration without machine-dependent paths.
-        config_hash: `hash_config` of what must be equal for two runs to be averaged.
+        config: `ExperimentSettings.experiment()`: all settings that decide the result.
+        config_hash: `config.identity.config_hash`; runs of one hash are averaged over their seeds.
         corpus: Name, SHA-256 of each file and counts.
         budget: None in the setting of the paper, otherwise how this run falls short of it.
-        finished_at: ISO 8601, UTC, as `utc_now()` gives it.
     """
 
-    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(
-        extra="forbid", strict=True, allow_inf_nan=False
-    )
-
-    schema_version: Literal[1] = SCHEMA_VERSION
     task: str
     kind: Literal["translation", "language_model"]
     norm: str
     label: str
     seed: int
     sites: dict[str, dict[str, Any]]
+    ranks: int = 1
+    statistics: Literal["synchronized", "local"] | None = None
+    hardware: dict[str, Any]
+    versions: dict[str, str]
+    code_commit: str
+    code_dirty: bool | None
+    command: str
+    config: dict[str, Any]
+    config_hash: str
+    corpus: dict[str, Any]
+    budget: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What came out of a run, known when it has ended.
+
+    Attributes:
+        status: "complete", "diverged" (see `diverged_at_update`) or "failed"; the last two have a
+            `reason`.
+        diverged_site: Site and layer ("encoder_ffn/0") at which running statistics, or what was to
+            be averaged into them, were first not finite in the failed update
+            (`training.divergence.StatisticsWatch` says what that tells of the cause). None without
+            divergence, without such norms, and where all of it was finite.
+        metrics: By split ("valid", "test"), then by name. A name says which convention it follows.
+        curve: (update, validation loss per token in nats) at every validation while training.
+        sees_future_tokens: Whether a language model's output depends on the tokens it predicts;
+            None for translation.
+        num_epochs: Epochs begun.
+        tokens_per_second: Real target tokens of all ranks, over all updates.
+        peak_memory_bytes: Of the GPU's memory allocated to tensors, or of the process on the CPU.
+        kernels: How many layers with running statistics were trained by "native" (compiled),
+            "triton" or "plain" kernels; None where the run ended before, or is older than they are.
+    """
+
     status: Literal["complete", "diverged", "failed"]
     reason: str | None = None
     diverged_at_update: int | None = None
@@ -85,20 +96,37 @@ class Record:
     peak_memory_bytes: int | None
     wall_time_seconds: float | None
     kernels: dict[str, int] | None = None
-    ranks: int = 1
-    statistics: Literal["synchronized", "local"] | None = None
-    hardware: dict[str, Any]
-    versions: dict[str, str]
-    code_commit: str
-    code_dirty: bool | None
-    command: str
-    config: dict[str, Any]
-    config_hash: str
-    corpus: dict[str, Any]
-    budget: str | None
+
+    @classmethod
+    def without_result(cls, status: str, reason: str, **known: Any) -> "Outcome":
+        """The outcome of a run that failed or diverged; what is not `known` is None."""
+        unknown = dict.fromkeys(one.name for one in fields(cls) if one.default is MISSING)
+        return cls(**{**unknown, "metrics": {}, "status": status, "reason": reason, **known})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record(Asked, Outcome):
+    """One run: what was asked and what came out, as one flat JSON object.
+
+    A value that could not be determined, or is not a finite number, is None.
+
+    Attributes:
+        finished_at: ISO 8601, UTC, as `provenance.utc_now()` gives it.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(
+        extra="forbid", strict=True, allow_inf_nan=False
+    )
+
+    schema_version: Literal[1] = SCHEMA_VERSION
     finished_at: Annotated[
         str, StringConstraints(pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(Z|\+00:00)$")
     ]
+
+    @classmethod
+    def of(cls, asked: Asked, outcome: Outcome, finished_at: str) -> "Record":
+        """Join the two parts."""
+        return cls(**vars(asked), **vars(outcome), finished_at=finished_at)
 
 
 _RECORD = TypeAdapter(Record)
@@ -183,89 +211,6 @@ def load_records(results_dir: Path) -> dict[Path, Record]:
         if path != (proper := record_path(results_dir, record)):
             raise UserError(f"{path}: this record belongs at {proper}; move or delete it")
     return records
-
-
-def hash_config(config: Mapping[str, Any], without: Iterable[str] = ()) -> str:
-    """First 12 hex digits of the SHA-256 of a configuration; its order does not matter.
-
-    `without` names dotted keys that may differ between runs that are averaged, such as "seed".
-    """
-    kept = json.loads(json.dumps(config))
-    for key in without:
-        *parents, last = key.split(".")
-        node = kept
-        for parent in parents:
-            node = node.get(parent, {})
-        node.pop(last, None)
-    canonical = json.dumps(kept, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(canonical.encode()).hexdigest()[:12]
-
-
-def hardware_facts() -> dict[str, Any]:
-    """Processor, usable cores, memory and GPUs of this machine, without any name of it."""
-    import torch  # here, because reports read records without it
-
-    processor = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        model = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text("utf-8"), re.MULTILINE)
-        processor = model.group(1).strip() if model else processor
-    usable = getattr(os, "sched_getaffinity", None)
-    return {
-        "system": platform.system(),
-        "processor": processor,
-        "num_cores": len(usable(0)) if usable else os.cpu_count(),
-        "num_threads": torch.get_num_threads(),
-        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
-        "cuda": torch.version.cuda,
-    }
-
-
-def package_versions() -> dict[str, str]:
-    """Versions of Python and of the packages that can change a number."""
-    versions = {"python": platform.python_version()}
-    for package in (
-        "torch",
-        "fairseq-fixed",
-        "hydra-core",
-        "numpy",
-        "sacrebleu",
-        "sacremoses",
-        "subword-nmt",
-        "wandb",
-    ):
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = "not installed"
-    return versions
-
-
-def code_version(repository: Path) -> tuple[str, bool | None]:
-    """Commit of the repository and whether its files differ from it; ("unknown", None) without git.
-
-    `results/` does not count: there each run leaves its record.
-    """
-    git = ["git", "-C", str(repository)]
-    try:
-        root, commit = _lines([*git, "rev-parse", "--show-toplevel", "HEAD"])
-        changes = _lines([*git, "status", "--porcelain", "--", ".", ":(exclude)results"])
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown", None
-    if Path(root).resolve() != repository.resolve():  # a copy inside somebody else's repository
-        return "unknown", None
-    return commit, bool(changes)
-
-
-def utc_now() -> str:
-    """The time as records store it."""
-    return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def _lines(command: list[str]) -> list[str]:
-    shown = subprocess.run(command, capture_output=True, text=True, check=True)
-    return [line for line in shown.stdout.split("\n") if line]
 
 
 def _refuse(constant: str) -> None:

@@ -8,14 +8,12 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from omegaconf import DictConfig
-
-from normexp.config.identity import differences, experiment, resolved
-from normexp.errors import UserError
+from normexp.config.identity import differences
+from normexp.config.settings import RunSettings
 from normexp.runs.folder import RunFolder
-from normexp.runs.records import Record, hash_config, path_of_run, read_record
+from normexp.runs.lookup import find_record
 from normexp.sweeps.slurm_queue import Job
 
 State = Literal["done", "diverged", "running", "waiting", "failed", "interrupted", "missing"]
@@ -39,31 +37,21 @@ class RunStatus:
         return self.state in FINISHED
 
 
-def recorded(cfg: DictConfig) -> tuple[Path, Record] | None:
-    """The record of this configuration if it needs nothing more: complete or diverged.
-
-    None where there is none, where it is of another configuration, cannot be read, or failed.
-    """
-    found = _record_of(cfg)
-    return found if found and found[1].status != "failed" else None
+def status_of(settings: RunSettings, jobs: Mapping[Path, Job]) -> RunStatus:
+    """How the run of these settings stands. jobs: what slurm_queue.jobs() returns."""
+    state, detail = _state(settings, jobs)
+    return RunStatus(settings.task.name, settings.label, settings.seed, state, detail)
 
 
-def status_of(cfg: DictConfig, jobs: Mapping[Path, Job]) -> RunStatus:
-    """How the run of a configuration stands. jobs: what slurm_queue.jobs() returns."""
-    plain = resolved(cfg)
-    state, detail = _state(cfg, plain, jobs)
-    return RunStatus(plain["task"]["name"], str(plain["label"]), plain["seed"], state, detail)
-
-
-def _state(cfg: DictConfig, plain: dict[str, Any], jobs: Mapping[Path, Job]) -> tuple[State, str]:
-    folder = RunFolder(Path(plain["run_dir"]).absolute())
-    found = _record_of(cfg)
+def _state(settings: RunSettings, jobs: Mapping[Path, Job]) -> tuple[State, str]:
+    folder = RunFolder(settings.run_dir.absolute())
+    found = find_record(settings)
     if found and found[1].status == "complete":
         return "done", f"{found[1].num_updates} updates, {found[1].finished_at}"
     if found and found[1].status == "diverged":
         return "diverged", found[1].reason or ""
     job = jobs.get(folder.path)
-    changed = _other_configuration(cfg, folder)
+    changed = _other_configuration(settings, folder)
     if folder.in_use():
         what = f"another configuration ({changed})" if changed else _progress(folder)
         return "running", what
@@ -80,27 +68,9 @@ def _state(cfg: DictConfig, plain: dict[str, Any], jobs: Mapping[Path, Job]) -> 
     return "missing", f"there is another configuration: {changed}" if changed else ""
 
 
-def _record_of(cfg: DictConfig) -> tuple[Path, Record] | None:
-    plain, settings = resolved(cfg), experiment(cfg)
-    path = path_of_run(
-        Path(plain["results_dir"]), plain["task"]["name"], str(plain["label"]), plain["seed"]
-    )
-    folder = RunFolder(Path(plain["run_dir"]))
-    # A run that was killed between writing its two records has not ended.
-    if not path.is_file() or (folder.config.is_file() and not folder.record.is_file()):
-        return None
-    try:
-        record = read_record(path)
-    except UserError:
-        return None  # the run that replaces it puts it aside
-    return (path, record) if record.config_hash == hash_config(settings, ["seed"]) else None
-
-
-def _other_configuration(cfg: DictConfig, folder: RunFolder) -> str:
-    """What differs in the folder's configuration; empty where nothing does, or there is none."""
-    if not folder.config.is_file():
-        return ""
-    return differences(experiment(folder.read_config()), experiment(cfg))
+def _other_configuration(settings: RunSettings, folder: RunFolder) -> str:
+    """What differs in the folder's settings; empty where nothing does, or there are none."""
+    return differences(folder.read_settings(), settings) if folder.config.is_file() else ""
 
 
 def _progress(folder: RunFolder) -> str:

@@ -16,8 +16,8 @@ from hydra.core.singleton import Singleton
 from hydra.core.utils import JobReturn, JobStatus, filter_overrides
 from hydra_plugins.hydra_submitit_launcher import submitit_launcher
 from hydra_plugins.hydra_submitit_launcher.config import BaseQueueConf
-from omegaconf import DictConfig
 
+from normexp.config.settings import RunSettings, parse
 from normexp.errors import UserError
 from normexp.sweeps import slurm_queue
 from normexp.sweeps.run_status import status_of
@@ -85,13 +85,10 @@ class SlurmLauncher(submitit_launcher.SlurmLauncher):
     def _launch(
         self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
     ) -> Sequence[JobReturn]:
-        runs = [
-            (list(overrides), self._composed(overrides, number))
-            for number, overrides in enumerate(job_overrides, start=initial_job_idx)
-        ]
+        runs = [(list(overrides), self._composed(overrides)) for overrides in job_overrides]
         results_dir = Path(self.config.results_dir)
         known = slurm_queue.jobs(results_dir)
-        statuses = [status_of(cfg, known) for _, cfg in runs]
+        statuses = [status_of(settings, known) for _, settings in runs]
         missing = [
             run
             for run, status in zip(runs, statuses, strict=True)
@@ -103,16 +100,17 @@ class SlurmLauncher(submitit_launcher.SlurmLauncher):
         if missing:
             self._wait_for(self._submit(missing))
         known = slurm_queue.jobs(results_dir)
-        statuses = [status_of(cfg, known) for _, cfg in runs]
+        statuses = [status_of(settings, known) for _, settings in runs]
         print_statuses(statuses)
         self.failures += [status for status in statuses if status.state != "done"]
         done = JobReturn(status=JobStatus.COMPLETED)
         return [done] * len(runs)
 
-    def _composed(self, overrides: Sequence[str], number: int) -> DictConfig:
-        return self.hydra_context.config_loader.load_sweep_config(self.config, list(overrides))
+    def _composed(self, overrides: Sequence[str]) -> RunSettings:
+        loader = self.hydra_context.config_loader
+        return parse(loader.load_sweep_config(self.config, list(overrides)))
 
-    def _submit(self, runs: list[tuple[list[str], DictConfig]]) -> dict[Path, Job]:
+    def _submit(self, runs: list[tuple[list[str], RunSettings]]) -> dict[Path, Job]:
         import submitit  # here, because it is not needed for a single run
 
         settings = dict(self.params)
@@ -135,8 +133,8 @@ class SlurmLauncher(submitit_launcher.SlurmLauncher):
         except (RuntimeError, OSError) as error:
             raise UserError(f"SLURM does not take the jobs: {error}") from None
         jobs = {
-            Path(cfg.run_dir).absolute(): Job(job.job_id, job.paths.stderr)
-            for job, (_, cfg) in zip(submitted, runs, strict=True)
+            settings.run_dir.absolute(): Job(job.job_id, job.paths.stderr)
+            for job, (_, settings) in zip(submitted, runs, strict=True)
         }
         slurm_queue.remember(Path(self.config.hydra.sweep.dir), jobs)
         for job, (overrides, _) in zip(submitted, runs, strict=True):

@@ -6,15 +6,15 @@ from hydra import compose, initialize_config_dir
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
 
+from normexp.config.settings import RunSettings, parse
 from normexp.errors import UserError
 from normexp.paths import CONFIGS
 from normexp.runs.folder import RunFolder
 
 
-def runs_of_sweep(overrides: list[str]) -> list[DictConfig]:
-    """The configuration of every run that `train.py -m` with these overrides consists of.
+def runs_of_sweep(overrides: list[str]) -> list[RunSettings]:
+    """The settings of every run that `train.py -m` with these overrides consists of.
 
     Raises UserError for overrides that Hydra does not understand.
     """
@@ -30,21 +30,20 @@ def runs_of_sweep(overrides: list[str]) -> list[DictConfig]:
             swept = compose("train", fixed, return_hydra_config=True).hydra.sweeper.params or {}
             every = [f"{key}={values}" for key, values in swept.items()] + overrides
             (jobs,) = BasicSweeper.split_arguments(parser.parse_overrides(every), None)
-            return [compose("train", job) for job in jobs]
+            return [parse(compose("train", job)) for job in jobs]
     except HydraException as error:
         raise UserError(" ".join(str(error).split())) from error
 
 
-def runs_found(results_dir: Path) -> list[DictConfig]:
-    """The configuration of every run folder below results/runs/, moved here or not.
+def runs_found(results_dir: Path) -> list[RunSettings]:
+    """The settings of every run folder below results/runs/, moved here or not.
 
     Raises UserError where there is none.
     """
     found = []
     for path in sorted((results_dir / "runs").glob("*/*/config.yaml")):
-        cfg = RunFolder(path.parent).read_config()
-        here = {"results_dir": str(results_dir), "run_dir": str(path.parent)}
-        found.append(OmegaConf.merge(cfg, here))
+        here = {"results_dir": results_dir, "run_dir": path.parent}
+        found.append(RunFolder(path.parent).read_settings().model_copy(update=here))
     if not found:
         raise UserError(f"no run folders below {results_dir}/runs; name a sweep or results_dir=...")
     return found

@@ -14,11 +14,13 @@ from omegaconf import DictConfig
 from torch import nn
 
 from normexp.checkpoints import store
+from normexp.config.settings import SpeedSettings
 from normexp.norms.kernels.choice import use_kernels
 from normexp.norms.loss_scale import follow_loss_scale
 from normexp.norms.running_norm import RunningNorm
 from normexp.runs.metrics_file import MetricsFile
 from normexp.training import data_parallel, preemption, reading_ahead, speed
+from normexp.training import resume as resumption
 from normexp.training.diagnostics import norm_diagnostics, update_diagnostics
 from normexp.training.divergence import StatisticsWatch
 from normexp.training.process_group import Ranks
@@ -65,7 +67,7 @@ def train(
     fairseq_cfg: DictConfig,
     metrics: MetricsFile | None,
     sinks: list[Sink],
-    speed_settings: Mapping[str, Any],
+    speed_settings: SpeedSettings,
     ranks: Ranks,
 ) -> TrainingResult:
     """Train to the end as configured, from checkpoint_last.pt where there is one.
@@ -75,15 +77,15 @@ def train(
     statistics, and at every update that is logged of that update. Raises Diverged when a loss or
     gradient is not finite.
 
-    speed_settings: of speed.py, which have decided the loss and the optimizer in fairseq_cfg
-    and here decide precision, dropout and kernels.
+    speed_settings: have decided the loss and the optimizer in fairseq_cfg and here decide
+    precision, dropout and kernels.
 
     ranks: with several, all of them call this; metrics and sinks are those of rank 0, which alone
     logs and writes, and None and [] on the others.
     """
     from fairseq_cli import train as fairseq_train
 
-    use_kernels(speed_settings["kernels"])
+    use_kernels(speed_settings.kernels)
     observed = Observed()
     sinks = [metrics, *sinks] if ranks.is_main else []
 
@@ -108,14 +110,14 @@ def train(
         if not extra_state:
             return
         seconds = extra_state["previous_training_time"]
-        ended = ended or resume.reached_end(fairseq_cfg, step, seconds)
+        ended = ended or resumption.reached_end(fairseq_cfg, step, seconds)
         at_end_of_epoch = extra_state["train_iterator"]["iterations_in_epoch"] == 0
         due = ranks.is_main and (ended or at_end_of_epoch)
         if due and step not in metrics.values("train", "lr"):
             for sink in sinks:
-                sink("train", step, resume.epoch_averages(extra_state))
+                sink("train", step, resumption.epoch_averages(extra_state))
         if ended:
-            raise resume.AlreadyTrained
+            raise resumption.AlreadyTrained
 
     _forget_earlier_trainings(fairseq_train)
     with (
@@ -127,7 +129,7 @@ def train(
         _observed_trainer(fairseq_train, observed, resume, report, speed_settings, ranks),
     ):
         try:
-            with suppress(resume.AlreadyTrained):
+            with suppress(resumption.AlreadyTrained):
                 fairseq_train.main(fairseq_cfg)
         except Diverged as diverged:  # the state of all sites, for whoever looks for the cause
             found = norm_diagnostics(observed.trainer.get_model())
@@ -172,7 +174,7 @@ def _observed_trainer(
     observed: Observed,
     resume: Callable[[int, Mapping[str, Any]], None],
     report: Callable[[int, Mapping[str, float]], None],
-    speed_settings: Mapping[str, Any],
+    speed_settings: SpeedSettings,
     ranks: Ranks,
 ) -> Iterator[None]:
     """Let fairseq's training loop build a trainer that can be seen from outside."""
@@ -220,7 +222,7 @@ def _observed_trainer(
                 "seconds": observed.seconds,
                 "tokens": observed.tokens,
                 "kernels": _kernels(self.get_model()) or observed.kernels,
-                "lr_scheduler": resume.scheduler_state(self.lr_scheduler),
+                "lr_scheduler": resumption.scheduler_state(self.lr_scheduler),
             }
             return super().save_checkpoint(filename, {**extra_state, "normexp": ours})
 
@@ -243,7 +245,7 @@ def _observed_trainer(
             ours = extra_state.get("normexp", {})  # absent in checkpoints of earlier versions
             for name in ("seconds", "tokens", "kernels"):
                 setattr(observed, name, ours.get(name, getattr(observed, name)))
-            resume.restore_scheduler(self.lr_scheduler, ours.get("lr_scheduler", {}))
+            resumption.restore_scheduler(self.lr_scheduler, ours.get("lr_scheduler", {}))
             if at_end_of_epoch:  # which the learning rate follows only after the checkpoint
                 self.lr_step(observed.num_epochs, extra_state["val_loss"])
             logger.warning("resuming after update %d from %s", updates, path)

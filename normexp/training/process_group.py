@@ -24,10 +24,6 @@ from typing import Any
 
 from normexp.errors import UserError
 
-STATISTICS = ("synchronized", "local")
-DEFAULTS = {"ranks": 1, "statistics": "synchronized"}
-"""The settings of a configuration that is older than they are."""
-
 MEETING_TIMEOUT = timedelta(minutes=15)
 """How long ranks wait for rank 0 to start."""
 COLLECTIVE_TIMEOUT = timedelta(hours=1)
@@ -97,22 +93,6 @@ def _by_srun(environment: Mapping[str, str]) -> Process:
 def first_node(nodes: str) -> str:
     """First name of a SLURM node list: "gpu[03-05,9]-ib,cpu1" gives "gpu03-ib"."""
     return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", nodes).split(",")[0]
-
-
-def settings(plain: Mapping[str, Any]) -> dict[str, Any]:
-    """`distributed` of a resolved configuration. Raises UserError for unfit values."""
-    chosen = {**DEFAULTS, **plain.get("distributed", {})}
-    unknown = set(chosen) - set(DEFAULTS)
-    if unknown:
-        raise UserError(f"distributed.{min(unknown)} is unknown; known: {', '.join(DEFAULTS)}")
-    ranks = chosen["ranks"]
-    if isinstance(ranks, bool) or not isinstance(ranks, int) or ranks < 1:
-        raise UserError(f"distributed.ranks={ranks!r} must be an integer of at least 1")
-    if chosen["statistics"] not in STATISTICS:
-        raise UserError(
-            f"distributed.statistics={chosen['statistics']!r}; known: {', '.join(STATISTICS)}"
-        )
-    return chosen
 
 
 class MainEnded(Exception):

@@ -1,5 +1,7 @@
 """Every shipped config composes, is valid, and says what the papers' set-ups say."""
 
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 
 import pytest
@@ -7,7 +9,7 @@ import torch
 from omegaconf import OmegaConf
 from support.small_runs import REPOSITORY, composed
 
-from normexp.config import validation
+from normexp.config.validation import validate
 from normexp.errors import UserError
 from normexp.norms import available_norms, norm_options
 from normexp.runs.folder import open_run
@@ -29,23 +31,23 @@ def on_gpu_or_float32(*overrides: str):
 @pytest.mark.parametrize("norm", names("norm"))
 @pytest.mark.parametrize("task", names("task"))
 def test_every_norm_fits_every_task(task: str, norm: str) -> None:
-    cfg = on_gpu_or_float32(f"task={task}", f"norm={norm}")
-    if norm == "power_released_mt" and cfg.task.kind == "language_model":
+    settings = on_gpu_or_float32(f"task={task}", f"norm={norm}")
+    if norm == "power_released_mt" and settings.task.kind == "language_model":
         with pytest.raises(UserError, match="unknown site 'encoder_final'"):
-            validation.validate(cfg)
+            validate(settings)
         return
-    if norm == "instance" and cfg.task.kind == "language_model":
+    if norm == "instance" and settings.task.kind == "language_model":
         with pytest.raises(UserError, match="would see the later ones"):
-            validation.validate(cfg)
+            validate(settings)
         return
-    sites = validation.validate(cfg)
-    chosen = cfg.norm.name
-    if cfg.task.kind == "translation":
+    sites = validate(settings).sites
+    chosen = settings.norm.name
+    if settings.task.kind == "translation":
         assert [sites[site]["name"] for site in sites] == [chosen] * 3 + ["layer"] * 4
     else:
         assert {norm["name"] for norm in sites.values()} == {chosen}
     # the file spells out every option of the layer
-    assert set(cfg.norm.options) == set(norm_options(chosen))
+    assert set(settings.norm.options) == set(norm_options(chosen))
 
 
 def test_every_norm_has_a_config() -> None:
@@ -54,18 +56,22 @@ def test_every_norm_has_a_config() -> None:
 
 @pytest.mark.parametrize("model", names("model"))
 def test_every_model_is_valid(model: str) -> None:
-    kind = "translation" if composed(f"model={model}").fairseq.model.get("encoder") else "lm"
+    kind = (
+        "translation"
+        if OmegaConf.load(CONFIGS / "model" / f"{model}.yaml").get("encoder")
+        else "lm"
+    )
     task = {"translation": "toy_translation", "lm": "toy_language_model"}[kind]
     adaptive = ["fairseq.criterion._name=normexp_adaptive_loss"]
     criterion = adaptive if model.endswith("wikitext103") else []
-    assert validation.validate(composed(f"task={task}", f"model={model}", *criterion))
+    assert validate(composed(f"task={task}", f"model={model}", *criterion))
 
 
 @pytest.mark.parametrize("tracking", names("tracking"))
 def test_every_tracking_mode_is_valid(tracking: str) -> None:
-    cfg = composed(f"tracking={tracking}")
-    validation.validate(cfg)
-    assert cfg.tracking.mode == tracking
+    settings = composed(f"tracking={tracking}")
+    validate(settings)
+    assert settings.tracking.mode == tracking
 
 
 # The training set-ups of the authors' scripts and of the Tensorized Transformer's.
@@ -161,22 +167,21 @@ EVALUATIONS = {
 
 @pytest.mark.parametrize("experiment", [name for name in names("experiment") if "table" in name])
 def test_experiment_is_the_papers_set_up(experiment: str) -> None:
-    cfg = composed(f"+experiment={experiment}")
+    settings = composed(f"+experiment={experiment}")
     for key, expected in SET_UPS[experiment].items():
-        value = OmegaConf.select(cfg.fairseq, key)
-        value = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
+        value = reduce(getitem, key.split("."), settings.fairseq)
         assert value == expected, key
-    assert cfg.budget is None
+    assert settings.budget is None
     if experiment in EVALUATIONS:
-        evaluation = cfg.evaluation
+        evaluation = settings.evaluation
         assert EVALUATIONS[experiment] == (
             evaluation.checkpoint,
             evaluation.average_last,
             evaluation.beam,
             evaluation.length_penalty,
         )
-    if not cfg.fairseq.common.get("fp16") or torch.cuda.is_available():
-        validation.validate(cfg)
+    if not settings.fairseq["common"].get("fp16") or torch.cuda.is_available():
+        validate(settings)
 
 
 @pytest.mark.parametrize("experiment", names("experiment"))
@@ -189,7 +194,7 @@ def test_experiment_sweeps_over_known_norms(experiment: str) -> None:
 
 
 def test_released_translation_variant_keeps_the_final_norms_warm_up() -> None:
-    sites = validation.validate(composed("task=iwslt14", "norm=power_released_mt"))
+    sites = validate(composed("task=iwslt14", "norm=power_released_mt")).sites
     warmups = {site: norm.get("warmup_steps") for site, norm in sites.items()}
     assert warmups["encoder_attention"] == warmups["encoder_ffn"] == 8000
     assert warmups["encoder_final"] == 1000
@@ -247,16 +252,15 @@ BAD = [
 def test_bad_setting_is_named_before_any_work(
     overrides: list[str], norm: str, message: str, tmp_path: Path
 ) -> None:
-    cfg = composed(f"results_dir={tmp_path / 'results'}", f"norm={norm}", *overrides)
     with pytest.raises(UserError, match=message):
-        validation.validate(cfg)
+        validate(composed(f"results_dir={tmp_path / 'results'}", f"norm={norm}", *overrides))
     assert not (tmp_path / "results").exists()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="half precision works on this machine")
 def test_half_precision_needs_a_gpu() -> None:
     with pytest.raises(UserError, match="fp16=true needs a GPU"):
-        validation.validate(composed("task=wmt14"))
+        validate(composed("task=wmt14"))
 
 
 def test_run_folder_belongs_to_one_process(tmp_path: Path) -> None:
@@ -284,9 +288,9 @@ def test_unwritable_results_are_named(tmp_path: Path) -> None:
 def test_blocks_that_fairseq_cannot_make_with_this_numpy_are_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    cfg = composed("task=toy_language_model", "fairseq.task.sample_break_mode=eos")
+    settings = composed("task=toy_language_model", "fairseq.task.sample_break_mode=eos")
     monkeypatch.delattr("numpy.compat", raising=False)
     with pytest.raises(UserError, match="use complete or none"):
-        validation.validate(cfg)
+        validate(settings)
     monkeypatch.setattr("numpy.compat", object(), raising=False)
-    validation.validate(cfg)
+    validate(settings)

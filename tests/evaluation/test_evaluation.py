@@ -233,21 +233,21 @@ def test_compound_split_bleu_is_recorded_where_asked_for(trained) -> None:
 
 
 def test_a_folded_model_scores_the_same(trained, capsys) -> None:
-    """`evaluate.py RUN fold=true`, whose table sets now beside the record; refused for LN."""
+    """`evaluate.py RUN --fold`, whose table sets now beside the record; refused for LN."""
     record, folder, _ = trained("toy_language_model", "norm=power", "evaluation.splits=[valid]")
     capsys.readouterr()
-    reevaluation.main(folder.parent, ["fold=true"])
+    reevaluation.main(folder.parent, [], fold=True)
     shown = capsys.readouterr().out
     assert "norms folded" in shown
     perplexity = record.metrics["valid"]["perplexity_per_word"]
     now, recorded = re.search(r"perplexity_per_word\s+│\s+([\d.]+)\s+│\s+([\d.]+)", shown).groups()
     assert float(recorded) == pytest.approx(perplexity, abs=1e-3)
     assert float(now) == pytest.approx(perplexity, rel=1e-4)
-    with pytest.raises(UserError, match=r"'fold=maybe': only evaluation.<key>"):
-        reevaluation.main(folder.parent, ["fold=maybe"])
+    with pytest.raises(UserError, match=r"'seed=2': only evaluation.<key>"):
+        reevaluation.main(folder.parent, ["seed=2"], fold=True)
 
 
 def test_folding_of_layer_norms_is_refused(trained) -> None:
     _, folder, _ = trained("toy_language_model", "norm=layer", "evaluation.splits=[valid]")
     with pytest.raises(UserError, match=r"no norm of this model can be folded.*LayerNorm"):
-        reevaluation.main(folder.parent, ["fold=true"])
+        reevaluation.main(folder.parent, [], fold=True)

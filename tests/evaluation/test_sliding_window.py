@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from support.small_runs import composed
 
 from normexp import pipeline
-from normexp.config import validation
+from normexp.config.fairseq_config import trainer_config
+from normexp.config.validation import validate
 from normexp.corpora import prepare
 from normexp.errors import UserError
 from normexp.evaluation import sliding_window
@@ -51,7 +52,7 @@ def load(overrides: Callable[..., list[str]], data_dir: Path) -> Callable[..., L
     corpus = prepare("toy_language_model", data_dir)
 
     def build(model: str, norm: str, *more: str) -> LoadedModel:
-        cfg = composed(
+        settings = composed(
             *[o for o in overrides("toy_language_model") if "decoder_ffn" not in o],
             *MODELS[model],
             f"norm={norm}",
@@ -59,8 +60,8 @@ def load(overrides: Callable[..., list[str]], data_dir: Path) -> Callable[..., L
             "fairseq.model.decoder_ffn_embed_dim=16",
             *more,
         )
-        validation.validate(cfg)
-        fairseq_cfg = validation.fairseq_config(cfg, corpus.data_bin, None, Path("unused"))
+        typed = validate(settings).fairseq
+        fairseq_cfg = trainer_config(typed, corpus.data_bin, None, Path("unused"))
         task = tasks.setup_task(fairseq_cfg.task)
         torch.manual_seed(1)
         built = models.build_model(fairseq_cfg.model, task).double()
@@ -212,6 +213,6 @@ def test_impossible_windows_are_refused_before_training(
 
 
 def test_windows_are_for_language_models(overrides: Callable[..., list[str]]) -> None:
-    cfg = composed(*overrides("toy_translation", "evaluation.context_window=3"))
+    settings = composed(*overrides("toy_translation", "evaluation.context_window=3"))
     with pytest.raises(UserError, match="are for language models"):
-        validation.validate(cfg)
+        validate(settings)

@@ -7,6 +7,7 @@ import torch
 from fairseq.modules import FairseqDropout, MultiheadAttention
 from torch import Tensor, nn
 
+from normexp.config.settings import SpeedSettings
 from normexp.fairseq_plugin.dropout import FastDropout, fast_dropout
 from normexp.fairseq_plugin.fast_attention import FastAttention
 from normexp.fairseq_plugin.training_kernels import compiled_for
@@ -142,7 +143,7 @@ def test_attention_is_fairseqs(need_weights: bool, causal: bool) -> None:
 def test_settings_replace_modules_only_when_on(build_translation: Callable[..., nn.Module]) -> None:
     def kinds(**chosen: object) -> set[type]:
         model = build_translation(dropout=0.1)
-        speed.into_model(speed.STOCK | chosen, model, nn.Identity())
+        speed.into_model(SpeedSettings(**chosen), model, nn.Identity())
         return {type(module) for module in model.modules()}
 
     assert {FairseqDropout, MultiheadAttention} <= kinds()
@@ -151,14 +152,14 @@ def test_settings_replace_modules_only_when_on(build_translation: Callable[..., 
     assert {FairseqDropout, FastAttention} <= kinds(precision="bfloat16")
 
 
-@pytest.mark.parametrize("precision", speed.PRECISIONS)
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_precision_is_of_training_only(precision: str) -> None:
     class Criterion(nn.Module):
         def forward(self, model: nn.Module, sample: dict[str, Tensor]) -> torch.dtype:
             return (sample["target"] @ sample["target"]).dtype
 
     model, criterion = nn.Linear(2, 2), Criterion()
-    speed.into_model(speed.STOCK | {"precision": precision}, model, criterion)
+    speed.into_model(SpeedSettings(precision=precision), model, criterion)
     sample = {"target": torch.ones(2, 2)}
     assert criterion(model.train(), sample) == getattr(torch, precision)
     assert criterion(model.eval(), sample) == torch.float32

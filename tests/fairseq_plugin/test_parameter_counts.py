@@ -9,7 +9,8 @@ from fairseq.data import Dictionary
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
-from normexp.config import validation
+from normexp.config.fairseq_config import trainer_config, typed_config
+from normexp.config.settings import parse
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 GUIDE = (REPOSITORY / "docs" / "language_models.md").read_text(encoding="utf-8")
@@ -21,12 +22,12 @@ def _count(command: str) -> int:
     """Parameters of a configuration, built with as many words as its corpus has."""
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(REPOSITORY / "configs"), version_base="1.3"):
-        cfg = compose("train", command.split())
+        settings = parse(compose("train", command.split()))
     dictionary = Dictionary()
-    for number in range(TYPES[cfg.task.corpus] - len(dictionary)):
+    for number in range(TYPES[settings.task.corpus] - len(dictionary)):
         dictionary.add_symbol(f"word{number}")
-    assert len(dictionary) == TYPES[cfg.task.corpus]
-    fairseq_cfg = validation.fairseq_config(cfg, Path("unused"), None, Path("unused"))
+    assert len(dictionary) == TYPES[settings.task.corpus]
+    fairseq_cfg = trainer_config(typed_config(settings), Path("unused"), None, Path("unused"))
     task = tasks.TASK_REGISTRY["language_modeling"](fairseq_cfg.task, dictionary, dictionary)
     model = models.build_model(fairseq_cfg.model, task)
     return sum(parameter.numel() for parameter in model.parameters())

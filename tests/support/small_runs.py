@@ -8,8 +8,8 @@ from pathlib import Path
 import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
-from omegaconf import DictConfig
 
+from normexp.config.settings import RunSettings, parse
 from normexp.corpora.catalogue import CATALOGUE
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -48,11 +48,11 @@ def few_sentences(folder: Path) -> Path:
     return path
 
 
-def composed(*overrides: str) -> DictConfig:
-    """The primary config with overrides, as scripts/train.py composes it."""
+def composed(*overrides: str) -> RunSettings:
+    """The settings that scripts/train.py parses from the primary config and overrides."""
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(REPOSITORY / "configs"), version_base="1.3"):
-        return compose("train", list(overrides))
+        return parse(compose("train", list(overrides)))
 
 
 def train_script(*arguments: str, **environment: str) -> subprocess.CompletedProcess:

@@ -18,8 +18,8 @@ from support.small_runs import REPOSITORY, composed
 
 from normexp import pipeline
 from normexp.checkpoints import store
-from normexp.config import validation
-from normexp.config.identity import experiment
+from normexp.config.identity import identity
+from normexp.config.validation import validate
 from normexp.errors import UserError
 from normexp.runs import records
 from normexp.training import data_parallel, loop
@@ -396,7 +396,7 @@ def test_impossible_choices_are_refused_once(overrides, tmp_path) -> None:
     assert "distributed.statistics=local" in ended.err[0] and ended.err[0].count("\n") == 1
     assert ended.err[1] == "" and not (tmp_path / "results").exists()
     two = [*settings, "distributed.ranks=2"]
-    validation.validate(composed(*two, "distributed.statistics=local"))
+    validate(composed(*two, "distributed.statistics=local"))
     for more, message in (
         (["distributed.ranks=0"], "distributed.ranks=0 must be an integer of at least 1"),
         (["distributed.statistics=mine"], "known: synchronized, local"),
@@ -413,11 +413,11 @@ def test_impossible_choices_are_refused_once(overrides, tmp_path) -> None:
 def test_one_process_is_the_experiment_that_it_was(overrides) -> None:
     """The hash of a configuration does not change by settings that say nothing on one rank."""
     settings = overrides("toy_language_model", "norm=power")
-    alone = experiment(composed(*settings))
-    assert alone == experiment(composed(*settings, "distributed.statistics=local"))
+    alone = identity(composed(*settings))
+    assert alone == identity(composed(*settings, "distributed.statistics=local"))
     assert "distributed" not in alone
     several = [
-        experiment(composed(*settings, "distributed.ranks=2", f"distributed.statistics={s}"))
+        identity(composed(*settings, "distributed.ranks=2", f"distributed.statistics={s}"))
         for s in ("synchronized", "local")
     ]
     assert alone != several[0] != several[1]
@@ -434,7 +434,7 @@ def test_synchronized_is_the_default_of_sites_and_local_is_local(overrides) -> N
     )
 
     def sync(*more: str) -> dict[str, bool | None]:
-        sites = validation.validate(composed(*settings, *more))
+        sites = validate(composed(*settings, *more)).sites
         return {site: norm.get("sync") for site, norm in sites.items()}
 
     layer = {"decoder_cross": None, "decoder_final": None}

@@ -6,8 +6,9 @@ import pytest
 import torch
 from fairseq_cli import train as fairseq_train
 
+from normexp.config.settings import SpeedSettings
 from normexp.norms import build_norm
-from normexp.training import loop, speed
+from normexp.training import loop
 from normexp.training.process_group import Process, Ranks
 
 
@@ -40,7 +41,7 @@ def test_layers_follow_the_loss_scale(monkeypatch, kind: str) -> None:
     alone = Ranks(Process())
     cfg = SimpleNamespace(common=SimpleNamespace(log_interval=100))
     hooks = (lambda step, state: None), (lambda step, found: None)  # resume, report
-    with loop._observed_trainer(fairseq_train, observed, *hooks, speed.STOCK, alone):
+    with loop._observed_trainer(fairseq_train, observed, *hooks, SpeedSettings(), alone):
         trainer = fairseq_train.Trainer(cfg, None, torch.nn.Sequential(norm), torch.nn.Module())
         for _ in range(4):
             trainer.train_step([{"ntokens": 1}])

@@ -15,6 +15,7 @@ from support.small_runs import SMALL, composed
 
 from normexp import pipeline
 from normexp.checkpoints import store
+from normexp.evaluation import evaluate_run
 from normexp.runs import records
 from normexp.runs.folder import RunFolder
 from normexp.runs.metrics_file import MetricsFile
@@ -117,7 +118,7 @@ def test_signal_while_evaluating_leaves_at_once(settings, folder, monkeypatch) -
         raise AssertionError("went on after the signal")
 
     with monkeypatch.context() as patched, pytest.raises(SystemExit, match=str(128 + 15)):
-        patched.setattr(pipeline, "evaluate_run", evaluate)
+        patched.setattr(evaluate_run, "evaluate_run", evaluate)
         pipeline.run(composed(*settings))
     trained = folder.finished.read_bytes()
     assert pipeline.run(composed(*settings)).status == "complete"
@@ -129,7 +130,7 @@ def test_signal_in_the_last_update_ends_before_the_evaluation(
 ) -> None:
     with monkeypatch.context() as patched, pytest.raises(SystemExit, match=str(128 + 12)):
         signal_at(patched, "train_inner", 3 * UPDATES_PER_EPOCH, signal.SIGUSR2)
-        patched.setattr(pipeline, "evaluate_run", lambda *_: pytest.fail("evaluated"))
+        patched.setattr(evaluate_run, "evaluate_run", lambda *_: pytest.fail("evaluated"))
         pipeline.run(composed(*settings))
     assert folder.finished.is_file()
 

@@ -1,6 +1,5 @@
 """Runs with the settings of `speed`: resumed, recorded, refused."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,9 +8,10 @@ import torch
 from support.small_runs import composed
 
 from normexp import pipeline
-from normexp.config import validation
+from normexp.config.settings import RunSettings, SpeedSettings, validated
+from normexp.config.validation import validate
 from normexp.errors import UserError
-from normexp.training import loop, speed
+from normexp.training import loop
 
 ALL = [
     "speed.precision=bfloat16",
@@ -111,13 +111,11 @@ def test_settings_are_recorded_and_change_little(overrides, tmp_path) -> None:
 )
 def test_bad_settings_are_named(chosen: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        validation.validate(composed("task=toy_translation", *chosen))
+        validate(composed("task=toy_translation", *chosen))
 
 
 def _fairseq_node(*chosen: str) -> tuple[str, bool]:
-    cfg = composed(*chosen)
-    validation.validate(cfg)
-    node = validation.fairseq_config(cfg, Path("unused"), None, Path("unused"))
+    node = validate(composed(*chosen)).fairseq
     return node.optimizer._name, node.criterion.get("fused", False)
 
 
@@ -131,6 +129,14 @@ def test_what_the_settings_choose_in_fairseq() -> None:
 
 def test_older_run_folders_are_stock() -> None:
     """A configuration written before there were such settings."""
-    assert speed.settings({"task": {}}) == speed.STOCK
-    assert speed.settings({"speed": {"fused_loss": True}}) == speed.STOCK | {"fused_loss": True}
-    assert json.loads(json.dumps(speed.STOCK)) == speed.STOCK
+    stock = {
+        "fast_dropout": False,
+        "fused_loss": False,
+        "fused_adam": False,
+        "precision": "float32",
+    }
+    content = composed("task=toy_language_model").model_dump(mode="json")
+    del content["speed"]
+    assert validated(RunSettings, content).speed == SpeedSettings() == SpeedSettings(**stock)
+    content["speed"] = {"fused_loss": True}
+    assert validated(RunSettings, content).speed == SpeedSettings(fused_loss=True)

@@ -1,0 +1,284 @@
+"""The settings of a run as one typed object, parsed once from Hydra's configuration.
+
+`parse` is the only place that reads Hydra's configuration; everything behind it takes a
+`RunSettings`. Imports neither torch nor fairseq, so that "complete already" is answered at once.
+
+The default of a field here means "as before this setting existed": a configuration file that is
+older than the setting lacks it and ran in that way. `config.identity` leaves a field at its default
+out of a run's hash. What new runs get is decided by configs/train.yaml, which names every setting.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from normexp.errors import UserError
+
+Kind = Literal["translation", "language_model"]
+S = TypeVar("S", bound=BaseModel)
+
+PLUGIN_MODELS: dict[str, tuple[str, ...]] = {
+    "translation": ("normexp_transformer",),
+    "language_model": ("normexp_transformer_lm", "normexp_tensorized_lm"),
+}
+"""fairseq's names of the models that a task of each kind can train."""
+
+FAIRSEQ_TASKS: dict[str, tuple[str, ...]] = {
+    "translation": ("translation",),
+    "language_model": ("language_modeling", "normexp_language_modeling"),
+}
+"""fairseq's names of the tasks that belong to each kind."""
+
+NOT_IN_IDENTITY = ("data", "results_dir", "run_dir", "tracking")
+"""Settings of a run that do not decide its result."""
+
+# The description of a field completes the sentence "KEY=VALUE ..." of its error message.
+_Flag = Annotated[bool, Field(description="must be true or false")]
+_Integer = Annotated[int, Field(description="must be an integer")]
+_OptionalInteger = Annotated[int | None, Field(description="must be an integer or null")]
+_Count = Annotated[int, Field(ge=1, description="must be an integer of at least 1")]
+_Seed = Annotated[int, Field(ge=1, lt=2**31, description="must be an integer from 1 to 2147483647")]
+_Number = Annotated[float, Field(description="must be a number")]
+_Path = Annotated[Path, Field(strict=False, description="must be a path")]
+_OptionalPath = Annotated[Path | None, Field(strict=False, description="must be a path or null")]
+_FileName = Annotated[
+    str,
+    BeforeValidator(lambda name: str(name) if type(name) in (int, float) else name),  # label=0.95
+    Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9_.+=-]*$",
+        description="names files: use letters, digits and . _ - + = (no spaces)",
+    ),
+]
+
+
+class _Settings(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class TaskSettings(_Settings):
+    """configs/task: what is trained on. Further keys are there for other settings to refer to."""
+
+    model_config = ConfigDict(extra="allow")
+
+    name: _FileName
+    kind: Kind
+    corpus: str
+    budget: str | None
+
+
+class NormSettings(_Settings):
+    """configs/norm: the norm, its options, and the sites that have another one."""
+
+    name: str
+    label: str
+    options: dict[str, Any]
+    sites: dict[str, Any] = Field(default_factory=dict)
+
+    def overridden_sites(self) -> dict[str, Any]:
+        """Site -> NAME or {name: NAME, option: value}, without the sites that take `name`."""
+        return {site: norm for site, norm in self.sites.items() if norm is not None}
+
+
+class EvaluationSettings(_Settings):
+    """How the trained model is evaluated; lengths in tokens."""
+
+    checkpoint: Literal["average", "best"]
+    average_last: _Count
+    beam: _Count
+    length_penalty: _Number
+    max_tokens: _Count
+    context_window: _Integer = 0
+    stride: _OptionalInteger = None
+    compound_split: _Flag = False
+    splits: Annotated[
+        list[Literal["valid", "test"]],
+        Field(min_length=1, description="must be a list; known: valid, test"),
+    ]
+
+
+class SpeedSettings(_Settings):
+    """The same losses in less time. The defaults are what fairseq does by itself."""
+
+    precision: Literal["float32", "bfloat16"] = "float32"
+    fast_dropout: _Flag = False
+    fused_loss: _Flag = False
+    fused_adam: _Flag = False
+    kernels: Literal["auto", "plain", "native", "triton"] = "auto"
+
+
+class DistributedSettings(_Settings):
+    """How many processes train together, and over whose tokens their norms take statistics."""
+
+    ranks: _Count = 1
+    statistics: Literal["synchronized", "local"] = "synchronized"
+
+    @property
+    def synchronized(self) -> bool:
+        return self.statistics == "synchronized"
+
+
+class DataSettings(_Settings):
+    """Where corpora are prepared, and a folder that is searched for archives first."""
+
+    dir: _Path
+    local: _OptionalPath = None
+
+
+class TrackingSettings(_Settings):
+    """configs/tracking: W&B."""
+
+    mode: Literal["offline", "online", "disabled"]
+    project: str
+    group: str | None
+    name: str
+    tags: list[str]
+
+
+class ExperimentSettings(_Settings):
+    """Everything that decides the result of a run; a record holds it as `config`."""
+
+    task: TaskSettings
+    norm: NormSettings
+    seed: _Seed
+    label: _FileName
+    budget: str | None
+    evaluation: EvaluationSettings
+    speed: SpeedSettings = SpeedSettings()
+    distributed: DistributedSettings = DistributedSettings()
+    fairseq: dict[str, dict[str, Any]]
+
+    @property
+    def save_interval(self) -> int:
+        """Epochs between fairseq's checkpoints."""
+        return self.fairseq["checkpoint"].get("save_interval", 1)
+
+    @property
+    def on_cpu(self) -> bool:
+        """Whether the run is to stay on the CPU although there may be a GPU."""
+        return bool(self.fairseq["common"].get("cpu", False))
+
+    def experiment(self) -> dict[str, Any]:
+        """These settings alone, as a record stores them: JSON types, without paths and tracking."""
+        settings = self.model_dump(exclude=set(NOT_IN_IDENTITY))
+        if self.distributed.ranks == 1:  # with one rank it says nothing
+            del settings["distributed"]
+        return settings
+
+
+class RunSettings(ExperimentSettings):
+    """A run: the experiment, where its files lie, and where its curves go."""
+
+    data: DataSettings
+    results_dir: _Path
+    run_dir: _Path
+    tracking: TrackingSettings
+
+    def as_yaml(self) -> str:
+        """The settings as the YAML text that `read` understands."""
+        return OmegaConf.to_yaml(OmegaConf.create(self.model_dump(mode="json")))
+
+    def with_overrides(self, overrides: list[str]) -> "RunSettings":
+        """These settings with others in place of some, given as KEY=VALUE.
+
+        Raises UserError for unknown keys and invalid values.
+        """
+        changed = OmegaConf.merge(OmegaConf.create(self.model_dump(mode="json")))
+        for override in overrides:
+            try:
+                changed.merge_with_dotlist([override])
+            except OmegaConfBaseException as error:
+                raise UserError(f"{override!r}: {first_line(error)}") from None
+        return parse(changed)
+
+
+def parse(cfg: DictConfig) -> RunSettings:
+    """The settings in Hydra's configuration, references filled in.
+
+    Raises UserError naming the full key, for a model that does not fit the kind of the task, a
+    reference that leads nowhere, an unknown or missing key, and a value of the wrong type or range.
+    """
+    _check_kind(cfg)
+    try:
+        own = OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"])
+        content = OmegaConf.to_container(own, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        raise UserError(f"configuration: {first_line(error)}") from None
+    return validated(RunSettings, content)
+
+
+def validated(model: type[S], content: Mapping[str, Any]) -> S:
+    """The settings in plain containers. Raises UserError with the first thing that is wrong."""
+    try:
+        return model.model_validate(content)
+    except ValidationError as error:
+        raise UserError(_complaint(model, content, error)) from None
+
+
+def window_stride(tokens_per_sample: int, context_window: int, stride: int | None) -> int:
+    """Tokens by which a sliding window moves on; None: as many as the model's windows allow.
+
+    Raises UserError where windows of context_window + stride tokens are impossible.
+    """
+    stride = tokens_per_sample - context_window if stride is None else stride
+    if context_window < 0 or stride < 1 or context_window + stride > tokens_per_sample:
+        raise UserError(
+            f"evaluation.context_window={context_window} and evaluation.stride={stride}: the first "
+            f"must not be negative, the second be at least 1, and their sum at most "
+            f"{tokens_per_sample}, the model's tokens_per_sample"
+        )
+    return stride
+
+
+def first_line(error: Exception) -> str:
+    """The first line of one of OmegaConf's messages, with the key that it is about."""
+    lines = str(error).strip().split("\n")
+    key = next((line.split(":", 1)[1].strip() for line in lines if "full_key" in line), "")
+    return lines[0] + (f" (key {key})" if key and key not in lines[0] else "")
+
+
+def _check_kind(cfg: DictConfig) -> None:
+    """Check that model, task and kind fit, before references between them are followed."""
+    kind = OmegaConf.select(cfg, "task.kind")
+    if kind not in PLUGIN_MODELS:
+        raise UserError(f"task.kind={kind!r}; known: {', '.join(PLUGIN_MODELS)}")
+    model = OmegaConf.select(cfg, "fairseq.model._name")
+    task = OmegaConf.select(cfg, "fairseq.task._name")
+    if model not in PLUGIN_MODELS[kind]:
+        raise UserError(
+            f"task={cfg.task.name} is a {kind.replace('_', ' ')} task and needs a model of the "
+            f"type {' or '.join(PLUGIN_MODELS[kind])}, but the model is {model!r}; choose another "
+            "model= (configs/model/)"
+        )
+    if task not in FAIRSEQ_TASKS[kind]:
+        raise UserError(
+            f"fairseq.task._name={task!r} does not fit task.kind={kind}; "
+            f"it must be {' or '.join(FAIRSEQ_TASKS[kind])}"
+        )
+
+
+def _complaint(model: type[BaseModel], content: Mapping[str, Any], error: ValidationError) -> str:
+    """One sentence about the first error: the full key, its value, and what it may be."""
+    first = error.errors(include_url=False)[0]
+    key, node, kind = "", content, model
+    for name in map(str, first["loc"]):
+        if not (isinstance(kind, type) and issubclass(kind, BaseModel)):
+            if not isinstance(node, Mapping) or name not in node:
+                break
+            key, node = f"{key}.{name}", node[name]
+            continue
+        key = f"{key}.{name}".removeprefix(".")
+        field = kind.model_fields.get(name)
+        if field is None:
+            return f"{key} is unknown; known: {', '.join(kind.model_fields)}"
+        if name not in node:
+            return f"{key} is missing"
+        node, kind = node[name], field.annotation
+        if get_origin(kind) is Literal:
+            return f"{key}={node!r}; known: {', '.join(get_args(kind))}"
+        if field.description:
+            return f"{key}={node!r} {field.description}"
+    return f"{key}={node!r}: {first['msg']}"

@@ -1,0 +1,88 @@
+"""Where a result comes from: machine, package versions, code version, command line, time."""
+
+import importlib.metadata
+import os
+import platform
+import re
+import subprocess
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+
+
+def command_of_this_run() -> list[str]:
+    """Script and arguments; of a run in a sweep those for this run alone."""
+    if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
+        return ["scripts/train.py", *HydraConfig.get().overrides.task]
+    return sys.argv
+
+
+def hardware_facts() -> dict[str, Any]:
+    """Processor, usable cores, memory and GPUs of this machine, without any name of it."""
+    import torch  # here, because reports read records without it
+
+    processor = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        model = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text("utf-8"), re.MULTILINE)
+        processor = model.group(1).strip() if model else processor
+    usable = getattr(os, "sched_getaffinity", None)
+    return {
+        "system": platform.system(),
+        "processor": processor,
+        "num_cores": len(usable(0)) if usable else os.cpu_count(),
+        "num_threads": torch.get_num_threads(),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "cuda": torch.version.cuda,
+    }
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of Python and of the packages that can change a number."""
+    versions = {"python": platform.python_version()}
+    for package in (
+        "torch",
+        "fairseq-fixed",
+        "hydra-core",
+        "numpy",
+        "sacrebleu",
+        "sacremoses",
+        "subword-nmt",
+        "wandb",
+    ):
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    return versions
+
+
+def code_version(repository: Path) -> tuple[str, bool | None]:
+    """Commit of the repository and whether its files differ from it; ("unknown", None) without git.
+
+    `results/` does not count: there each run leaves its record.
+    """
+    git = ["git", "-C", str(repository)]
+    try:
+        root, commit = _lines([*git, "rev-parse", "--show-toplevel", "HEAD"])
+        changes = _lines([*git, "status", "--porcelain", "--", ".", ":(exclude)results"])
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown", None
+    if Path(root).resolve() != repository.resolve():  # a copy inside somebody else's repository
+        return "unknown", None
+    return commit, bool(changes)
+
+
+def utc_now() -> str:
+    """The time as records store it."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _lines(command: list[str]) -> list[str]:
+    shown = subprocess.run(command, capture_output=True, text=True, check=True)
+    return [line for line in shown.stdout.split("\n") if line]
