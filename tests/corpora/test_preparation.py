@@ -22,6 +22,7 @@ from support.stand_ins import (
 from normexp.corpora import binarization, preparation, prepare
 from normexp.corpora.atomic_stage import locked
 from normexp.corpora.catalogue import load_catalogue
+from normexp.corpora.toy import translation
 from normexp.errors import UserError
 
 SIZES = {"train": 1500, "valid": 40, "test": 60}
@@ -381,3 +382,16 @@ def test_disk_that_takes_no_more(ptb, monkeypatch, tmp_path, number: int) -> Non
         with pytest.raises(UserError, match=rf"cannot write to {tmp_path}.*{os.strerror(number)}"):
             ptb()
     assert ptb().sentences("test") == 2
+
+
+@pytest.mark.parametrize("file", ["english.py", "german_english.yaml"])
+def test_changed_generator_or_lexicon_makes_another_corpus(tmp_path, monkeypatch, file) -> None:
+    corpus = load_catalogue()["toy_translation"]
+    fingerprint = preparation._fingerprint(corpus)
+    toy = shutil.copytree(Path(translation.__file__).parent, tmp_path / "toy")
+    module = types.SimpleNamespace(__file__=str(toy / "translation.py"))
+    monkeypatch.setattr(preparation, "_generator", lambda _: module)
+    assert preparation._fingerprint(corpus) == fingerprint
+    with (toy / file).open("a", encoding="utf-8") as source:
+        source.write("# changed\n")
+    assert preparation._fingerprint(corpus) != fingerprint
