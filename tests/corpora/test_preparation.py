@@ -10,6 +10,7 @@ import types
 from pathlib import Path
 
 import pytest
+from support.processes import is_running, processes_below
 from support.stand_ins import (
     PTB_ARCHIVES,
     PTB_TEXT,
@@ -226,17 +227,6 @@ def test_folders_without_record_are_not_taken_for_finished(ptb) -> None:
     (whole.directory / "manifest.json").unlink()
     assert ptb() == whole
     assert cut.read_text(encoding="utf-8") == PTB_TEXT["ptb.train.txt"]
-
-
-def processes_below(pid: int) -> list[int]:
-    children = Path(f"/proc/{pid}/task/{pid}/children")
-    return list(map(int, children.read_text().split())) if children.exists() else []
-
-
-def is_running(pid: int) -> bool:
-    """Whether there is such a process and it has not ended; nobody may have asked how it ended."""
-    stat = Path(f"/proc/{pid}/stat")
-    return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
 
 
 def test_killed_preparation(tmp_path, catalogue_with) -> None:
