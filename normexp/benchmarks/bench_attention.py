@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from normexp.benchmarks.benchmark_record import write_record
-from normexp.benchmarks.timing import take_turns
+from normexp.benchmarks.timing import interleave
 from normexp.fairseq_plugin.tensorized_attention import TensorizedAttention
 
 # segment length, batch, width, d_head: the publication's, WikiText-103 with PTB's widths
@@ -20,7 +20,7 @@ NAMES = ("ours", "einsum")
 
 
 def measure(rounds: int, record: Path, progress: bool) -> dict[str, Any]:
-    """Forward and backward of one attention layer in float32, ours and the einsum, in turn.
+    """Forward and backward of one attention layer in float32, ours and the einsum, interleaved.
 
     Writes to `record`, and returns, for each shape and mask the quartiles of the time per token and
     of the ratio between the two, and the memory that a step needs beyond its inputs and parameters
@@ -32,7 +32,7 @@ def measure(rounds: int, record: Path, progress: bool) -> dict[str, Any]:
             steps = {name: _step(name, shape, mask) for name in NAMES}
             _same_result(steps)
             calls = {name: step for name, (step, _) in steps.items()}
-            turns = take_turns(calls, rounds, progress)
+            timings = interleave(calls, rounds, progress)
             tokens = length * batch
             measured.append(
                 {
@@ -43,12 +43,11 @@ def measure(rounds: int, record: Path, progress: bool) -> dict[str, Any]:
                     "head_dim": head_dim,
                     "attention": mask,
                     "microseconds_per_token": {
-                        name: _rounded([1e6 * s / tokens for s in turns.quartiles(name)])
+                        name: _rounded([1e6 * s / tokens for s in timings.quartiles(name)])
                         for name in NAMES
                     },
-                    "ratio_of_ours_to_einsum": _rounded(turns.ratios("ours", "einsum")),
-                    "rounds_dropped": turns.dropped,
-                    "disturbed": turns.disturbed,
+                    "ratio_of_ours_to_einsum": _rounded(timings.ratios("ours", "einsum")),
+                    **timings.rounds,
                     "memory_bytes": {name: _memory(name, shape, mask) for name in NAMES},
                 }
             )

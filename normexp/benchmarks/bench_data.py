@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from normexp.benchmarks.benchmark_record import write_record
-from normexp.benchmarks.timing import take_turns
+from normexp.benchmarks.timing import interleave
 from normexp.benchmarks.toy import toy_task
 
 TASKS = ("toy_translation", "toy_language_model")
@@ -56,13 +56,13 @@ def _rows(name: str, folder: Path, rounds: int, progress: bool) -> list[dict[str
         for batch in read:
             trainer.train_step([batch])
 
-    turns = take_turns(dict(zip(_PARTS, (reading, step), strict=True)), rounds, progress)
+    timings = interleave(dict(zip(_PARTS, (reading, step), strict=True)), rounds, progress)
     dataset = task.dataset("train")
     sizes = dataset.tgt_sizes if hasattr(dataset, "tgt_sizes") else dataset.sizes
     tokens = int(sizes.sum()) / len(epochs)
     rows = []
     for part in _PARTS:
-        seconds = [value / _BATCHES for value in turns.quartiles(part)]
+        seconds = [value / _BATCHES for value in timings.quartiles(part)]
         rows.append(
             {
                 "task": name,
@@ -71,10 +71,8 @@ def _rows(name: str, folder: Path, rounds: int, progress: bool) -> list[dict[str
                 "milliseconds_per_batch": [round(1e3 * value, 3) for value in seconds],
                 "batches_per_second": round(1 / seconds[1], 1),
                 "tokens_per_second": round(tokens / seconds[1]),
-                "ratio_to_step": [round(r, 4) for r in turns.ratios(part, "training step")],
-                "rounds_kept": len(turns.seconds[part]),
-                "rounds_dropped": turns.dropped,
-                "disturbed": turns.disturbed,
+                "ratio_to_step": [round(r, 4) for r in timings.ratios(part, "training step")],
+                **timings.rounds,
             }
         )
     return rows

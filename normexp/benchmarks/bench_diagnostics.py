@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from normexp.benchmarks.benchmark_record import write_record
-from normexp.benchmarks.timing import take_turns
+from normexp.benchmarks.timing import interleave
 from normexp.benchmarks.toy import toy_task
 from normexp.sites import SITES
 from normexp.training.diagnostics import update_diagnostics
@@ -71,20 +71,18 @@ def _row(norm: str, folder: Path, rounds: int, progress: bool) -> dict[str, Any]
             pass
 
     calls: tuple[Callable[[], None], ...] = (update, update_with_diagnostics, alone)
-    turns = take_turns(dict(zip(_PARTS, calls, strict=True)), rounds, progress)
-    shares = turns.ratios(_PARTS[2], _PARTS[0])
+    timings = interleave(dict(zip(_PARTS, calls, strict=True)), rounds, progress)
+    shares = timings.ratios(_PARTS[2], _PARTS[0])
     return {
         "norm": norm,
         "values": len(reports[0]),
-        "milliseconds_per_update": [round(1e3 * x, 3) for x in turns.quartiles(_PARTS[0])],
-        "milliseconds_of_diagnostics": [round(1e3 * x, 3) for x in turns.quartiles(_PARTS[2])],
-        "ratio_with_to_without": [round(x, 4) for x in turns.ratios(_PARTS[1], _PARTS[0])],
+        "milliseconds_per_update": [round(1e3 * x, 3) for x in timings.quartiles(_PARTS[0])],
+        "milliseconds_of_diagnostics": [round(1e3 * x, 3) for x in timings.quartiles(_PARTS[2])],
+        "ratio_with_to_without": [round(x, 4) for x in timings.ratios(_PARTS[1], _PARTS[0])],
         "share_of_logged_update": [round(x, 5) for x in shares],
         "log_interval": interval,
         "share_of_training": [round(x / interval, 7) for x in shares],
-        "rounds_kept": len(turns.seconds[_PARTS[0]]),
-        "rounds_dropped": turns.dropped,
-        "disturbed": turns.disturbed,
+        **timings.rounds,
     }
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from normexp.benchmarks.bench_norms import DTYPES
 from normexp.benchmarks.benchmark_record import write_record
-from normexp.benchmarks.timing import Turns, take_turns
+from normexp.benchmarks.timing import interleave
 from normexp.benchmarks.toy import toy_task
 
 BATCHES = {"32 x 40": (32, 40), "32 x 1": (32, 1), "1 x 1": (1, 1)}  # sentences x tokens
@@ -62,16 +62,16 @@ def _encoder_rows(cfg: DictConfig, task: Any, rounds: int, progress: bool) -> li
         for batch, shape in BATCHES.items():
             tokens = torch.randint(4, len(task.source_dictionary), shape, device=device)
             calls = {name: _forward(encoder, tokens) for name, encoder in encoders.items()}
-            turns = take_turns(calls, rounds * (_SHORT_BATCH if shape[1] == 1 else 1), progress)
-            for name in turns.seconds:
+            timings = interleave(calls, rounds * (_SHORT_BATCH if shape[1] == 1 else 1), progress)
+            for name in timings.seconds:
                 rows.append(
                     {
                         "batch": batch,
                         "dtype": dtype_name,
                         "norm": name,
-                        "milliseconds": round(1e3 * turns.quartiles(name)[1], 4),
-                        "ratio_to_layer_norm": _rounded(turns.ratios(name, "LN")),
-                        **_counts(turns, name),
+                        "milliseconds": round(1e3 * timings.quartiles(name)[1], 4),
+                        "ratio_to_layer_norm": _rounded(timings.ratios(name, "LN")),
+                        **timings.rounds,
                     }
                 )
     return rows
@@ -112,7 +112,7 @@ def _search_rows(cfg: DictConfig, task: Any, rounds: int, progress: bool) -> lis
     def by_us() -> None:
         found["ours"] = translate(loaded, "test", BEAM, 1.0, MAX_TOKENS, progress=False)
 
-    turns = take_turns({"fairseq": by_fairseq, "ours": by_us}, rounds, progress)
+    timings = interleave({"fairseq": by_fairseq, "ours": by_us}, rounds, progress)
     pairs = list(zip(found["fairseq"], found["ours"], strict=True))
     return [
         {
@@ -120,12 +120,12 @@ def _search_rows(cfg: DictConfig, task: Any, rounds: int, progress: bool) -> lis
             "beam": BEAM,
             "sentences": len(pairs),
             "different_hypotheses": sum(not torch.equal(*pair) for pair in pairs),
-            "seconds": round(turns.quartiles(name)[1], 3),
-            "sentences_per_second": round(len(pairs) / turns.quartiles(name)[1], 1),
-            "ratio_to_fairseq": _rounded(turns.ratios(name, "fairseq")),
-            **_counts(turns, name),
+            "seconds": round(timings.quartiles(name)[1], 3),
+            "sentences_per_second": round(len(pairs) / timings.quartiles(name)[1], 1),
+            "ratio_to_fairseq": _rounded(timings.ratios(name, "fairseq")),
+            **timings.rounds,
         }
-        for name in turns.seconds
+        for name in timings.seconds
     ]
 
 
@@ -148,14 +148,6 @@ def _as_fairseq_generate(task: Any, model: nn.Module, device: torch.device) -> l
         for sentence, beams in zip(sample["id"].tolist(), hypotheses, strict=True):
             found[sentence] = beams[0]["tokens"].int().cpu()
     return [found[sentence] for sentence in sorted(found)]
-
-
-def _counts(turns: Turns, name: str) -> dict[str, Any]:
-    return {
-        "rounds_kept": len(turns.seconds[name]),
-        "rounds_dropped": turns.dropped,
-        "disturbed": turns.disturbed,
-    }
 
 
 def _rounded(values: list[float]) -> list[float]:

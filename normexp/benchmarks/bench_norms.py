@@ -1,6 +1,6 @@
 """Time of the normalization layers, forward and backward, as multiples of nn.LayerNorm's."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from normexp.benchmarks.benchmark_record import write_record
-from normexp.benchmarks.timing import take_turns
+from normexp.benchmarks.timing import interleave
 from normexp.norms import build_norm
 from normexp.norms.kernels.choice import use_kernels
 
@@ -46,35 +46,35 @@ LAYERS = {
     "batch_released": Layer("batch_released", {}),
 }
 BASELINE = "nn.LayerNorm"
+TORCH_LAYERS = (BASELINE, "F.rms_norm", "F.batch_norm, no mask")
+
+
+class Measured(NamedTuple):
+    """What one layer took at one shape and type."""
+
+    seconds: list[float]  # of a call: quartiles
+    kernels: str | None  # that computed a layer of ours with running statistics
+    row: dict[str, Any]  # of the record, as far as `norms` and `scaling` share it
 
 
 def measure(rounds: int, record: Path, progress: bool) -> dict[str, Any]:
-    """Time every layer at every shape and type, all competitors in turn; write to `record`.
+    """Time every layer at every shape and type, interleaved; write to `record`.
 
-    Ours are given a mask with a quarter of the positions padded; torch's take none. Statistics and
-    parameters are float32 but for nn.LayerNorm's and F.rms_norm's parameters, which have the type
+    Our layers get a mask with a quarter of the positions padded; torch's have none. Statistics and
+    parameters are float32 except the parameters of nn.LayerNorm and F.rms_norm, which have the type
     of x. Returns what it writes: quartiles of the ratio to nn.LayerNorm, median milliseconds, and
     what computed those of ours that have running statistics.
     """
-    measured = []
-    for shape_name, shape in SHAPES.items():
-        for dtype_name, dtype in DTYPES.items():
-            calls, ran = competitors(shape, dtype)
-            turns = take_turns(calls, rounds, progress)
-            for name in turns.seconds:
-                measured.append(
-                    {
-                        "shape": shape_name,
-                        "dtype": dtype_name,
-                        "layer": name,
-                        "kernels": ran[name]() if name in ran else None,
-                        "milliseconds": round(1e3 * turns.quartiles(name)[1], 4),
-                        "ratio_to_layer_norm": [round(r, 3) for r in turns.ratios(name, BASELINE)],
-                        "rounds_kept": len(turns.seconds[name]),
-                        "rounds_dropped": turns.dropped,
-                        "disturbed": turns.disturbed,
-                    }
-                )
+    measured = [
+        one.row
+        | {
+            "shape": shape_name,
+            "kernels": one.kernels,
+            "milliseconds": round(1e3 * one.seconds[1], 4),
+        }
+        for shape_name, shape in SHAPES.items()
+        for one in measure_layers(shape, LAYERS, TORCH_LAYERS, rounds, progress)
+    ]
     result = {
         "what": "forward and backward of a normalization layer in training, x (T, B, C)",
         "quartiles": "lower, median, upper",
@@ -83,15 +83,39 @@ def measure(rounds: int, record: Path, progress: bool) -> dict[str, Any]:
     return write_record(record, "norms", {"rounds": rounds}, result)
 
 
-def competitors(
+def measure_layers(
     shape: tuple[int, int, int],
-    dtype: torch.dtype,
-    layers: dict[str, Layer] | None = None,
-) -> tuple[dict[str, Callable[[], list[Tensor]]], dict[str, Callable[[], str | None]]]:
-    """By name a call that computes y and the gradients of x and of the parameters.
+    layers: dict[str, Layer],
+    torch_layers: tuple[str, ...],
+    rounds: int,
+    progress: bool,
+) -> Iterator[Measured]:
+    """Time `layers` of ours and some of TORCH_LAYERS on x of shape (T, B, C), in every type.
 
-    Beside these, for ours, a call that tells which kernels did so. layers: ours; LAYERS if not
-    given.
+    The baseline must be among `torch_layers`.
+    """
+    for dtype_name, dtype in DTYPES.items():
+        calls, kernels = candidates(shape, dtype, layers)
+        chosen = {name: calls[name] for name in (*torch_layers, *layers)}
+        timings = interleave(chosen, rounds, progress)
+        for name in chosen:
+            row = {
+                "dtype": dtype_name,
+                "layer": name,
+                "ratio_to_layer_norm": [round(r, 3) for r in timings.ratios(name, BASELINE)],
+                **timings.rounds,
+            }
+            ran = kernels[name]() if name in kernels else None
+            yield Measured(timings.quartiles(name), ran, row)
+
+
+def candidates(
+    shape: tuple[int, int, int], dtype: torch.dtype, layers: dict[str, Layer] = LAYERS
+) -> tuple[dict[str, Callable[[], list[Tensor]]], dict[str, Callable[[], str | None]]]:
+    """Calls of TORCH_LAYERS and of `layers`, by name, on x of shape (T, B, C).
+
+    The first dictionary has calls that compute y and return the gradients of x (T, B, C) and of
+    each parameter (C,). The second has, for `layers`, calls that return which kernels did so.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     generator = torch.Generator().manual_seed(1)
@@ -108,14 +132,14 @@ def competitors(
     weight = torch.ones(channels, device=device, dtype=dtype, requires_grad=True)
     batch_norm = nn.BatchNorm1d(channels, device=device)
     calls: dict[str, Callable[[], list[Tensor]]] = {
-        BASELINE: lambda: step(lambda: layer_norm(x), list(layer_norm.parameters())),
+        "nn.LayerNorm": lambda: step(lambda: layer_norm(x), list(layer_norm.parameters())),
         "F.rms_norm": lambda: step(lambda: F.rms_norm(x, [channels], weight), [weight]),
         "F.batch_norm, no mask": lambda: step(
             lambda: batch_norm(x.view(-1, channels)).view(shape), list(batch_norm.parameters())
         ),
     }
     ran = {}
-    for name, layer in (LAYERS if layers is None else layers).items():
+    for name, layer in layers.items():
         norm = build_norm(layer.norm, channels, **layer.options).to(device)
 
         def call(norm: nn.Module = norm, kernels: str = layer.kernels) -> list[Tensor]:
@@ -131,5 +155,5 @@ def _step_with_penalty(
 ) -> list[Tensor]:
     gradients = step(lambda: norm(x, padding_mask), list(norm.parameters()))
     if hasattr(norm, "penalty"):
-        norm.penalty()  # it must be taken; its gradient is some vectors' worth
+        norm.penalty()  # belongs to a training step; its gradient costs next to nothing
     return gradients

@@ -1,9 +1,11 @@
-"""How fast, and in how much memory, WMT14's preparation runs: the real chain on made-up text."""
+"""Time and memory of WMT14's preparation: the real chain on made-up text."""
 
 import gzip
 import logging
 import multiprocessing
 import os
+import shutil
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -23,8 +25,10 @@ from normexp.corpora.preparation import build_raw
 from normexp.corpora.process_pool import available_cores
 from normexp.corpora.text import TOKENIZED, learn_bpe, segment_splits, tokenize_splits
 from normexp.corpora.tokenization import STEPS
+from normexp.errors import UserError
 
 CORPUS = "wmt14"
+BYTES_PER_PAIR = 2500  # of disk space
 _EVALUATION_PAIRS = 3000  # of valid and of test, as in newstest2013
 _SAMPLE = 5000  # lines on which the steps are timed one by one
 _INTERVAL = 0.25  # seconds between two looks at the memory
@@ -32,13 +36,33 @@ _INTERVAL = 0.25  # seconds between two looks at the memory
 log = logging.getLogger(__name__)
 
 
-def measure(number: int, seed: int, folder: Path, record: Path, progress: bool) -> dict[str, Any]:
+def measure(
+    pairs: int, seed: int, folder: Path | None, record: Path, progress: bool
+) -> dict[str, Any]:
+    """Prepare `pairs` generated sentence pairs in a temporary folder; write to `record`.
+
+    folder: where the temporary folder is made (default: the system's). Returns what
+    `measure_stages` does. Raises UserError where there is not enough disk space.
+    """
+    with tempfile.TemporaryDirectory(dir=folder) as temporary:
+        free, needed = shutil.disk_usage(temporary).free, pairs * BYTES_PER_PAIR
+        if free < needed:
+            raise UserError(
+                f"{needed / 1e9:.1f} GB are needed in {temporary}, {free / 1e9:.1f} GB are free; "
+                "make room, choose another --folder or fewer --pairs"
+            )
+        return measure_stages(pairs, seed, Path(temporary), record, progress)
+
+
+def measure_stages(
+    number: int, seed: int, folder: Path, record: Path, progress: bool
+) -> dict[str, Any]:
     """Prepare `number` generated training pairs below `folder`, which is left behind, in stages.
 
     Writes to `record`, and returns, seconds, pairs per second and peak memory (bytes, of this
-    process and its children together) of every stage, single-core rates of each text step, and
-    what the times mean for the real corpus. Memory is Linux's proportional set size: pages shared
-    by several processes count once.
+    process and its children together) of every stage, lines per second of each text step in one
+    process, and what the times mean for the real corpus. Memory is Linux's proportional set size:
+    pages shared by several processes count once.
     """
     recipe = load_catalogue()[CORPUS]
     real = recipe.expected.splits["train"]["raw_sentences"]
@@ -144,7 +168,7 @@ def _with_archives(recipe: Corpus, folder: Path) -> Corpus:
 
 @contextmanager
 def _peak_memory() -> Iterator[list[int]]:
-    """A list whose one item is, at the end, the most memory that this process's tree has held."""
+    """A list of one item: at the end, the most bytes that this process and those below it held."""
     peak, ended = [0], threading.Event()
 
     def watch() -> None:

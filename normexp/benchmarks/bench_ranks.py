@@ -23,7 +23,7 @@ LAYERS = 12
 TIME, BATCH, CHANNELS = 64, 8, 256
 _CALLS = 5  # of a turn
 
-COMPETITORS: dict[str, tuple[str, dict[str, Any], str]] = {
+CANDIDATES: dict[str, tuple[str, dict[str, Any], str]] = {
     "layer": ("layer", {}, "auto"),
     "power, each rank its own": ("power", {"warmup_steps": 0}, "auto"),
     "power, synchronized": ("power", {"warmup_steps": 0, "sync": True}, "auto"),
@@ -74,7 +74,7 @@ def _run(rank: int, rounds: int, progress: bool, folder: Path) -> None:
     torch.set_num_threads(1)
     meeting = f"file://{folder / 'meeting'}"
     dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=RANKS)
-    steps = {name: _step(*of, rank) for name, of in COMPETITORS.items()}
+    steps = {name: _step(*of, rank) for name, of in CANDIDATES.items()}
     measured: dict[str, dict[str, Any]] = {}
     for name, step in steps.items():
         step()

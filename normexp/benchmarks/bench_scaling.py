@@ -3,9 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from normexp.benchmarks.bench_norms import BASELINE, DTYPES, Layer, competitors
+from normexp.benchmarks.bench_norms import BASELINE, Layer, measure_layers
 from normexp.benchmarks.benchmark_record import write_record
-from normexp.benchmarks.timing import take_turns
 
 TOKENS = (256, 1024, 4096, 8192, 16384, 32768)  # with 512 channels
 CHANNELS = (128, 256, 512, 1024, 2048)  # with 4096 tokens
@@ -21,36 +20,23 @@ _BATCH = 32
 def measure(rounds: int, record: Path, progress: bool) -> dict[str, Any]:
     """Forward and backward in training at every size and type; write to `record`.
 
-    Padding and types are those of the benchmark `norms`. Returns what it writes: of every layer the
-    quartiles of nanoseconds per element of x and of the ratio to nn.LayerNorm at the same size.
+    Padding and types are those of the benchmark `norms`. Returns what it writes: for every layer
+    quartiles of nanoseconds per element of x, and of the ratio to nn.LayerNorm at the same size.
     """
     measured = []
     for sweep, tokens, channels, layers in _sizes():
-        for dtype_name, dtype in DTYPES.items():
-            shape = (tokens // _BATCH, _BATCH, channels)
-            every, _ = competitors(shape, dtype, layers)
-            turns = take_turns({n: every[n] for n in (BASELINE, *layers)}, rounds, progress)
-            elements = tokens * channels
-            for name in turns.seconds:
-                measured.append(
-                    {
-                        "sweep": sweep,
-                        "tokens": tokens,
-                        "channels": channels,
-                        "groups": layers[name].options.get("num_groups")
-                        if name in layers
-                        else None,
-                        "dtype": dtype_name,
-                        "layer": name,
-                        "nanoseconds_per_element": [
-                            round(1e9 * seconds / elements, 4) for seconds in turns.quartiles(name)
-                        ],
-                        "ratio_to_layer_norm": [round(r, 3) for r in turns.ratios(name, BASELINE)],
-                        "rounds_kept": len(turns.seconds[name]),
-                        "rounds_dropped": turns.dropped,
-                        "disturbed": turns.disturbed,
-                    }
-                )
+        shape = (tokens // _BATCH, _BATCH, channels)
+        for one in measure_layers(shape, layers, (BASELINE,), rounds, progress):
+            layer = layers.get(one.row["layer"])
+            per_element = [seconds / (tokens * channels) for seconds in one.seconds]
+            size = {
+                "sweep": sweep,
+                "tokens": tokens,
+                "channels": channels,
+                "groups": layer.options.get("num_groups") if layer else None,
+                "nanoseconds_per_element": [round(1e9 * seconds, 4) for seconds in per_element],
+            }
+            measured.append(one.row | size)
     result = {
         "what": "forward and backward of a normalization layer in training over its size",
         "quartiles": "lower, median, upper",
@@ -60,7 +46,7 @@ def measure(rounds: int, record: Path, progress: bool) -> dict[str, Any]:
 
 
 def _sizes() -> list[tuple[str, int, int, dict[str, Layer]]]:
-    """What is varied, tokens, channels and layers of every measurement."""
+    """Of each measurement: the quantity that is varied, tokens, channels and layers."""
     by_groups = {
         f"power_released, {groups} groups": Layer(
             "power_released",

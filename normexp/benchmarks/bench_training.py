@@ -16,7 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import normexp.fairseq_plugin  # noqa: F401 (registers models, criterions and the optimizer)
 from normexp.benchmarks.benchmark_record import write_record
-from normexp.benchmarks.timing import take_turns
+from normexp.benchmarks.timing import interleave
 from normexp.config.fairseq_config import apply_speed
 from normexp.config.settings import SpeedSettings
 from normexp.norms.kernels.choice import chosen_kernels, use_kernels
@@ -89,7 +89,7 @@ def measure(rounds: int, record: Path, progress: bool) -> dict[str, Any]:
             for _ in range(WARM_UPDATES):
                 update()
             losses[name] = update()
-        turns = take_turns(updates, rounds, progress)
+        timings = interleave(updates, rounds, progress)
         profiles = {name: _profile(updates[name]) for name in (STOCK, FASTEST)}
     finally:
         use_kernels(chosen)
@@ -97,13 +97,11 @@ def measure(rounds: int, record: Path, progress: bool) -> dict[str, Any]:
     measured = [
         {
             "configuration": name,
-            "milliseconds": round(1e3 * turns.quartiles(name)[1], 2),
-            "speedup_over_stock": [round(ratio, 3) for ratio in turns.ratios(STOCK, name)],
-            "tokens_per_second": round(tokens / turns.quartiles(name)[1]),
+            "milliseconds": round(1e3 * timings.quartiles(name)[1], 2),
+            "speedup_over_stock": [round(ratio, 3) for ratio in timings.ratios(STOCK, name)],
+            "tokens_per_second": round(tokens / timings.quartiles(name)[1]),
             "loss": round(losses[name], 5),
-            "rounds_kept": len(turns.seconds[name]),
-            "rounds_dropped": turns.dropped,
-            "disturbed": turns.disturbed,
+            **timings.rounds,
         }
         for name in updates
     ]

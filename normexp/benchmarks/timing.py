@@ -1,4 +1,4 @@
-"""Times of competitors, measured in turn so that whatever else the machine does hits them alike."""
+"""Interleaved timing: in each round every candidate once, so that disturbances hit all alike."""
 
 import os
 import statistics
@@ -13,15 +13,17 @@ from tqdm import tqdm
 _BLOCK_SECONDS = 0.5  # the clock of /proc/stat ticks every 10 ms
 _OTHERS_AT_MOST = 0.03
 _ATTEMPTS = 4
-_TURN_SECONDS, _MOST_CALLS = 0.005, 100
+_CANDIDATE_SECONDS, _MOST_CALLS = 0.005, 100
 
 
 @dataclass(frozen=True)
-class Turns:
-    """seconds: of each competitor, round by round; the three counts say what was left out.
+class Timings:
+    """Times of several candidates, and what was left out of them.
 
-    dropped: rounds in which other processes used more than 3 % of the processors. Where a quarter
-    of the rounds was not to be had otherwise, all are kept, dropped is 0 and disturbed is true.
+    seconds: of a call of each candidate, round by round.
+    dropped: number of rounds left out because other processes used more than 3 % of the
+        processors meanwhile.
+    disturbed: there were so many of these that all rounds were kept; then dropped is 0.
     """
 
     seconds: dict[str, list[float]]
@@ -29,41 +31,51 @@ class Turns:
     disturbed: bool
 
     def quartiles(self, name: str) -> list[float]:
-        """Lower quartile, median and upper quartile of the seconds of a competitor."""
+        """Lower quartile, median and upper quartile of a candidate's seconds."""
         return quartiles(self.seconds[name])
 
     def ratios(self, name: str, to: str) -> list[float]:
-        """Quartiles of the ratios between two competitors, taken round by round."""
+        """Quartiles of the ratio between two candidates' seconds, computed round by round."""
         pairs = zip(self.seconds[name], self.seconds[to], strict=True)
         return quartiles([own / other for own, other in pairs])
 
+    @property
+    def rounds(self) -> dict[str, int | bool]:
+        """What a record says of the rounds: how many were kept and dropped, and `disturbed`."""
+        kept = len(next(iter(self.seconds.values())))
+        return {
+            "rounds_kept": kept, "rounds_dropped": self.dropped, "disturbed": self.disturbed
+        }  # fmt: skip
 
-def take_turns(
-    competitors: Mapping[str, Callable[[], object]], rounds: int, progress: bool
-) -> Turns:
-    """Give each competitor a turn in every round, after two unmeasured rounds.
 
-    A turn is one call, or as many as take five milliseconds, whose mean counts: a single short call
-    would be judged by whether its code is still in the processor's caches, which it is for whoever
-    shares code with the competitor before. On a GPU a call lasts until its work is done.
+def interleave(
+    candidates: Mapping[str, Callable[[], object]], rounds: int, progress: bool
+) -> Timings:
+    """Time every candidate once in each of `rounds` rounds, after two rounds of warm-up.
+
+    What is timed is one call, or the mean of as many as take five milliseconds: the time of a
+    single short call would depend on whether its code is still in the processor's caches, which
+    the candidate before may have left there. On a GPU a call lasts until its work is done. Rounds
+    disturbed by other processes are repeated, up to four times as many in all; where less than a
+    quarter of `rounds` is undisturbed even so, all are kept.
     """
-    calls = {name: 1 for name in competitors}
+    calls = {name: 1 for name in candidates}
     for _ in range(2):
-        for name, call in competitors.items():
-            seconds = _turn(call, 1)
-            calls[name] = min(_MOST_CALLS, max(1, round(_TURN_SECONDS / seconds)))
-    clean: list[dict[str, float]] = []
-    others: list[dict[str, float]] = []
+        for name, call in candidates.items():
+            seconds = _mean_seconds(call, 1)
+            calls[name] = min(_MOST_CALLS, max(1, round(_CANDIDATE_SECONDS / seconds)))
+    quiet: list[dict[str, float]] = []
+    noisy: list[dict[str, float]] = []
     with tqdm(total=rounds, desc="rounds", leave=False, disable=not progress or None) as bar:
-        while len(clean) < rounds and len(clean) + len(others) < _ATTEMPTS * rounds:
-            block, share = _block(competitors, calls, rounds - len(clean))
-            (clean if share <= _OTHERS_AT_MOST else others).extend(block)
+        while len(quiet) < rounds and len(quiet) + len(noisy) < _ATTEMPTS * rounds:
+            block, share = _block(candidates, calls, rounds - len(quiet))
+            (quiet if share <= _OTHERS_AT_MOST else noisy).extend(block)
             bar.update(len(block) if share <= _OTHERS_AT_MOST else 0)
-    disturbed = len(clean) < max(2, rounds // 4)
-    kept = clean + others if disturbed else clean
-    return Turns(
-        {name: [round_[name] for round_ in kept] for name in competitors},
-        dropped=0 if disturbed else len(others),
+    disturbed = len(quiet) < max(2, rounds // 4)
+    kept = quiet + noisy if disturbed else quiet
+    return Timings(
+        {name: [round_[name] for round_ in kept] for name in candidates},
+        dropped=0 if disturbed else len(noisy),
         disturbed=disturbed,
     )
 
@@ -73,8 +85,8 @@ def quartiles(values: list[float]) -> list[float]:
     return statistics.quantiles(values, n=4, method="inclusive")
 
 
-def _turn(call: Callable[[], object], times: int) -> float:
-    """Mean seconds of so many calls."""
+def _mean_seconds(call: Callable[[], object], times: int) -> float:
+    """Mean seconds of a call over `times` calls."""
     start = _now()
     for _ in range(times):
         call()
@@ -82,13 +94,13 @@ def _turn(call: Callable[[], object], times: int) -> float:
 
 
 def _block(
-    competitors: Mapping[str, Callable[[], object]], calls: Mapping[str, int], most: int
+    candidates: Mapping[str, Callable[[], object]], calls: Mapping[str, int], most: int
 ) -> tuple[list[dict[str, float]], float]:
-    """Rounds of half a second, at most so many, and the share of other processes meanwhile."""
+    """Rounds for half a second, at most `most`, and the processors' share that others had then."""
     block: list[dict[str, float]] = []
     started, own, busy = time.perf_counter(), _own_seconds(), _busy_seconds()
     while len(block) < most and time.perf_counter() - started < _BLOCK_SECONDS:
-        block.append({name: _turn(call, calls[name]) for name, call in competitors.items()})
+        block.append({name: _mean_seconds(call, calls[name]) for name, call in candidates.items()})
     elapsed = time.perf_counter() - started
     by_others = (_busy_seconds() - busy) - (_own_seconds() - own)
     return block, by_others / (elapsed * (os.cpu_count() or 1))
@@ -100,7 +112,7 @@ def _own_seconds() -> float:
 
 
 def _busy_seconds() -> float:
-    """Processor time of all processes together, time stolen by the host included; 0 if unknown."""
+    """Processor seconds of all processes and of other guests of the host; 0 where unknown."""
     try:
         fields = Path("/proc/stat").read_text().split("\n")[0].split()[1:9]
     except OSError:

@@ -1,6 +1,5 @@
 """Stages of a preparation: a folder is either finished, with its record inside, or not there."""
 
-import fcntl
 import json
 import logging
 import os
@@ -8,6 +7,8 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from normexp.corpora.hashing import file_hash
 from normexp.files import write_json
@@ -18,18 +19,20 @@ RECORD = "stage.json"
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Hold an exclusive lock on `path`; waits for a process that holds it.
+    """Hold an exclusive lock on the file `path`; wait, and log that, while another process has it.
 
-    The lock goes with the process, so a killed one leaves nothing to clean up.
+    The lock ends with its process, even by SIGKILL. Processes forked meanwhile do not inherit it,
+    so those of a killed preparation cannot keep it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
-        # Not flock: child processes inherit that one, and those of a killed process can outlive it.
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            log.info("another process is preparing this corpus; waiting for it (%s)", path)
-            fcntl.lockf(file, fcntl.LOCK_EX)
+    # No soft lock where the file system has no locks: a killed process would leave it behind.
+    lock = FileLock(path, fallback_to_soft=False)
+    try:
+        held = lock.acquire(blocking=False)
+    except Timeout:
+        log.info("another process is preparing this corpus; waiting for it (%s)", path)
+        held = lock.acquire()
+    with held:
         yield
 
 

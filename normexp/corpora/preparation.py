@@ -9,7 +9,6 @@ import contextlib
 import errno
 import hashlib
 import importlib
-import inspect
 import logging
 import platform
 import shutil
@@ -18,6 +17,7 @@ import unicodedata
 from concurrent.futures.process import BrokenProcessPool
 from importlib.metadata import version
 from pathlib import Path
+from types import ModuleType
 
 from normexp.corpora.atomic_stage import build_stage, files_intact, locked, read_json
 from normexp.corpora.binarization import build_binary
@@ -98,17 +98,15 @@ def _explained(directory: Path):
 
 
 def _fingerprint(corpus: Corpus) -> str:
-    sources = []
-    if corpus.generator:  # a changed generator makes another corpus
-        modules = {inspect.getmodule(value) for value in vars(_generator(corpus)).values()}
-        names = {module.__name__ for module in modules if module is not None}
-        ours = sorted(name for name in names if name.startswith("normexp.corpora."))
-        sources = [inspect.getsource(sys.modules[name]) for name in ours]
-    text = "\n".join([str(VERSION), corpus.fingerprint(), *sources])
-    return hashlib.sha256(text.encode()).hexdigest()
+    parts = [str(VERSION), corpus.fingerprint()]
+    if corpus.generator:  # a changed generator or lexicon makes another corpus
+        folder = Path(_generator(corpus).__file__).parent
+        sources = sorted([*folder.glob("*.py"), *folder.glob("*.yaml")])
+        parts += [source.read_text(encoding="utf-8") for source in sources]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
-def _generator(corpus: Corpus):
+def _generator(corpus: Corpus) -> ModuleType:
     return importlib.import_module(f"normexp.corpora.{corpus.generator}")
 
 

@@ -9,7 +9,6 @@ is uploaded by a call of `wandb sync` of its own, because (all seen with wandb 0
 - waits for an unreachable server for more than a minute.
 """
 
-import fcntl
 import os
 import subprocess
 import sys
@@ -22,7 +21,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from normexp.errors import UserError
+from normexp.runs.folder import RunFolder
 
 CONNECT_TIMEOUT_SECONDS = 10.0
 UPLOAD_TIMEOUT_SECONDS = 1800.0
@@ -67,14 +69,7 @@ class OfflineRun:
     @property
     def is_being_written(self) -> bool:
         """Whether a process holds the run folder."""
-        try:
-            with open(self.folder / ".lock", "rb") as lock:
-                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except FileNotFoundError:
-            return False
-        except BlockingIOError:
-            return True
-        return False
+        return RunFolder(self.folder).in_use()
 
 
 def find_offline_runs(paths: Iterable[Path]) -> list[OfflineRun]:
@@ -162,9 +157,10 @@ def _begun(log: Path) -> Path:
 
 @contextmanager
 def _holding(path: Path) -> Iterator[None]:
-    with open(path, "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UploadError("another process is uploading it") from None
+    # No soft lock where the file system has no locks: a killed process would leave it behind.
+    try:
+        held = FileLock(path, fallback_to_soft=False).acquire(blocking=False)
+    except Timeout:
+        raise UploadError("another process is uploading it") from None
+    with held:
         yield

@@ -10,6 +10,7 @@ import types
 from pathlib import Path
 
 import pytest
+from support.processes import is_running, processes_below
 from support.stand_ins import (
     PTB_ARCHIVES,
     PTB_TEXT,
@@ -22,6 +23,7 @@ from support.stand_ins import (
 from normexp.corpora import binarization, preparation, prepare
 from normexp.corpora.atomic_stage import locked
 from normexp.corpora.catalogue import load_catalogue
+from normexp.corpora.toy import translation
 from normexp.errors import UserError
 
 SIZES = {"train": 1500, "valid": 40, "test": 60}
@@ -227,17 +229,6 @@ def test_folders_without_record_are_not_taken_for_finished(ptb) -> None:
     assert cut.read_text(encoding="utf-8") == PTB_TEXT["ptb.train.txt"]
 
 
-def processes_below(pid: int) -> list[int]:
-    children = Path(f"/proc/{pid}/task/{pid}/children")
-    return list(map(int, children.read_text().split())) if children.exists() else []
-
-
-def is_running(pid: int) -> bool:
-    """Whether there is such a process and it has not ended; nobody may have asked how it ended."""
-    stat = Path(f"/proc/{pid}/stat")
-    return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
-
-
 def test_killed_preparation(tmp_path, catalogue_with) -> None:
     """SIGKILL for the main process only, as when memory runs out, while others work for it.
 
@@ -381,3 +372,16 @@ def test_disk_that_takes_no_more(ptb, monkeypatch, tmp_path, number: int) -> Non
         with pytest.raises(UserError, match=rf"cannot write to {tmp_path}.*{os.strerror(number)}"):
             ptb()
     assert ptb().sentences("test") == 2
+
+
+@pytest.mark.parametrize("file", ["english.py", "german_english.yaml"])
+def test_changed_generator_or_lexicon_makes_another_corpus(tmp_path, monkeypatch, file) -> None:
+    corpus = load_catalogue()["toy_translation"]
+    fingerprint = preparation._fingerprint(corpus)
+    toy = shutil.copytree(Path(translation.__file__).parent, tmp_path / "toy")
+    module = types.SimpleNamespace(__file__=str(toy / "translation.py"))
+    monkeypatch.setattr(preparation, "_generator", lambda _: module)
+    assert preparation._fingerprint(corpus) == fingerprint
+    with (toy / file).open("a", encoding="utf-8") as source:
+        source.write("# changed\n")
+    assert preparation._fingerprint(corpus) != fingerprint

@@ -213,8 +213,8 @@ def test_the_environment_chooses() -> None:
 
 
 def test_every_source_is_shipped() -> None:
-    """Sources, headers and the report's templates are package data; python -m normexp.norms.kernels
-    compiles all of the sources.
+    """Sources, headers, the report's templates and the toy corpora's words are package data;
+    python -m normexp.norms.kernels compiles all of the sources.
     """
     package = Path(normexp.__file__).parent
     settings = tomllib.loads((package.parent / "pyproject.toml").read_text())
@@ -222,5 +222,6 @@ def test_every_source_is_shipped() -> None:
     shipped = {path for pattern in patterns for path in package.glob(pattern)}
     headers = {path for source in native.sources() for path in source.parent.glob("*.h")}
     templates = (package / "report" / "templates").iterdir()
-    assert shipped == {*native.sources(), *headers, *templates}
+    words = (package / "corpora" / "toy").glob("*.yaml")
+    assert shipped == {*native.sources(), *headers, *templates, *words}
     assert {path.stem for path in native.sources()} >= {"power", "power_released", "batch"}

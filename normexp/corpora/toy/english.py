@@ -3,6 +3,10 @@
 import re
 
 _VOWELS = "aeiou"
+# Forms with I, you, he, they.
+BE = ("am", "are", "is", "are")
+BE_PAST = ("was", "were", "was", "were")
+DO = ("do", "do", "does", "do")
 
 
 def with_s(word: str) -> str:

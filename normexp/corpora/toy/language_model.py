@@ -22,8 +22,11 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from math import log
+from pathlib import Path
 from random import Random
 from typing import NamedTuple, TypeVar
+
+import yaml
 
 from normexp.corpora.toy.english import with_article_an, with_ed, with_s
 from normexp.corpora.toy.zipf import Zipf
@@ -33,97 +36,6 @@ T = TypeVar("T")
 MIN_LINES, MAX_LINES = 10, 30  # of a document
 MAX_TOKENS = 40  # of a line
 TOKEN = re.compile(r"\w+|[^\w\s]")
-
-# Most frequent word first. Nouns: singular/irregular plural; verbs: base/irregular past.
-TOPICS = {
-    "sea": {
-        "nouns": """boat, sailor, net, wave, fish/fish, sail, captain, rope, anchor, gull, lantern,
-            pilot, barrel, oar""",
-        "verbs": "steer, catch/caught, haul, mend, load, row, sink/sank, salt",
-        "adjectives": "salty, wet, stormy, deep, northern, rusty, calm, windy",
-        "places": "in the harbour, on the pier, at the lighthouse, on the open sea",
-        "jobs": "sailor, pilot, diver",
-    },
-    "kitchen": {
-        "nouns": """knife/knives, pan, onion, cook, oven, soup, spoon, plate, guest, egg,
-            cake, waiter, potato/potatoes, jar""",
-        "verbs": "peel, cook, taste, chop/chopped, serve, stir/stirred, bake, burn",
-        "adjectives": "hot, sweet, fresh, sharp, bitter, spicy, greasy, raw",
-        "places": "in the kitchen, at the stove, in the pantry, at the long table",
-        "jobs": "cook, baker, butcher",
-    },
-    "garden": {
-        "nouns": """rose, gardener, hedge, seed, apple, bee, spade, tulip, fence, pond, weed, worm,
-            pumpkin, nest""",
-        "verbs": "plant, water, dig/dug, prune, pick, rake, trim/trimmed, harvest",
-        "adjectives": "green, ripe, sunny, thorny, muddy, tall, fragrant, shady",
-        "places": "in the garden, under the apple tree, behind the shed, in the orchard",
-        "jobs": "gardener, florist, farmer",
-    },
-    "school": {
-        "nouns": """pupil, teacher, book, pencil, lesson, exam, desk, essay, map, clock, class,
-            poem, dictionary, chalkboard""",
-        "verbs": "read/read, teach/taught, write/wrote, learn, mark, copy, explain, forget/forgot",
-        "adjectives": "clever, difficult, lazy, curious, strict, boring, patient, correct",
-        "places": "in the classroom, at school, in the library, in the playground",
-        "jobs": "teacher, librarian, tutor",
-    },
-    "music": {
-        "nouns": """violin, singer, song, drum, concert, trumpet, choir, flute, melody, stage,
-            dancer, ticket, guitar, conductor""",
-        "verbs": "play, sing/sang, tune, hear/heard, practise, compose, applaud, hum/hummed",
-        "adjectives": "loud, famous, gentle, lively, cheerful, slow, sad, rhythmic",
-        "places": "in the concert hall, on the stage, at the opera, behind the curtain",
-        "jobs": "violinist, composer, drummer",
-    },
-    "castle": {
-        "nouns": """king, knight, sword, queen, tower, horse, guard, crown, prisoner, shield,
-            banner, dragon, prince, throne""",
-        "verbs": "defend, attack, crown, capture, summon, besiege, free, betray",
-        "adjectives": "brave, royal, loyal, golden, wicked, ancient, noble, mighty",
-        "places": "in the castle, in the dungeon, at the gate, on the battlefield",
-        "jobs": "knight, squire, minstrel",
-    },
-    "mountain": {
-        "nouns": """climber, peak, glacier, path, goat, tent, valley, rock, guide, cave, storm,
-            backpack, ridge, marmot""",
-        "verbs": "climb, cross, reach, follow, carry, rescue, measure, photograph",
-        "adjectives": "steep, snowy, cold, dangerous, narrow, high, exhausted, rocky",
-        "places": "on the summit, in the hut, above the clouds, in the valley",
-        "jobs": "climber, ranger, geologist",
-    },
-    "workshop": {
-        "nouns": """hammer, carpenter, nail, table, engine, saw, wheel, chair, screw, shelf/shelves,
-            customer, drawer, apprentice, box""",
-        "verbs": "build/built, repair, saw, paint, polish, glue, sand, assemble",
-        "adjectives": "wooden, solid, crooked, noisy, dusty, useful, skilful, smooth",
-        "places": "in the workshop, at the bench, in the yard, under the roof",
-        "jobs": "carpenter, mechanic, joiner",
-    },
-}
-NOUNS = """
-man/men, woman/women, child/children, friend, house, dog, letter, neighbour, key, door, stranger,
-picture, thing, brother, sister, coat, cat, bag, answer, story
-"""
-VERBS = """
-see/saw, find/found, want, need, like, visit, watch, bring/brought, remember, hide/hid,
-lose/lost, love, show/showed, keep/kept
-"""
-ADJECTIVES = "old, small, good, new, big, young, strange, beautiful, heavy, little, quiet, broken"
-PLACES = "at home, in the village, near the river, in the old town"
-WOMEN = """
-Clara, Emma, Alice, Ruth, Helen, Martha, Nora, Julia, Grace, Edith, Laura, Agnes, Ida, Vera
-"""
-MEN = """
-Henry, Paul, Oscar, Simon, Martin, Arthur, Felix, Jacob, Hugo, Walter, Edgar, Ralph, Leo, Otto
-"""
-PREPOSITIONS = "near, behind, beside, under, with"
-CONJUNCTIONS = "when, because, while, before, although, after, if"
-COORDINATORS = "and, but, so"
-CORRELATIVES = "both and, either or, neither nor"
-PLURAL_DETERMINERS = "the, some, many, these, two, several, three"
-SINGULAR_DETERMINERS = "the, a, this, every, another"
-TIMES = "in the morning, at noon, every day, at night, in winter, on Sundays"
 
 
 class Person(NamedTuple):
@@ -164,44 +76,37 @@ class Document:
     friend: Person
 
 
-def _words(table: str) -> list[str]:
-    return [" ".join(entry.split()) for entry in table.split(",")]
-
-
-def _inflected(table: str, regular: Callable[[str], str]) -> list[tuple[str, str]]:
-    pairs = [entry.partition("/") for entry in _words(table)]
+def _inflected(entries: list[str], regular: Callable[[str], str]) -> list[tuple[str, str]]:
+    pairs = [entry.partition("/") for entry in entries]
     return [(base, irregular or regular(base)) for base, _, irregular in pairs]
 
 
-def _vocabulary(nouns: str, verbs: str, adjectives: str, places: str) -> Vocabulary:
+def _vocabulary(words: dict[str, list[str]]) -> Vocabulary:
     return Vocabulary(
-        Zipf(_inflected(nouns, with_s), 3),
-        Zipf(_inflected(verbs, with_ed), 2),
-        Zipf(_words(adjectives), 2),
-        Zipf(_words(places), 1),
+        Zipf(_inflected(words["nouns"], with_s), 3),
+        Zipf(_inflected(words["verbs"], with_ed), 2),
+        Zipf(words["adjectives"], 2),
+        Zipf(words["places"], 1),
     )
 
 
-_TOPICS = Zipf(
-    [
-        (
-            _vocabulary(topic["nouns"], topic["verbs"], topic["adjectives"], topic["places"]),
-            Zipf(_words(topic["jobs"])),
-        )
-        for topic in TOPICS.values()
-    ],
-    20,
+# Not yaml.safe_load: all words are strings, `no` and `on` too.
+_WORDS = yaml.load(
+    Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"), Loader=yaml.BaseLoader
 )
-_GENERAL = _vocabulary(NOUNS, VERBS, ADJECTIVES, PLACES)
-_WOMEN = Zipf([Person(name, "she", "her", "her", "herself") for name in _words(WOMEN)], 8)
-_MEN = Zipf([Person(name, "he", "him", "his", "himself") for name in _words(MEN)], 8)
-_PREPOSITIONS = Zipf(_words(PREPOSITIONS))
-_CONJUNCTIONS = Zipf(_words(CONJUNCTIONS), 1)
-_COORDINATORS = Zipf(_words(COORDINATORS))
-_CORRELATIVES = Zipf([entry.split() for entry in _words(CORRELATIVES)])
-_PLURAL_DETERMINERS = Zipf(_words(PLURAL_DETERMINERS), 0.5)
-_SINGULAR_DETERMINERS = Zipf(_words(SINGULAR_DETERMINERS), 0.3)
-_TIMES = Zipf(_words(TIMES), 1)
+_TOPICS = Zipf(
+    [(_vocabulary(topic), Zipf(topic["jobs"])) for topic in _WORDS["topics"].values()], 20
+)
+_GENERAL = _vocabulary(_WORDS["general"])
+_WOMEN = Zipf([Person(name, "she", "her", "her", "herself") for name in _WORDS["women"]], 8)
+_MEN = Zipf([Person(name, "he", "him", "his", "himself") for name in _WORDS["men"]], 8)
+_PREPOSITIONS = Zipf(_WORDS["prepositions"])
+_CONJUNCTIONS = Zipf(_WORDS["conjunctions"], 1)
+_COORDINATORS = Zipf(_WORDS["coordinators"])
+_CORRELATIVES = Zipf([entry.split() for entry in _WORDS["correlatives"]])
+_PLURAL_DETERMINERS = Zipf(_WORDS["determiners"]["plural"], 0.5)
+_SINGULAR_DETERMINERS = Zipf(_WORDS["determiners"]["singular"], 0.3)
+_TIMES = Zipf(_WORDS["times"], 1)
 _SUBJECTS = Zipf(["noun", "pronoun", "hero", "friend"], 0.5)
 _PREDICATES = Zipf(["transitive", "adjective", "place", "correlative"], 0.5)
 _OBJECTS = Zipf(["noun", "own noun", "reflexive"], 0.3)

@@ -18,455 +18,46 @@ Words follow Zipf's law, but no listed word is so rare that 20,000 sentences do 
 import re
 from dataclasses import dataclass, field
 from random import Random
-from typing import NamedTuple
 
-from normexp.corpora.toy.english import with_article_an, with_ed, with_s
+from normexp.corpora.toy import german_english as lexicon
+from normexp.corpora.toy.english import BE, BE_PAST, DO, with_article_an, with_s
+from normexp.corpora.toy.german import (
+    ACCUSATIVE,
+    ADJECTIVE_ENDINGS,
+    CASES,
+    DATIVE,
+    DEFINITE,
+    DETERMINER_ENDINGS,
+    EIN_ENDINGS,
+    GENITIVE,
+    NOMINATIVE,
+    PLURAL,
+    SEIN,
+    SEIN_PAST,
+    THEY,
+    THIRD,
+    WERDEN,
+    after_preposition,
+)
+from normexp.corpora.toy.german_english import ANIMATE, INANIMATE, Noun, Phrase, Verb
 from normexp.corpora.toy.zipf import Zipf
 
 MIN_TOKENS, MAX_TOKENS = 4, 20  # on either side, punctuation included
-NOMINATIVE, ACCUSATIVE, DATIVE, GENITIVE = range(4)
 _TOKEN = re.compile(r"\w+|[^\w\s]")
-
-# ------------------------------------------------------------------------------------- lexicon
-# Most frequent word first. Left out on purpose, because their forms are ambiguous: nouns of the
-# weak declension (`den Studenten` is one or many) and masculine nouns in -en whose plural looks
-# the same (`den Kuchen`).
-
-# singular gender plural, English singular [irregular plural]
-PERSONS = """
-Mann m Männer man men, Frau f Frauen woman women, Kind n Kinder child children,
-Freund m Freunde friend, Mutter f Mütter mother, Vater m Väter father, Lehrer m Lehrer teacher,
-Mädchen n Mädchen girl, Arzt m Ärzte doctor, Bruder m Brüder brother,
-Schwester f Schwestern sister, König m Könige king, Königin f Königinnen queen,
-Sohn m Söhne son, Tochter f Töchter daughter, Nachbarin f Nachbarinnen neighbour,
-Schüler m Schüler pupil, Bäcker m Bäcker baker, Köchin f Köchinnen chef, Gast m Gäste guest,
-Onkel m Onkel uncle, Tante f Tanten aunt, Dieb m Diebe thief thieves,
-Richterin f Richterinnen judge, Gärtner m Gärtner gardener, Sänger m Sänger singer,
-Malerin f Malerinnen painter, Fischer m Fischer fisherman fishermen, Fahrer m Fahrer driver,
-Großmutter f Großmütter grandmother, Tänzerin f Tänzerinnen dancer, Baby n Babys baby
-"""
-ANIMALS = """
-Hund m Hunde dog, Katze f Katzen cat, Pferd n Pferde horse, Vogel m Vögel bird,
-Kuh f Kühe cow, Maus f Mäuse mouse mice, Schwein n Schweine pig, Schaf n Schafe sheep sheep,
-Ente f Enten duck, Wolf m Wölfe wolf wolves, Huhn n Hühner chicken, Fuchs m Füchse fox
-"""
-THINGS = """
-Buch n Bücher book, Tisch m Tische table, Auto n Autos car, Tür f Türen door,
-Bild n Bilder picture, Stuhl m Stühle chair, Lampe f Lampen lamp, Tasche f Taschen bag,
-Fenster n Fenster window, Brief m Briefe letter, Schlüssel m Schlüssel key, Uhr f Uhren clock,
-Ball m Bälle ball, Fahrrad n Fahrräder bicycle, Hut m Hüte hat, Tasse f Tassen cup,
-Glas n Gläser glass, Messer n Messer knife knives, Mantel m Mäntel coat, Kleid n Kleider dress,
-Zeitung f Zeitungen newspaper, Schuh m Schuhe shoe, Bett n Betten bed, Flasche f Flaschen bottle,
-Koffer m Koffer suitcase, Karte f Karten map, Hemd n Hemden shirt, Korb m Körbe basket,
-Blume f Blumen flower, Schrank m Schränke cupboard, Telefon n Telefone phone,
-Gabel f Gabeln fork, Löffel m Löffel spoon, Boot n Boote boat, Kiste f Kisten box,
-Ring m Ringe ring, Teller m Teller plate, Decke f Decken blanket, Spiegel m Spiegel mirror,
-Geschenk n Geschenke gift, Kerze f Kerzen candle, Topf m Töpfe pot, Geige f Geigen violin,
-Klavier n Klaviere piano, Teppich m Teppiche carpet, Schirm m Schirme umbrella
-"""
-FOODS = """
-Brot n Brote loaf loaves, Apfel m Äpfel apple, Ei n Eier egg, Suppe f Suppen soup,
-Torte f Torten cake, Kartoffel f Kartoffeln potato potatoes, Birne f Birnen pear,
-Tomate f Tomaten tomato tomatoes, Wurst f Würste sausage, Salat m Salate salad,
-Zwiebel f Zwiebeln onion, Nuss f Nüsse nut
-"""
-PLACES = """
-Haus n Häuser house, Stadt f Städte city, Garten m Gärten garden, Schule f Schulen school,
-Küche f Küchen kitchen, Straße f Straßen street, Park m Parks park, Dorf n Dörfer village,
-Bahnhof m Bahnhöfe station, Wald m Wälder forest, Zimmer n Zimmer room,
-Kirche f Kirchen church, Markt m Märkte market, Hotel n Hotels hotel, Laden m Läden shop,
-Theater n Theater theatre, Büro n Büros office, Schloss n Schlösser castle, Turm m Türme tower,
-Bibliothek f Bibliotheken library, Hof m Höfe yard, Keller m Keller cellar,
-Fabrik f Fabriken factory, Wiese f Wiesen meadow, Klinik f Kliniken clinic, Feld n Felder field
-"""
-# first part of a compound with its linking element, English
-MODIFIERS = """
-Haus house, Garten garden, Küchen kitchen, Kinder child, Holz wood, Stadt city, Wein wine,
-Sommer summer, Papier paper, Schul school, Winter winter, Wald forest, Arbeits work,
-Blumen flower, Kaffee coffee, Bahnhofs station
-"""
-NAMES = """
-Anna, Paul, Maria, Peter, Lena, Max, Julia, Felix, Sophie, Jonas, Clara, Leon, Emma, Oskar,
-Laura, Anton, Marta, Karl, Nina, Emil
-"""
-CITIES = "Berlin Berlin, Wien Vienna, München Munich, Hamburg Hamburg, Köln Cologne, Rom Rome"
-
-# predicative form[/stem before an ending] English
-ANIMATE_ADJECTIVES = """
-alt old, jung young, klein small, groß big, müde/müd tired, glücklich happy, traurig sad,
-krank sick, freundlich friendly, reich rich, arm poor, stark strong, klug clever, hungrig hungry,
-faul lazy, mutig brave, nett nice, berühmt famous, nervös nervous, höflich polite, stolz proud,
-wütend angry, zufrieden content, vorsichtig careful, schnell quick, langsam slow, leise/leis quiet,
-laut loud, fleißig diligent, neugierig curious
-"""
-INANIMATE_ADJECTIVES = """
-neu new, alt old, klein small, groß big, schön beautiful, rot red, teuer/teur expensive,
-schwarz black, blau blue, billig cheap, grün green, schwer heavy, kaputt broken, sauber clean,
-leicht light, kalt cold, gelb yellow, lang long, warm warm, schmutzig dirty, kurz short,
-dunkel/dunkl dark, leer empty, hell bright, rund round, bunt colourful, breit wide, nass wet,
-voll full, schmal narrow, trocken dry, weich soft, hart hard
-"""
-
-# infinitive third-person participle [irregular English past after the slash]. "+" ends a separable
-# particle, "*" marks the auxiliary `sein`, "_" joins English words, the first of which inflects.
-INTRANSITIVE = """
-schlafen schläft geschlafen sleep/slept, arbeiten arbeitet gearbeitet work,
-lachen lacht gelacht laugh, spielen spielt gespielt play, singen singt gesungen sing/sang,
-auf+stehen steht gestanden* get_up/got_up, warten wartet gewartet wait,
-tanzen tanzt getanzt dance, an+kommen kommt gekommen* arrive, weinen weint geweint cry,
-ein+kaufen kauft gekauft shop/shopped, ein+schlafen schläft geschlafen* fall_asleep/fell_asleep,
-sitzen sitzt gesessen sit/sat, auf+wachen wacht gewacht* wake_up/woke_up,
-träumen träumt geträumt dream, weg+laufen läuft gelaufen* run_away/ran_away,
-stehen steht gestanden stand/stood, fern+sehen sieht gesehen watch_television,
-ab+fahren fährt gefahren* depart, auf+hören hört gehört stop/stopped,
-lächeln lächelt gelächelt smile
-"""
-MOTION = """
-gehen geht gegangen* go/went, kommen kommt gekommen* come/came, fahren fährt gefahren* drive/drove,
-laufen läuft gelaufen* run/ran, reisen reist gereist* travel/travelled,
-wandern wandert gewandert* hike
-"""
-# ... followed by the kinds of object: P(erson), A(nimal), T(hing), F(ood), L = place
-TRANSITIVE = """
-sehen sieht gesehen see/saw PATFL, kaufen kauft gekauft buy/bought TF,
-suchen sucht gesucht look_for PAT, finden findet gefunden find/found PATF,
-lieben liebt geliebt love PAL, besuchen besucht besucht visit PL,
-lesen liest gelesen read/read T, an+rufen ruft gerufen call P, essen isst gegessen eat/ate F,
-brauchen braucht gebraucht need PTF, auf+machen macht gemacht open T,
-hören hört gehört hear/heard PA, kennen kennt gekannt know/knew PL,
-fragen fragt gefragt ask P, nehmen nimmt genommen take/took TF, zu+machen macht gemacht close T,
-tragen trägt getragen carry TF, schreiben schreibt geschrieben write/wrote T,
-ein+laden lädt geladen invite P, malen malt gemalt paint PATL, holen holt geholt fetch TF,
-vergessen vergisst vergessen forget/forgot PTF, ab+holen holt geholt collect PT,
-verlieren verliert verloren lose/lost T, auf+räumen räumt geräumt tidy L,
-waschen wäscht gewaschen wash AT, treffen trifft getroffen meet/met P,
-füttern füttert gefüttert feed/fed A, mit+bringen bringt gebracht bring_along/brought_along TF,
-verstehen versteht verstanden understand/understood P, putzen putzt geputzt clean TL,
-verstecken versteckt versteckt hide/hid TF, kochen kocht gekocht cook F,
-an+ziehen zieht gezogen put_on/put_on T, bauen baut gebaut build/built TL,
-reparieren repariert repariert repair T
-"""
-DATIVE_VERBS = """
-helfen hilft geholfen help PA, danken dankt gedankt thank P, folgen folgt gefolgt* follow PA,
-antworten antwortet geantwortet answer P, zu+hören hört gehört listen_to P,
-vertrauen vertraut vertraut trust PA, gratulieren gratuliert gratuliert congratulate P
-"""
-DITRANSITIVE = """
-geben gibt gegeben give/gave TF, zeigen zeigt gezeigt show TF,
-bringen bringt gebracht bring/brought TF, schicken schickt geschickt send/sent T,
-verkaufen verkauft verkauft sell/sold TF,
-zurück+geben gibt gegeben give_back/gave_back T, leihen leiht geliehen lend/lent T,
-an+bieten bietet geboten offer TF
-"""
-# ... followed by the German preposition and its case
-PREPOSITIONAL = """
-warten wartet gewartet wait_for PA auf accusative,
-denken denkt gedacht think_of/thought_of PL an accusative,
-sprechen spricht gesprochen speak_with/spoke_with P mit dative,
-lachen lacht gelacht laugh_about PA über accusative,
-träumen träumt geträumt dream_of PAL von dative, spielen spielt gespielt play_with PAT mit dative
-"""
-CLAUSAL = """
-sagen sagt gesagt say/said, wissen weiß gewusst know/knew, glauben glaubt geglaubt believe,
-hoffen hofft gehofft hope, denken denkt gedacht think/thought,
-vergessen vergisst vergessen forget/forgot
-"""
-
-TIMES = """
-heute today, jetzt now, wieder again, am_Montag on_Monday, am_Freitag on_Friday,
-abends in_the_evening, im_Sommer in_summer, am_Sonntag on_Sunday, im_Winter in_winter
-"""
-PAST_TIMES = "gestern yesterday, damals back_then, neulich recently"
-FUTURE_TIMES = "morgen tomorrow, bald soon, später later"
-FREQUENCIES = "oft often, immer always, nie never, manchmal sometimes, selten rarely"
-MANNERS = """
-gern gladly, schnell quickly, langsam slowly, leise quietly, laut loudly, allein alone,
-vorsichtig carefully, heimlich secretly
-"""
-SUBORDINATORS = """
-weil because, wenn if, obwohl although, während while, bevor before, nachdem after, damit so_that,
-sobald as_soon_as
-"""
-COORDINATORS = "und and, aber but, oder or"
-# and what is asked about, which the rest of the question does not mention
-QUESTION_WORDS = "warum why reason, wann when time, wo where place"
-# German, English, kinds of noun; with the dative
-PLACE_PREPOSITIONS = """
-in in L, auf on T, vor in_front_of LT, hinter behind LT, neben next_to LT, unter under T, bei near L
-"""
-COMPANION_PREPOSITIONS = "mit with dative, für for accusative, ohne without accusative"
-OBJECT_PRONOUNS = {  # no feminine and no plural: `sie` would be "her" or "them"
-    ACCUSATIVE: "ihn him, mich me, uns us, dich you",
-    DATIVE: "ihm him, mir me, uns us, dir you",
-}
-POSSESSIVES = "mein my, sein his, unser our, dein your"
-NUMERALS = "zwei two, drei three, vier four, fünf five, zehn ten"
-QUANTIFIERS = "viel many, einig some"
-
-# --------------------------------------------------------------------------------- inflection
-
-CASES = {"accusative": ACCUSATIVE, "dative": DATIVE}
-# Kinds of noun: P(erson), A(nimal), T(hing), F(ood), L = place.
-ANIMATE, INANIMATE = "PA", "TFL"
-PLURAL = "p"  # takes the place of a gender: German tells genders apart in the singular only
-# Persons of the verb; the third index covers er, sie, es and every singular noun.
-FIRST, SECOND, THIRD, THEY = range(4)
-
-# One row per gender or plural, one form per case. The genitive of feminines and plurals is not
-# generated: `der Frau` would be "of the woman" or "to the woman".
-DEFINITE = {
-    "m": ("der", "den", "dem", "des"),
-    "f": ("die", "die", "der"),
-    "n": ("das", "das", "dem", "des"),
-    "p": ("die", "die", "den"),
-}
-# dies-, jed-
-DETERMINER_ENDINGS = {
-    "m": ("er", "en", "em", "es"),
-    "f": ("e", "e", "er"),
-    "n": ("es", "es", "em", "es"),
-    "p": ("e", "e", "en"),
-}
-# ein, kein, mein, ...
-EIN_ENDINGS = {
-    "m": ("", "en", "em", "es"),
-    "f": ("e", "e", "er"),
-    "n": ("", "", "em", "es"),
-    "p": ("e", "e", "en"),
-}
-ADJECTIVE_ENDINGS = {
-    "weak": {
-        "m": ("e", "en", "en", "en"),
-        "f": ("e", "e", "en"),
-        "n": ("e", "e", "en", "en"),
-        "p": ("en", "en", "en"),
-    },
-    "mixed": {
-        "m": ("er", "en", "en", "en"),
-        "f": ("e", "e", "en"),
-        "n": ("es", "es", "en", "en"),
-        "p": ("en", "en", "en"),
-    },
-    "strong": {"p": ("e", "e", "en")},
-}
-CONTRACTIONS = {
-    ("in", "dem"): "im", ("in", "das"): "ins", ("zu", "dem"): "zum", ("zu", "der"): "zur",
-    ("von", "dem"): "vom", ("bei", "dem"): "beim",
-}  # fmt: skip
-
-HABEN = ("habe", "hast", "hat", "haben")
-SEIN = ("bin", "bist", "ist", "sind")
-SEIN_PAST = ("war", "warst", "war", "waren")
-WERDEN = ("werde", "wirst", "wird", "werden")
-BE = ("am", "are", "is", "are")
-BE_PAST = ("was", "were", "was", "were")
-DO = ("do", "do", "does", "do")
-# German forms, English auxiliary or None, English verb that needs do-support (or None)
-MODALS = (
-    (("kann", "kannst", "kann", "können"), "can", None),
-    (("muss", "musst", "muss", "müssen"), "must", "have"),  # `muss nicht`: does not have to
-    (("will", "willst", "will", "wollen"), None, "want"),
-    (("soll", "sollst", "soll", "sollen"), "should", None),
-    (("darf", "darfst", "darf", "dürfen"), "may", None),
-)
-
 
 # A sentence to be written: German words, English words, final punctuation
 Draft = tuple[list[str], list[str], str]
 
-
-class Noun(NamedTuple):
-    """A noun of the lexicon; `gender` is m, f or n, `kind` a letter as in the verbs' tables."""
-
-    german: str
-    gender: str
-    german_plural: str
-    english: str
-    english_plural: str
-    kind: str
-
-    def form(self, gender: str, case: int) -> str:
-        """German form; `gender` is the noun's own or PLURAL."""
-        if gender == PLURAL:
-            adds_n = case == DATIVE and not self.german_plural.endswith(("n", "s"))
-            return self.german_plural + ("n" if adds_n else "")
-        if case == GENITIVE and gender != "f":
-            syllables = len(re.findall("[aeiouyäöü]+", self.german.lower()))
-            return self.german + ("es" if syllables == 1 or self.german.endswith("s") else "s")
-        return self.german
-
-
-class Verb(NamedTuple):
-    """A verb of the lexicon, with what it governs."""
-
-    particle: str
-    infinitive: str  # without the particle
-    third: str  # without the particle
-    participle: str
-    perfect: tuple[str, ...]  # forms of haben or sein
-    english: list[str]
-    english_past: list[str]
-    kinds: str
-    preposition: str
-    case: int
-
-    def present(self, person: int) -> str:
-        """German present without the particle."""
-        regular = self.third.endswith("t")  # otherwise like `weiß`
-        if person == THEY:
-            return self.infinitive
-        if person == THIRD or (person == FIRST and not regular):
-            return self.third
-        if person == FIRST:
-            stem = self.infinitive.removesuffix("n")
-            if stem.endswith("el"):
-                return stem.removesuffix("el") + "le"
-            return stem if stem.endswith("e") else stem + "e"
-        stem = self.third.removesuffix("t")
-        return stem + ("t" if stem.endswith(("s", "ß", "z")) else "st")
-
-
-class Adjective(NamedTuple):
-    """An adjective of the lexicon; `stem` is what endings are added to."""
-
-    german: str
-    stem: str
-    english: str
-
-
-class Phrase(NamedTuple):
-    """A constituent in both languages.
-
-    `person` inflects a verb it is the subject of; `gender` is that of its noun, or PLURAL; a
-    `human` one may have a relative clause. A `light` phrase is a pronoun: German puts it before
-    adverbs.
-    """
-
-    german: list[str]
-    english: list[str]
-    person: int = THIRD
-    gender: str = ""
-    human: bool = False
-    light: bool = False
-
-
-def _entries(table: str) -> list[list[str]]:
-    return [entry.split() for entry in table.split(",")]
-
-
-def _phrases(table: str) -> list[Phrase]:
-    return [Phrase(german.split("_"), english.split("_")) for german, english in _entries(table)]
-
-
-def _nouns(table: str, kind: str) -> list[Noun]:
-    return [
-        Noun(german, gender, plural, english, irregular[0] if irregular else with_s(english), kind)
-        for german, gender, plural, english, *irregular in _entries(table)
-    ]
-
-
-def _verbs(table: str, object_case: int = ACCUSATIVE) -> list[Verb]:
-    verbs = []
-    for infinitive, third, participle, english, *government in _entries(table):
-        particle, _, base = infinitive.rpartition("+")
-        present, _, past = english.partition("/")
-        first, *rest = present.split("_")
-        kinds, preposition, case = [*government, "", "", ""][:3]
-        verbs.append(
-            Verb(
-                particle,
-                base,
-                third,
-                particle + participle.rstrip("*"),
-                SEIN if participle.endswith("*") else HABEN,
-                [first, *rest],
-                past.split("_") if past else [with_ed(first), *rest],
-                kinds,
-                preposition,
-                CASES.get(case, object_case),
-            )
-        )
-    return verbs
-
-
-def _adjectives(table: str) -> list[Adjective]:
-    adjectives = []
-    for german, english in _entries(table):
-        form, _, stem = german.partition("/")
-        adjectives.append(Adjective(form, stem or form, english))
-    return adjectives
-
-
-# The second argument grows with the list, so that its last items still occur often enough.
-_NOUNS = {
-    "P": Zipf(_nouns(PERSONS, "P"), 5),
-    "A": Zipf(_nouns(ANIMALS, "A"), 5),
-    "T": Zipf(_nouns(THINGS, "T"), 8),
-    "F": Zipf(_nouns(FOODS, "F"), 5),
-    "L": Zipf(_nouns(PLACES, "L"), 5),
-    # owners, in the genitive
-    "O": Zipf([noun for noun in _nouns(PERSONS, "P") if noun.gender != "f"], 5),
-}
-_MODIFIERS = Zipf([(german, english) for german, english in _entries(MODIFIERS)], 5)
-_NAMES = Zipf([Phrase([name], [name]) for (name,) in _entries(NAMES)], 5)
-_CITIES = Zipf(_phrases(CITIES), 4)
-_ANIMATE_ADJECTIVES = Zipf(_adjectives(ANIMATE_ADJECTIVES), 6)
-_INANIMATE_ADJECTIVES = Zipf(_adjectives(INANIMATE_ADJECTIVES), 6)
-_VERBS = {
-    "transitive": Zipf(_verbs(TRANSITIVE), 5),
-    "intransitive": Zipf(_verbs(INTRANSITIVE), 5),
-    "motion": Zipf(_verbs(MOTION), 4),
-    "ditransitive": Zipf(_verbs(DITRANSITIVE), 4),
-    "dative": Zipf(_verbs(DATIVE_VERBS, DATIVE), 4),
-    "prepositional": Zipf(_verbs(PREPOSITIONAL), 4),
-    "clausal": Zipf(_verbs(CLAUSAL), 3),
-}
-(_COPULA,) = _verbs("sein ist gewesen* be/was")
 _FRAMES = Zipf(
     ["transitive", "intransitive", "copula", "motion", "ditransitive", "dative", "prepositional"], 1
 )
 _TENSES = Zipf(["present", "perfect", "modal", "future"], 1)
-_MODALS = Zipf(MODALS, 3)
-_TIMES = {
-    "present": Zipf(_phrases(TIMES), 4),
-    "perfect": Zipf(_phrases(TIMES + "," + PAST_TIMES), 4),
-    "modal": Zipf(_phrases(TIMES + "," + FUTURE_TIMES), 4),
-    "future": Zipf(_phrases(TIMES + "," + FUTURE_TIMES), 4),
-}
-_FREQUENCIES = Zipf(_phrases(FREQUENCIES), 3)
-_MANNERS = Zipf(_phrases(MANNERS), 4)
-_SUBORDINATORS = Zipf(_phrases(SUBORDINATORS), 3)
-_COORDINATORS = Zipf(_phrases(COORDINATORS), 1)
-_QUESTION_WORDS = Zipf(_entries(QUESTION_WORDS), 2)
-_PLACE_PREPOSITIONS = Zipf(_entries(PLACE_PREPOSITIONS), 1)
-_COMPANION_PREPOSITIONS = Zipf(_entries(COMPANION_PREPOSITIONS), 1)
-_SUBJECT_PRONOUNS = Zipf(
-    [
-        Phrase([german], [english], person, light=True)
-        for german, english, person in (
-            ("er", "he", THIRD),
-            ("sie", "she", THIRD),
-            ("ich", "I", FIRST),
-            ("sie", "they", THEY),
-            ("wir", "we", THEY),
-            ("du", "you", SECOND),
-        )
-    ],
-    3,
-)
-_OBJECT_PRONOUNS = {
-    case: Zipf([phrase._replace(light=True) for phrase in _phrases(table)], 2)
-    for case, table in OBJECT_PRONOUNS.items()
-}
+_MODALS = Zipf(lexicon.MODALS, 3)
 _SUBJECTS = Zipf(["noun", "pronoun", "name", "pair"], 0.5)
 _SINGULAR_DETERMINERS = Zipf(["the", "a", "possessive", "this", "every"], 0.5)
 _PLURAL_DETERMINERS = Zipf(["the", "possessive", "numeral", "this", "quantifier"], 1)
 _NEGATIVE_DETERMINER = Zipf(["no"])
 _DEFINITE_DETERMINERS = Zipf(["the", "possessive", "this"], 0.5)
-_POSSESSIVES = Zipf(_entries(POSSESSIVES), 2)
-_NUMERALS = Zipf(_entries(NUMERALS), 3)
-_UNDECLINED = {german for german, _ in _NUMERALS.items}
-_QUANTIFIERS = Zipf(_entries(QUANTIFIERS), 2)
 
 
 @dataclass
@@ -530,10 +121,10 @@ class _Grammar:
 
     def noun(self, kinds: str) -> Noun:
         """A noun of one of the kinds, each as likely as the others; things may be compounds."""
-        noun = _NOUNS[kinds[int(self.rng.random() * len(kinds))]].draw(self.rng)
+        noun = lexicon.NOUNS[kinds[int(self.rng.random() * len(kinds))]].draw(self.rng)
         if noun.kind != "T" or not self.chance(0.15):
             return noun
-        german, english = _MODIFIERS.draw(self.rng)
+        german, english = lexicon.MODIFIERS.draw(self.rng)
         if english == noun.english:
             return noun
         return noun._replace(
@@ -553,13 +144,13 @@ class _Grammar:
         if name == "every":
             return "jed" + DETERMINER_ENDINGS[gender][case], "every", "weak"
         if name == "numeral":
-            german, english = _NUMERALS.draw(self.rng)
+            german, english = lexicon.NUMERALS.draw(self.rng)
             return german, english, "strong"
         if name == "quantifier":
-            german, english = _QUANTIFIERS.draw(self.rng)
+            german, english = lexicon.QUANTIFIERS.draw(self.rng)
             return german + DETERMINER_ENDINGS[gender][case], english, "strong"
         if name == "possessive":
-            german, english = _POSSESSIVES.draw(self.rng)
+            german, english = lexicon.POSSESSIVES.draw(self.rng)
         else:
             german, english = {"a": ("ein", "a"), "no": ("kein", "no")}[name]
         return german + EIN_ENDINGS[gender][case], english, "mixed"
@@ -583,7 +174,7 @@ class _Grammar:
         german, english = [german_determiner], [english_determiner]
         if self.chance(0.1 if bare else 0.2):
             animate = noun.kind in ANIMATE
-            adjectives = _ANIMATE_ADJECTIVES if animate else _INANIMATE_ADJECTIVES
+            adjectives = lexicon.ANIMATE_ADJECTIVES if animate else lexicon.INANIMATE_ADJECTIVES
             adjective = adjectives.draw(self.rng)
             german.append(adjective.stem + ADJECTIVE_ENDINGS[declension][gender][case])
             english.append(adjective.english)
@@ -608,10 +199,10 @@ class _Grammar:
     ) -> Phrase:
         """Preposition and noun phrase; or a city, if given the German preposition for cities."""
         if city and self.chance(0.2):
-            name = _CITIES.draw(self.rng)
+            name = lexicon.CITIES.draw(self.rng)
             return Phrase([city, *name.german], [*english.split("_"), *name.english])
         phrase = self.noun_phrase(kinds, case, bare=True)
-        german = _after_preposition(preposition, phrase.german)
+        german = after_preposition(preposition, phrase.german)
         return Phrase(german, [*english.split("_"), *phrase.english])
 
     def subject(self, kinds: str, bare: bool) -> Phrase:
@@ -620,8 +211,8 @@ class _Grammar:
         if kind == "noun" or kinds != ANIMATE:
             return self.noun_phrase(kinds, NOMINATIVE, bare=bare)
         if kind == "pronoun":
-            return _SUBJECT_PRONOUNS.draw(self.rng)
-        first, second = _NAMES.draw(self.rng), _NAMES.draw(self.rng)
+            return lexicon.SUBJECT_PRONOUNS.draw(self.rng)
+        first, second = lexicon.NAMES.draw(self.rng), lexicon.NAMES.draw(self.rng)
         if kind == "name" or first == second:
             return first
         german, english = [*first.german, "und"], [*first.english, "and"]
@@ -631,15 +222,15 @@ class _Grammar:
         """What the verb governs; of a verb that takes persons also a pronoun or a name."""
         if "P" in verb.kinds and determiners is not _NEGATIVE_DETERMINER:
             if self.chance(0.15):
-                return _OBJECT_PRONOUNS[verb.case].draw(self.rng)
+                return lexicon.OBJECT_PRONOUNS[verb.case].draw(self.rng)
             if self.chance(0.15):
-                return _NAMES.draw(self.rng)
+                return lexicon.NAMES.draw(self.rng)
         return self.noun_phrase(verb.kinds, verb.case, determiners, bare=bare)
 
     def conjugate(self, verb: Verb, tense: str, subject: Phrase, split: bool) -> Clause:
         """Subject and verb; `split` asks for an English auxiliary, as `not` and questions do."""
         person = subject.person
-        if verb is _COPULA and tense in ("present", "perfect"):
+        if verb is lexicon.COPULA and tense in ("present", "perfect"):
             past = tense == "perfect"  # German prefers `war` to `ist gewesen`
             finite = (SEIN_PAST if past else SEIN)[person]
             return Clause(subject, finite, [], [finite], [(BE_PAST if past else BE)[person]], [])
@@ -676,7 +267,7 @@ class _Grammar:
         `bare` leaves out attributes of nouns and adverbials that the verb does not need.
         """
         frame = frame or _FRAMES.draw(self.rng)
-        verb = _COPULA if frame == "copula" else _VERBS[frame].draw(self.rng)
+        verb = lexicon.COPULA if frame == "copula" else lexicon.VERBS[frame].draw(self.rng)
         tense = _TENSES.draw(self.rng)
         inanimate = frame == "copula" and subject is None and self.chance(0.4)
         if subject is None:
@@ -693,18 +284,18 @@ class _Grammar:
         if negation == "nicht":
             slots["negation"] = Phrase(["nicht"], ["not"])
         elif not negation and self.chance(0.08):
-            slots["frequency"] = _FREQUENCIES.draw(self.rng)
+            slots["frequency"] = lexicon.FREQUENCIES.draw(self.rng)
         if asks != "time" and self.chance(0.2):
-            slots["time"] = _TIMES[tense].draw(self.rng)
+            slots["time"] = lexicon.TIMES[tense].draw(self.rng)
         if frame == "copula":
-            adjectives = _INANIMATE_ADJECTIVES if inanimate else _ANIMATE_ADJECTIVES
+            adjectives = lexicon.INANIMATE_ADJECTIVES if inanimate else lexicon.ANIMATE_ADJECTIVES
             adjective = adjectives.draw(self.rng)
             slots["complement"] = Phrase([adjective.german], [adjective.english])
         elif frame == "motion":
             slots["place"] = self.direction()
         elif frame == "prepositional":
             phrase = self.object(verb, determiners, bare=True)
-            german = _after_preposition(verb.preposition, phrase.german)
+            german = after_preposition(verb.preposition, phrase.german)
             slots["about"] = Phrase(german, phrase.english)
         elif frame != "clausal":
             if frame in ("transitive", "ditransitive"):
@@ -726,9 +317,9 @@ class _Grammar:
     def recipient(self, determiners: Zipf[str] | None) -> Phrase:
         """Indirect object of the verbs of giving."""
         if self.chance(0.2):
-            phrase = _OBJECT_PRONOUNS[DATIVE].draw(self.rng)
+            phrase = lexicon.OBJECT_PRONOUNS[DATIVE].draw(self.rng)
         elif self.chance(0.2):
-            phrase = _NAMES.draw(self.rng)
+            phrase = lexicon.NAMES.draw(self.rng)
         else:
             phrase = self.noun_phrase("P", DATIVE, determiners, bare=True)
         return phrase._replace(english=["to", *phrase.english])
@@ -736,14 +327,14 @@ class _Grammar:
     def add_adverbial(self, slots: dict[str, Phrase], place: bool) -> None:
         """At most one of place, companion and manner."""
         if place and self.chance(0.2):
-            german, english, kinds = _PLACE_PREPOSITIONS.draw(self.rng)
+            german, english, kinds = lexicon.PLACE_PREPOSITIONS.draw(self.rng)
             city = "in" if german == "in" else ""
             slots["place"] = self.adverbial(german, english, kinds, DATIVE, city)
         elif self.chance(0.08):
-            german, english, case = _COMPANION_PREPOSITIONS.draw(self.rng)
+            german, english, case = lexicon.COMPANION_PREPOSITIONS.draw(self.rng)
             slots["companion"] = self.adverbial(german, english, ANIMATE, CASES[case])
         elif self.chance(0.08):
-            slots["manner"] = _MANNERS.draw(self.rng)
+            slots["manner"] = lexicon.MANNERS.draw(self.rng)
 
     def front(self, clause: Clause) -> str:
         """What opens a main clause: "subject" or a slot whose role its German form tells."""
@@ -757,7 +348,12 @@ class _Grammar:
         thing, person = slots.get("object"), slots.get("recipient")
         if thing and thing.gender == "m" and self.chance(0.25):
             return "object"
-        if person and person.gender and person.german[0] not in _UNDECLINED and self.chance(0.25):
+        if (
+            person
+            and person.gender
+            and person.german[0] not in lexicon.UNDECLINED
+            and self.chance(0.25)
+        ):
             return "recipient"
         return "subject"
 
@@ -781,12 +377,12 @@ class _Grammar:
         if self.chance(0.5):
             clause = self.clause(asks="truth")
             return clause.german_main(), clause.english_question(), "?"
-        german, english, asks = _QUESTION_WORDS.draw(self.rng)
+        german, english, asks = lexicon.QUESTION_WORDS.draw(self.rng)
         clause = self.clause(asks=asks)
         return [german, *clause.german_main()], [english, *clause.english_question()], "?"
 
     def with_subordinate(self) -> Draft:
-        conjunction = _SUBORDINATORS.draw(self.rng)
+        conjunction = lexicon.SUBORDINATORS.draw(self.rng)
         clause, subordinate = self.clause(bare=True), self.clause(bare=True)
         german = [*conjunction.german, *subordinate.german_subordinate()]
         english = [*conjunction.english, *subordinate.english_statement()]
@@ -808,7 +404,7 @@ class _Grammar:
         )
 
     def coordinated(self) -> Draft:
-        conjunction = _COORDINATORS.draw(self.rng)
+        conjunction = lexicon.COORDINATORS.draw(self.rng)
         first, second = self.clause(bare=True), self.clause(bare=True)
         front = self.front(first)
         german = [*first.german_main(front), ",", *conjunction.german]
@@ -840,12 +436,6 @@ def _english(words: list[str], person: int, split: bool) -> tuple[list[str], lis
         return [DO[person]], words
     first, *rest = words
     return [], [with_s(first) if person == THIRD else first, *rest]
-
-
-def _after_preposition(preposition: str, german: list[str]) -> list[str]:
-    first, *rest = german
-    contraction = CONTRACTIONS.get((preposition, first))
-    return [contraction, *rest] if contraction else [preposition, *german]
 
 
 def _text(words: list[str], end: str) -> str:

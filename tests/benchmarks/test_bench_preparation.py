@@ -1,7 +1,6 @@
-"""The benchmark of the preparation, and the text that it prepares."""
+"""The benchmark of the preparation, with a small corpus."""
 
 import json
-import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -9,34 +8,16 @@ from pathlib import Path
 import pytest
 
 from normexp.benchmarks import bench_preparation as benchmark
-from normexp.benchmarks.wmt_like import pairs, word
 from normexp.corpora.catalogue import load_catalogue
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "benchmark.py"
-
-
-@pytest.mark.parametrize("language", ["en", "de"])
-def test_ranks_have_words_of_their_own_and_rare_ones_are_longer(language: str) -> None:
-    words = [word(rank, language).lower() for rank in range(40_000)]
-    assert len(set(words)) == len(words)
-    assert max(map(len, words[:100])) < statistics.mean(map(len, words[-100:]))
-
-
-def test_text_has_the_lengths_of_the_real_one() -> None:
-    rows = list(pairs(1, 1500))
-    assert rows == list(pairs(1, 1500)) != list(pairs(2, 1500))
-    for column in zip(*rows, strict=True):
-        lengths = [len(line.split()) for line in column]
-        assert 22 < statistics.mean(lengths) < 30
-        assert 0.005 < sum(length > 80 for length in lengths) / len(rows) < 0.05
-    assert all("\n" not in text for row in rows for text in row)
 
 
 def test_record(tmp_path, monkeypatch) -> None:
     recipe = load_catalogue()["wmt14"].model_copy(update={"bpe_merges": 100})
     monkeypatch.setattr(benchmark, "load_catalogue", lambda: {"wmt14": recipe})
     record = tmp_path / "results" / "record.json"
-    result = benchmark.measure(1200, 5, tmp_path / "work", record, progress=False)
+    result = benchmark.measure_stages(1200, 5, tmp_path / "work", record, progress=False)
     assert json.loads(record.read_text(encoding="utf-8")) == result
     text = tmp_path / "work" / "text"
     kept = (text / "tokenized" / "train.de").read_bytes().count(b"\n")

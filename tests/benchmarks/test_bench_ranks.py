@@ -29,4 +29,4 @@ def test_record(tmp_path: Path) -> None:
     assert result["measured"][0]["ratio_to_layer"] == pytest.approx([1, 1, 1])
     ((title, table),) = tables("ranks", result)
     assert "12 layers on 2 ranks, 64 × 8 × 256" in title
-    assert len(table.rows) == len(bench_ranks.COMPETITORS)
+    assert len(table.rows) == len(bench_ranks.CANDIDATES)

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from normexp.benchmarks import bench_scaling
+from normexp.benchmarks import bench_norms, bench_scaling
+from normexp.benchmarks.timing import Timings
 
 
 def test_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -33,19 +34,10 @@ def test_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_nanoseconds_are_per_element_of_x(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Second:
-        dropped, disturbed = 0, False
+    def a_second_each(calls: dict, rounds: int, progress: bool) -> Timings:
+        return Timings({name: [1.0] * rounds for name in calls}, dropped=0, disturbed=False)
 
-        def __init__(self, calls: dict) -> None:
-            self.seconds = {name: [1.0] for name in calls}
-
-        def quartiles(self, name: str) -> list[float]:
-            return [1.0, 1.0, 1.0]
-
-        def ratios(self, name: str, to: str) -> list[float]:
-            return [1.0, 1.0, 1.0]
-
-    monkeypatch.setattr(bench_scaling, "take_turns", lambda calls, rounds, progress: Second(calls))
+    monkeypatch.setattr(bench_norms, "interleave", a_second_each)
     monkeypatch.setattr(bench_scaling, "CHANNELS", (8,))
     monkeypatch.setattr(bench_scaling, "TOKENS", (64,))
     result = bench_scaling.measure(2, tmp_path / "scaling.json", progress=False)

@@ -15,7 +15,7 @@ SCRIPT = Path(__file__).parents[2] / "scripts" / "benchmark.py"
 
 
 @pytest.mark.parametrize("causal", [True, False])
-def test_the_competitor_computes_the_same(causal: bool) -> None:
+def test_the_einsum_computes_the_same(causal: bool) -> None:
     torch.manual_seed(1)
     layer = bench_attention.TensorizedAttention(10, 6, 7, cores=2, causal=causal).double()
     nn.init.normal_(layer.cores)

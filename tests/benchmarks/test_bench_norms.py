@@ -28,9 +28,9 @@ def test_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert one["milliseconds"] > 0 and one["rounds_kept"] >= 3
 
 
-def test_every_competitor_gives_the_gradients_of_its_layer() -> None:
+def test_every_candidate_gives_the_gradients_of_its_layer() -> None:
     """Of x and of each parameter, in the type of each; F.batch_norm's are masked BN's."""
-    calls, _ = bench_norms.competitors((4, 6, 8), torch.bfloat16)
+    calls, _ = bench_norms.candidates((4, 6, 8), torch.bfloat16)
     for call in calls.values():
         gradients = call()
         assert gradients[0].shape == (4, 6, 8) and gradients[0].dtype == torch.bfloat16
@@ -41,6 +41,6 @@ def test_every_competitor_gives_the_gradients_of_its_layer() -> None:
 
 
 def test_kernels_differ_in_rounding_only() -> None:
-    calls, _ = bench_norms.competitors((4, 6, 8), torch.float32)
+    calls, _ = bench_norms.candidates((4, 6, 8), torch.float32)
     for name in ("power", "power_v", "batch", "power_released"):
         torch.testing.assert_close(calls[name](), calls[f"{name}, plain torch"]())

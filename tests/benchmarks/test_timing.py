@@ -1,16 +1,16 @@
-"""Competitors are timed in turn, and rounds that others disturbed are left out."""
+"""Candidates are timed in turn, and rounds that others disturbed are left out."""
 
 from collections.abc import Callable
 
 import pytest
 
 from normexp.benchmarks import timing
-from normexp.benchmarks.timing import Turns, quartiles, take_turns
+from normexp.benchmarks.timing import Timings, interleave, quartiles
 
 
 @pytest.fixture
 def clocks(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
-    """A clock that only calls move, and the share of other processes in each block as told."""
+    """A clock that only calls move, and the share of other processes in each block."""
 
     def set_clocks(others: list[float]) -> dict[str, Callable[[], None]]:
         now = {"wall": 0.0}
@@ -33,19 +33,19 @@ def clocks(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
     return set_clocks
 
 
-def test_competitors_take_turns(clocks) -> None:
+def test_candidates_interleave(clocks) -> None:
     calls: list[str] = []
-    competitors = {
+    candidates = {
         name: lambda name=name, call=call: (calls.append(name), call())
         for name, call in clocks([0.0] * 9).items()
     }
-    turns = take_turns(competitors, 4, progress=False)
+    timings = interleave(candidates, 4, progress=False)
     assert calls == ["slow", "fast"] * 6
-    assert turns == Turns({"slow": [2.0] * 4, "fast": [1.0] * 4}, dropped=0, disturbed=False)
+    assert timings == Timings({"slow": [2.0] * 4, "fast": [1.0] * 4}, dropped=0, disturbed=False)
 
 
 def test_short_calls_are_made_several_times(clocks, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Five milliseconds a turn, of which the mean counts; at most a hundred calls."""
+    """Five milliseconds a round, of which the mean counts; at most a hundred calls."""
     count, now = {"short": 0, "tiny": 0}, {"wall": 0.0}
     clocks([0.0] * 9)
     monkeypatch.setattr(timing, "_now", lambda: now["wall"])
@@ -55,20 +55,20 @@ def test_short_calls_are_made_several_times(clocks, monkeypatch: pytest.MonkeyPa
         count[name] += 1
         now["wall"] += seconds
 
-    competitors = {"short": lambda: call("short", 0.001), "tiny": lambda: call("tiny", 1e-6)}
-    turns = take_turns(competitors, 3, progress=False)
+    candidates = {"short": lambda: call("short", 0.001), "tiny": lambda: call("tiny", 1e-6)}
+    timings = interleave(candidates, 3, progress=False)
     assert count == {"short": 2 + 3 * 5, "tiny": 2 + 3 * 100}
-    assert turns.seconds["short"] == pytest.approx([0.001] * 3)
+    assert timings.seconds["short"] == pytest.approx([0.001] * 3)
 
 
 def test_disturbed_rounds_are_dropped(clocks) -> None:
-    turns = take_turns(clocks([0.0, 0.5, 0.02, 0.04, 0.0, 0.0]), 4, progress=False)
-    assert (turns.dropped, turns.disturbed, len(turns.seconds["fast"])) == (2, False, 4)
+    timings = interleave(clocks([0.0, 0.5, 0.02, 0.04, 0.0, 0.0]), 4, progress=False)
+    assert (timings.dropped, timings.disturbed, len(timings.seconds["fast"])) == (2, False, 4)
 
 
-def test_a_machine_that_is_never_quiet_is_told(clocks) -> None:
-    turns = take_turns(clocks([0.5] * 99), 4, progress=False)
-    assert (turns.dropped, turns.disturbed, len(turns.seconds["fast"])) == (0, True, 16)
+def test_a_machine_that_is_never_quiet_is_reported(clocks) -> None:
+    timings = interleave(clocks([0.5] * 99), 4, progress=False)
+    assert (timings.dropped, timings.disturbed, len(timings.seconds["fast"])) == (0, True, 16)
 
 
 def test_time_of_others_is_all_but_our_own(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,6 +96,11 @@ def test_the_clock_of_the_machine_runs_with_ours() -> None:
 
 def test_quartiles_and_ratios_by_round() -> None:
     assert quartiles([5.0, 1.0, 3.0, 2.0, 4.0]) == [2.0, 3.0, 4.0]
-    turns = Turns({"slow": [2.0, 8.0, 3.0], "fast": [1.0, 2.0, 3.0]}, 0, False)
-    assert turns.ratios("slow", "fast") == [1.5, 2.0, 3.0]
-    assert turns.quartiles("fast") == [1.5, 2.0, 2.5]
+    timings = Timings({"slow": [2.0, 8.0, 3.0], "fast": [1.0, 2.0, 3.0]}, 0, False)
+    assert timings.ratios("slow", "fast") == [1.5, 2.0, 3.0]
+    assert timings.quartiles("fast") == [1.5, 2.0, 2.5]
+
+
+def test_rounds_of_a_record() -> None:
+    timings = Timings({"slow": [2.0] * 3, "fast": [1.0] * 3}, dropped=2, disturbed=False)
+    assert timings.rounds == {"rounds_kept": 3, "rounds_dropped": 2, "disturbed": False}

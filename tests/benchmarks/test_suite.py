@@ -1,6 +1,7 @@
-"""scripts/benchmark.py and what stands in every record."""
+"""The benchmarks and their options, as scripts/benchmark.py offers them."""
 
 import importlib
+import inspect
 import json
 import runpy
 import subprocess
@@ -10,17 +11,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from normexp.benchmarks.benchmark_record import write_record
+from normexp.benchmarks.suite import BENCHMARKS
 from normexp.report.benchmark_tables import TITLES, circumstances
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "benchmark.py"
 
 
 def test_every_benchmark_has_a_module_and_a_page() -> None:
-    names = runpy.run_path(str(SCRIPT))["BENCHMARKS"]
-    assert set(names) == set(TITLES)
-    for name in set(names) - {"training"}:  # which needs a moment to load
-        assert callable(importlib.import_module(f"normexp.benchmarks.{name}").measure)
+    assert set(BENCHMARKS) == set(TITLES)
+    for name, benchmark in BENCHMARKS.items():
+        measure = importlib.import_module(f"normexp.benchmarks.bench_{name}").measure
+        options = {*benchmark.options, *["folder"] * benchmark.has_folder}
+        assert set(inspect.signature(measure).parameters) == {*options, "record", "progress"}
 
 
 def test_help_loads_no_torch() -> None:
@@ -64,13 +66,8 @@ def test_threads_reach_the_record_and_the_table_is_printed(
     assert "2 threads" in line and "malloc MALLOC_TOP_PAD_=1000" in line
 
 
-def test_circumstances_of_every_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("LD_PRELOAD", raising=False)
-    for name in ("MALLOC_TOP_PAD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"):
-        monkeypatch.delenv(name, raising=False)
-    path = tmp_path / "new" / "one.json"
-    result = write_record(path, "one", {"rounds": 3}, {"measured": []})
-    assert json.loads(path.read_text(encoding="utf-8")) == result
-    assert result["malloc"] == "default"
-    assert result["command"].startswith("python scripts/benchmark.py one --rounds 3 --threads ")
-    assert {"hardware", "versions", "code_commit", "code_dirty", "measured_at"} < set(result)
+def test_the_other_grammar_is_refused() -> None:
+    shown = subprocess.run(
+        [sys.executable, SCRIPT, "norms", "rounds=3"], capture_output=True, text=True
+    )
+    assert shown.returncode == 2 and "write --rounds 3" in shown.stderr
