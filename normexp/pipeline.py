@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 
-from normexp.checkpoints import store
+from normexp.checkpoints import recovery, store
 from normexp.config import validation
 from normexp.config.identity import experiment
 from normexp.corpora import PreparedCorpus, prepare
@@ -43,8 +43,8 @@ def run(cfg: DictConfig) -> Record | None:
     several processes, rank 0 does all this; the others train along, and return None.
     """
     with (
-        preemption.handled(),
-        process_group.together() as ranks,
+        preemption.signals_handled(),
+        process_group.joined() as ranks,
         _warnings_on_console(ranks.is_main),
     ):
         if not ranks.is_main:
@@ -66,7 +66,7 @@ def run(cfg: DictConfig) -> Record | None:
 def _train_along(cfg: DictConfig, ranks: Ranks) -> None:
     from normexp.training import loop
 
-    told = ranks.told("training")
+    told = ranks.receive("training")
     languages = told["languages"] and tuple(told["languages"])
     paths = Path(told["data_bin"]), Path(told["checkpoints"])
     fairseq_cfg = validation.fairseq_config(cfg, paths[0], languages, paths[1])
@@ -115,7 +115,7 @@ def evaluate_run(
 
     plain = validation.resolved(cfg)
     settings = plain["evaluation"]
-    path, chosen = store.choose(
+    path, chosen = store.select(
         folder.checkpoints,
         settings["checkpoint"],
         settings["average_last"],
@@ -170,7 +170,7 @@ def _run(
             raise
         except Exception as error:
             logger.info("the run failed", exc_info=True)  # the console gets one line, or the error
-            if ranks.lost_another(error):
+            if ranks.is_lost_peer(error):
                 raise UserError(
                     "another rank of this training was killed; the same command goes on from the "
                     "last checkpoint"
@@ -204,7 +204,7 @@ def _train_and_evaluate(
         )
         fairseq_cfg = validation.fairseq_config(cfg, corpus.data_bin, languages, folder.checkpoints)
         told = {"data_bin": str(corpus.data_bin.absolute()), "languages": languages}
-        ranks.tell("training", told | {"checkpoints": str(folder.checkpoints)})
+        ranks.publish("training", told | {"checkpoints": str(folder.checkpoints)})
         with MetricsFile(folder.metrics) as metrics:
             try:
                 settings = speed.settings(validation.resolved(cfg))
@@ -219,12 +219,12 @@ def _train_and_evaluate(
                 }
         finished = vars(result)
         write_json(folder.finished, finished)
-        preemption.leave_if_asked()
+        preemption.raise_if_signalled()
     try:
         evaluated = evaluate_run(cfg, folder, corpus)
     except store.Lost as lost:
         folder.finished.unlink()  # first: a kill must not leave it with too few checkpoints
-        source = store.go_back_before(folder.checkpoints, lost)
+        source = recovery.rewind_to_before(folder.checkpoints, lost)
         if ranks.size > 1:  # the others have trained to the end and left
             raise UserError(f"{lost}; the same command makes it again from {source}") from None
         logger.warning("%s; going on from %s to make it again", lost, source)

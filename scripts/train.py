@@ -10,7 +10,7 @@ from normexp.errors import UserError
 from normexp.runs import records
 from normexp.sweeps import run_status, slurm
 from normexp.training import process_group
-from normexp.training.process_group import ToldByMain
+from normexp.training.process_group import FailedOnMain
 
 failures = []
 
@@ -28,7 +28,7 @@ def main(cfg: DictConfig) -> str | None:
 
             record = pipeline.run(cfg)
     except UserError as error:
-        if not isinstance(error, ToldByMain):
+        if not isinstance(error, FailedOnMain):
             print(f"error: {error}", file=sys.stderr)
         failures.append(error)
         return str(error)

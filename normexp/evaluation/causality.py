@@ -173,7 +173,7 @@ class _Run:
         cfg = folder.read_config()
         plain = validation.resolved(cfg)
         settings = plain["evaluation"]
-        checkpoint, chosen = store.choose(
+        checkpoint, chosen = store.select(
             folder.checkpoints,
             settings["checkpoint"],
             settings["average_last"],

@@ -40,7 +40,9 @@ def load_model(checkpoint: Path, data_bin: Path, cpu: bool = False) -> LoadedMod
     """
     from fairseq import checkpoint_utils
 
-    with store.instead_of_reading(store.load(checkpoint)):
+    from normexp.fairseq_plugin.patches import preloaded
+
+    with preloaded(store.load(checkpoint)):
         models, cfg, task = checkpoint_utils.load_model_ensemble_and_task(
             [str(checkpoint)], arg_overrides={"data": str(data_bin)}
         )

@@ -20,10 +20,10 @@ if __name__ == _NAME:
         adam,
         checkpoint_types,
         criterions,
-        language_model,
         streams,
         tensorized,
         transformer,
+        transformer_lm,
     )
     from normexp.fairseq_plugin.architectures import register_architectures
 

@@ -72,8 +72,11 @@ def into_fairseq(speed: Mapping[str, Any], node: dict[str, Any]) -> None:
         optimizer["_name"] = "normexp_adam"
 
 
-def into_model(speed: Mapping[str, Any], model: nn.Module, criterion: nn.Module) -> None:
-    """Let a fairseq model and its criterion train as the settings say, in place."""
+def apply_to_model(speed: Mapping[str, Any], model: nn.Module, criterion: nn.Module) -> None:
+    """Let a fairseq model and its criterion train as the settings say, in place.
+
+    speed: with the keys of `STOCK`; `fast_dropout` and `precision` matter here.
+    """
     from normexp.fairseq_plugin.dropout import use_fast_dropout
     from normexp.fairseq_plugin.fast_attention import use_fast_attention
 
@@ -86,6 +89,7 @@ def into_model(speed: Mapping[str, Any], model: nn.Module, criterion: nn.Module)
 
 
 def _train_in_bfloat16(criterion: nn.Module) -> None:
+    """Run the criterion's training steps, forward pass of the model included, under autocast."""
     forward = criterion.forward
 
     @functools.wraps(forward)

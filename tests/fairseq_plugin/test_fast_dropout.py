@@ -142,7 +142,7 @@ def test_attention_is_fairseqs(need_weights: bool, causal: bool) -> None:
 def test_settings_replace_modules_only_when_on(build_translation: Callable[..., nn.Module]) -> None:
     def kinds(**chosen: object) -> set[type]:
         model = build_translation(dropout=0.1)
-        speed.into_model(speed.STOCK | chosen, model, nn.Identity())
+        speed.apply_to_model(speed.STOCK | chosen, model, nn.Identity())
         return {type(module) for module in model.modules()}
 
     assert {FairseqDropout, MultiheadAttention} <= kinds()
@@ -158,7 +158,7 @@ def test_precision_is_of_training_only(precision: str) -> None:
             return (sample["target"] @ sample["target"]).dtype
 
     model, criterion = nn.Linear(2, 2), Criterion()
-    speed.into_model(speed.STOCK | {"precision": precision}, model, criterion)
+    speed.apply_to_model(speed.STOCK | {"precision": precision}, model, criterion)
     sample = {"target": torch.ones(2, 2)}
     assert criterion(model.train(), sample) == getattr(torch, precision)
     assert criterion(model.eval(), sample) == torch.float32

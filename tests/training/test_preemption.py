@@ -169,7 +169,7 @@ def in_a_job(tmp_path, monkeypatch):
 def test_job_is_requeued_unless_slurm_ends_it(number, state, requeued, status, in_a_job) -> None:
     in_a_job.squeue_says(state)
     unwound = []
-    with pytest.raises(SystemExit) as left, preemption.handled():
+    with pytest.raises(SystemExit) as left, preemption.signals_handled():
         try:
             os.kill(os.getpid(), number)
             pytest.fail("went on after the signal")
@@ -192,7 +192,7 @@ def two_ranks(rank: int, folder: Path, number: int) -> None:
     update = 0
     trainer = SimpleNamespace(device=torch.device("cpu"), get_num_updates=lambda: update)
     try:
-        with preemption.handled(), preemption.checkpoint_at_updates(loop):
+        with preemption.signals_handled(), preemption.checkpoint_at_updates(loop):
             for update in range(1, 20):
                 if rank == 1 and update == 7:
                     os.kill(os.getpid(), number)

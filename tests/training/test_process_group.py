@@ -95,4 +95,4 @@ def test_gpu_belongs_to_one_rank() -> None:
     with pytest.raises(UserError, match=r"ranks 0 and 2 have the same GPU \(GPU 0 of a, uuid0\)"):
         ranks.refuse_shared_devices("GPU 0 of a, uuid0")
     ranks.refuse_shared_devices("GPU 0 of b, uuid2")
-    ranks._noticed.set()  # for the thread that watches
+    ranks._end_noticed.set()  # for the thread that watches

@@ -10,7 +10,7 @@ import pytest
 from fairseq.logging import progress_bar
 from fairseq.logging.meters import AverageMeter
 
-from normexp.training.progress import metrics_to
+from normexp.fairseq_plugin.patches import metrics_sent_to
 
 
 class Recorder(list):
@@ -23,7 +23,7 @@ def test_numbers_reach_every_sink_and_the_wrapped_bar_is_intact():
     meter = AverageMeter()
     meter.update(2.0, n=3)
     meter.update(8.0)
-    with metrics_to(first, second):
+    with metrics_sent_to(first, second):
         bar = progress_bar.progress_bar(
             [10, 20], log_format="json", log_interval=1, wandb_project="normexp"
         )
@@ -42,7 +42,7 @@ def test_numbers_reach_every_sink_and_the_wrapped_bar_is_intact():
 
 def test_the_original_is_restored_after_an_error():
     original = progress_bar.WandBProgressBarWrapper
-    with pytest.raises(RuntimeError), metrics_to(Recorder()):
+    with pytest.raises(RuntimeError), metrics_sent_to(Recorder()):
         raise RuntimeError
     assert progress_bar.WandBProgressBarWrapper is original
 
@@ -52,12 +52,12 @@ import json, sys
 from fairseq import options
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from fairseq_cli import train
-from normexp.training.progress import metrics_to
+from normexp.fairseq_plugin.patches import metrics_sent_to
 
 calls = []
 parser = options.get_training_parser()
 cfg = convert_namespace_to_omegaconf(options.parse_args_and_arch(parser, sys.argv[1:]))
-with metrics_to(lambda tag, step, values: calls.append((tag, step, values))):
+with metrics_sent_to(lambda tag, step, values: calls.append((tag, step, values))):
     train.main(cfg)
 json.dump(calls, open("calls.json", "w"))
 """
