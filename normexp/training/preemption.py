@@ -22,7 +22,6 @@ from typing import Any
 
 import torch.distributed
 
-from normexp.fairseq_plugin.patches import after_updates
 from normexp.training.process_group import this_process
 
 logger = logging.getLogger(__name__)
@@ -90,6 +89,8 @@ def checkpoint_at_updates(fairseq_train: Any) -> Iterator[None]:
     about the old one is on disk. All ranks stop after the same update.
     """
     from fairseq import checkpoint_utils
+
+    from normexp.fairseq_plugin.patches import after_updates
 
     def save_and_leave(cfg: Any, trainer: Any, epoch_itr: Any, at_end: bool) -> None:
         number = _received_by_any_rank(trainer.device)
