@@ -1,15 +1,17 @@
 """Output projection and label-smoothed cross entropy in one, without the N x V logits.
 
-Chunks of rows are projected, turned into their loss and at once into the gradients of the
-features and of the projection, so that of all logits only those of a chunk exist at a time.
-fairseq's smoothed loss of a row with logits z and target t is, with e = eps / (V - 1),
+A chunk of rows is projected and turned into its loss and into the gradients of the features and of
+the projection before the next one, so that only one chunk's logits exist at a time. fairseq's
+smoothed loss of a row with logits z and target t is, with e = eps / (V - 1),
 
     logsumexp(z) - (1 - eps - e) z[t] - e sum(z),
 
-and its gradient softmax(z) - (1 - eps - e) [t] - e. What e contributes is sum(z) = f . sum(W) +
-sum(b) of the features f and the same vector for every row, so it takes no pass over the logits.
+and its gradient is softmax(z) - (1 - eps - e) [t] - e, where [t] is 1 at the target, else 0. The
+terms with e need no pass over the logits: sum(z) = f . sum(W) + sum(b) for features f, and in the
+gradient they are the same vector for every row.
 """
 
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -17,16 +19,26 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from normexp.fairseq_plugin.training_kernels import compiled_for
+from normexp.norms.kernels import native
 
 CHUNK = 512  # rows
+_SOURCE = Path(__file__).with_suffix(".cpp")
+
+
+def compiled_for(logits: Tensor) -> bool:
+    """Return whether torch.ops.normexp.loss_rows_ (fused_loss.cpp) can be used for the logits.
+
+    The first call of an installation compiles it, for half a minute; see norms/kernels/native.py.
+    """
+    types = (torch.float32, torch.bfloat16)
+    return logits.device.type == "cpu" and logits.dtype in types and native.load(_SOURCE)
 
 
 class FusedLoss(NamedTuple):
-    """Sums over the rows: the smoothed loss with its gradient; without, the likelihood in nats."""
+    """Sums over the rows, each a scalar tensor."""
 
-    loss: Tensor
-    nll: Tensor
+    loss: Tensor  # label-smoothed, in nats; can be differentiated
+    nll: Tensor  # negative log-likelihood in nats, without gradient
     num_correct: Tensor  # rows whose target has the largest logit; 0 unless counted
 
 
@@ -42,9 +54,10 @@ def fused_loss(
 ) -> FusedLoss:
     """Loss in nats of targets (N,) given features (N, C), weight (V, C) and bias (V,).
 
-    eps: label smoothing as in fairseq, 0 for plain cross entropy. N may be 0. Under autocast the
-    matrix products have its type; the sums are float32 at least. The gradients are computed with
-    the loss, where gradients are enabled, and can be taken once and not differentiated further.
+    eps: label smoothing as in fairseq, 0 for plain cross entropy. count_correct: compute
+    num_correct. chunk: rows at a time. N may be 0. Under autocast the matrix products have its
+    type; the sums are float32 at least. Where gradients are enabled, they are computed with the
+    loss; `backward` works once and cannot be differentiated further (RuntimeError).
     """
     return FusedLoss(
         *_FusedLoss.apply(
@@ -118,18 +131,21 @@ class _FusedLoss(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.gradients is None:
             raise RuntimeError("the fused loss can be differentiated once; compute it again")
-        found, ctx.gradients = ctx.gradients, None
-        for tensor in found:
+        gradients, ctx.gradients = ctx.gradients, None
+        for tensor in gradients:
             if tensor is not None:
                 tensor.mul_(gradient)
-        return *found, None, None, None, None, None
+        return *gradients, None, None, None, None, None
 
 
 def _rows(
     logits: Tensor, targets: Tensor, correct: float, with_gradients: bool
 ) -> tuple[Tensor, Tensor]:
-    """logits (n, V), overwritten -> -log softmax at the targets (n,), and softmax - correct [t]."""
-    if compiled_for(logits, torch.float32, torch.bfloat16):
+    """Return -log softmax(z) at the targets (n,) and softmax(z) - correct [t] (n, V).
+
+    logits z (n, V) are overwritten. Without `with_gradients` the second result is undefined.
+    """
+    if compiled_for(logits):
         nll = torch.ops.normexp.loss_rows_(logits, targets, correct, with_gradients)
         return nll, logits
     wide = torch.promote_types(logits.dtype, torch.float32)

@@ -7,9 +7,8 @@ import torch
 from fairseq.modules import FairseqDropout, MultiheadAttention
 from torch import Tensor, nn
 
-from normexp.fairseq_plugin.dropout import FastDropout, fast_dropout
+from normexp.fairseq_plugin.dropout import FastDropout, compiled_for, fast_dropout
 from normexp.fairseq_plugin.fast_attention import FastAttention
-from normexp.fairseq_plugin.training_kernels import compiled_for
 from normexp.norms.kernels.choice import chosen_kernels, use_kernels
 from normexp.training import speed
 
@@ -20,7 +19,7 @@ SHAPE = (67, 31, 33)  # no multiple of a segment, of a step, of a word
 def kernels(request: pytest.FixtureRequest) -> Iterator[str]:
     chosen = chosen_kernels()
     use_kernels("auto")
-    if request.param == "native" and not compiled_for(torch.ones(1), torch.float32):
+    if request.param == "native" and not compiled_for(torch.ones(1)):
         pytest.skip("no compiler")
     use_kernels(request.param)
     yield request.param
