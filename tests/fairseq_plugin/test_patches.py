@@ -1,15 +1,26 @@
-"""fairseq's own training loop hands its metrics to the sinks, and to nothing else."""
+"""Names of fairseq are replaced for a time, in one file; its metrics go to the sinks alone."""
 
+import ast
 import json
 import math
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import torch
+from fairseq import checkpoint_utils
+from fairseq.data import iterators
+from fairseq.distributed import utils as distributed_utils
+from fairseq.file_io import PathManager
 from fairseq.logging import progress_bar
 from fairseq.logging.meters import AverageMeter
+from fairseq.models import transformer_lm
+from fairseq_cli import train as fairseq_train
 
+import normexp
+from normexp.fairseq_plugin import patches
 from normexp.fairseq_plugin.patches import metrics_sent_to
 
 
@@ -40,11 +51,63 @@ def test_numbers_reach_every_sink_and_the_wrapped_bar_is_intact():
     assert second == first
 
 
-def test_the_original_is_restored_after_an_error():
-    original = progress_bar.WandBProgressBarWrapper
-    with pytest.raises(RuntimeError), metrics_sent_to(Recorder()):
+REPLACED = {
+    "TransformerDecoder": (lambda: patches.language_model_decoder(object), transformer_lm),
+    "Trainer": (lambda: patches.trainer_class(fairseq_train, object), fairseq_train),
+    "validate_and_save": (lambda: patches.after_updates(fairseq_train, print), fairseq_train),
+    "WandBProgressBarWrapper": (lambda: metrics_sent_to(Recorder()), progress_bar),
+    "BackgroundConsumer": (patches.prefetchers_closed, iterators),
+    "copy": (lambda: patches.checkpoint_files_by(print, print), PathManager),
+    "torch_persistent_save": (lambda: patches.checkpoint_files_by(print, print), checkpoint_utils),
+    "load": (lambda: patches.preloaded({}), torch),
+    "all_gather_list": (patches.no_pickled_gathering, distributed_utils),
+}
+
+
+@pytest.mark.parametrize("name", REPLACED)
+def test_the_original_is_restored_after_an_error(name):
+    context, owner = REPLACED[name]
+    original = vars(owner)[name]
+    with pytest.raises(RuntimeError), context():
+        assert vars(owner)[name] is not original
         raise RuntimeError
-    assert progress_bar.WandBProgressBarWrapper is original
+    assert vars(owner)[name] is original
+    assert name in patches.__doc__
+
+
+def test_a_training_does_not_inherit_from_the_one_before():
+    kept = [
+        (checkpoint_utils.save_checkpoint, "best"),
+        (fairseq_train.should_stop_early, "best"),
+        (fairseq_train.should_stop_early, "num_runs"),
+        (distributed_utils.get_global_group, "_global_group"),
+    ]
+    for function, name in kept:
+        setattr(function, name, 0)
+    for _ in range(2):  # also where there is nothing to forget
+        patches.forget_earlier_trainings(fairseq_train)
+        assert not any(hasattr(function, name) for function, name in kept)
+
+
+def test_no_other_file_replaces_a_name_of_fairseq():
+    """By `module.name = ...` or setattr(module, ...), where the file has imported the module."""
+    package = Path(normexp.__file__).parent
+    for path in set(package.rglob("*.py")) - {Path(patches.__file__)}:
+        nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+        imported = {
+            alias.asname or alias.name.split(".")[0]
+            for node in nodes
+            if isinstance(node, ast.Import | ast.ImportFrom)
+            for alias in node.names
+            if (getattr(node, "module", None) or alias.name).startswith("fairseq")
+        }
+        for node in nodes:
+            owner = None
+            if isinstance(node, ast.Attribute) and not isinstance(node.ctx, ast.Load):
+                owner = node.value
+            elif isinstance(node, ast.Call) and getattr(node.func, "id", "") == "setattr":
+                owner = node.args[0]
+            assert getattr(owner, "id", None) not in imported, f"{path}:{node.lineno}"
 
 
 TRAINING = """
