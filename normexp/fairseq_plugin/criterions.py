@@ -26,7 +26,7 @@ from normexp.fairseq_plugin.fused_loss import FusedLoss, fused_loss
 
 
 class _WithPenalties:
-    """Adds the penalties; a mixin that stands before a criterion of fairseq among the bases."""
+    """Adds the penalties; a mixin before a criterion of fairseq."""
 
     def forward(
         self, model: nn.Module, sample: dict[str, Any], reduce: bool = True

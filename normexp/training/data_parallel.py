@@ -29,7 +29,7 @@ def rank_seed(rank: int, seed: int) -> int:
     """Return torch's seed on a rank; rank 0 has that of a single process.
 
     seed: fairseq's, which grows by one with each update and is the same on all ranks, so that
-    their dropout masks would be equal. The rank stands in bits 24 and up, because torch's generator
+    their dropout masks would be equal. The rank is added at bit 24, because torch's generator
     of the CPU uses the lower 32 bits only.
     """
     return (seed + (rank << 24)) % 2**32 if rank else seed

@@ -118,7 +118,7 @@ def test_newest_readable_checkpoint(tmp_path: Path) -> None:
 
 
 def test_flipped_bit_is_noticed(tmp_path: Path) -> None:
-    """In every byte of a tensor; torch itself reads such a file as if nothing were wrong."""
+    """In every byte of a tensor; torch itself reads such a file without an error."""
     path = write(tmp_path / "checkpoint1.pt", [1.0, -2.0], 1)
     whole = path.read_bytes()
     tensor = struct.pack("<ff", 1.0, -2.0)

@@ -1,4 +1,4 @@
-"""Training in float16, whose loss scale changes; without a GPU a scaler stands in."""
+"""Training in float16, whose loss scale changes; without a GPU the scaler is simulated."""
 
 from types import SimpleNamespace
 
@@ -12,7 +12,7 @@ from normexp.training.process_group import Process, Ranks
 
 @pytest.mark.parametrize("kind", ["fairseq", "torch"])
 def test_layers_follow_the_loss_scale(kind: str) -> None:
-    """In the step that changes it, and in no other."""
+    """nu is rescaled in the step that changes the scale, and in no other."""
     scales = iter([8.0, 8.0, 2.0, 2.0])
     scaler = SimpleNamespace(loss_scale=8.0)
     if kind == "torch":

@@ -1,4 +1,4 @@
-"""Signals save, requeue or exit; a run that goes on afterwards equals one left alone."""
+"""Signals save, requeue or exit; a run that resumes afterwards equals one without a signal."""
 
 import json
 import os
@@ -136,7 +136,7 @@ def test_signal_in_the_last_update_ends_before_the_evaluation(
 
 @pytest.fixture
 def in_a_job(tmp_path, monkeypatch):
-    """As submitit leaves a process in a job: its handlers are there. Says what was requeued."""
+    """A process in a submitit job, with its handlers installed; lists the signals that requeued."""
     requeued = []
 
     def requeue(number: int, frame: object) -> None:

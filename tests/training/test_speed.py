@@ -23,7 +23,7 @@ NONE = ["speed.fast_dropout=false", "speed.fused_loss=false", "speed.fused_adam=
 
 
 class _Interrupted(Exception):
-    """Stands for a kill: nothing of the process is used again."""
+    """Simulates a kill: nothing of the process is used again."""
 
 
 def test_resumed_run_is_the_same_to_the_bit(
@@ -130,7 +130,7 @@ def test_what_the_settings_choose_in_fairseq() -> None:
 
 
 def test_older_run_folders_are_stock() -> None:
-    """A configuration written before there were such settings."""
+    """A configuration that was written before these settings existed is that of stock fairseq."""
     assert speed.settings({"task": {}}) == speed.STOCK
     assert speed.settings({"speed": {"fused_loss": True}}) == speed.STOCK | {"fused_loss": True}
     assert json.loads(json.dumps(speed.STOCK)) == speed.STOCK
