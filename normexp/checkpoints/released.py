@@ -335,12 +335,12 @@ def _build(configuration: Any, theirs: dict[str, Tensor]) -> NormTransformerMode
 
 def _renamed(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return their state dict with our names and shapes for the buffers of normalizations."""
-    ours = {their: our for kind in _KINDS.values() for their, our in kind.buffers.items()}
+    our_names = {their: our for kind in _KINDS.values() for their, our in kind.buffers.items()}
     renamed = {}
     for key, value in theirs.items():
         entry = _NORM_ENTRY.fullmatch(key)
-        if entry and entry[4] in ours:
-            name = ours[entry[4]]
+        if entry and entry[4] in our_names:
+            name = our_names[entry[4]]
             # their shapes are (1, C, 1, 1), (C,), (1,) and ()
             renamed[f"{entry[1]}.{name}"] = value.reshape(() if name == "step" else -1)
         else:

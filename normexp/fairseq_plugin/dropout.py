@@ -42,7 +42,7 @@ def fast_dropout(x: Tensor, p: float) -> Tensor:
         return x
     if x.device.type != "cpu":
         return F.dropout(x, p)
-    return (_Recomputed if compiled_for(x) else _Masked).apply(x, p)
+    return (_CompiledDropoutFunction if compiled_for(x) else _PlainDropoutFunction).apply(x, p)
 
 
 class FastDropout(FairseqDropout):
@@ -61,7 +61,7 @@ def use_fast_dropout(model: nn.Module) -> None:
             module.__class__ = FastDropout
 
 
-class _Masked(torch.autograd.Function):
+class _PlainDropoutFunction(torch.autograd.Function):
     """Dropout in plain torch; keeps the mask for the backward pass."""
 
     @staticmethod
@@ -82,7 +82,7 @@ class _Masked(torch.autograd.Function):
         return (gradient * kept).mul_(ctx.scale), None
 
 
-class _Recomputed(torch.autograd.Function):
+class _CompiledDropoutFunction(torch.autograd.Function):
     """Dropout by the compiled kernel; keeps the seed and draws the mask again in backward."""
 
     @staticmethod

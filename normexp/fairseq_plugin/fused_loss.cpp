@@ -52,9 +52,9 @@ float max_of(const T* row, int64_t size) {
       best[lane] = value > best[lane] ? value : best[lane];
     }
   }
-  float found = *std::max_element(best, best + kWide);
-  for (; i < size; ++i) found = std::max(found, load(row[i]));
-  return found;
+  float largest = *std::max_element(best, best + kWide);
+  for (; i < size; ++i) largest = std::max(largest, load(row[i]));
+  return largest;
 }
 
 // Row by row: nll = logsumexp(logits) - logits[target]; then logits become softmax(logits) with

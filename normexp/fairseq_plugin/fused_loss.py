@@ -60,13 +60,13 @@ def fused_loss(
     loss; `backward` works once and cannot be differentiated further (RuntimeError).
     """
     return FusedLoss(
-        *_FusedLoss.apply(
+        *_FusedLossFunction.apply(
             features, weight, bias, targets, eps, count_correct, chunk, torch.is_grad_enabled()
         )
     )
 
 
-class _FusedLoss(torch.autograd.Function):
+class _FusedLossFunction(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
@@ -96,12 +96,12 @@ class _FusedLoss(torch.autograd.Function):
             weight_sum = weight.sum(0)
             for start in range(0, len(targets), chunk):
                 rows = slice(start, start + chunk)
-                narrow, wanted = features[rows].to(product), targets[rows]
+                narrow, chunk_targets = features[rows].to(product), targets[rows]
                 logits = F.linear(narrow, narrow_weight, narrow_bias)
                 if count_correct:
-                    num_correct += logits.argmax(1).eq(wanted).sum()
-                of_targets += logits.gather(1, wanted[:, None]).sum(dtype=torch.float64)
-                chunk_nll, by_logits = _rows(logits, wanted, 1 - eps - each, with_gradients)
+                    num_correct += logits.argmax(1).eq(chunk_targets).sum()
+                of_targets += logits.gather(1, chunk_targets[:, None]).sum(dtype=torch.float64)
+                chunk_nll, by_logits = _rows(logits, chunk_targets, 1 - eps - each, with_gradients)
                 nll += chunk_nll.sum(dtype=torch.float64)
                 if not with_gradients:
                     continue

@@ -86,6 +86,7 @@ class StreamDataset(MonolingualDataset):
     """Segments in the order of the streams, never shuffled."""
 
     def ordered_indices(self) -> np.ndarray:
+        """Return the indices of all segments, in order."""
         return np.arange(len(self))
 
 
