@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from normexp.checkpoints import store
+from normexp.checkpoints import recovery, store
 from normexp.config.fairseq_config import trainer_config
 from normexp.config.identity import config_hash
 from normexp.config.settings import RunSettings
@@ -45,8 +45,8 @@ def run(settings: RunSettings) -> Record | None:
     started several processes, rank 0 does all this; the others train with it and return None.
     """
     with (
-        preemption.handled(),
-        process_group.together() as ranks,
+        preemption.signals_handled(),
+        process_group.joined() as ranks,
         _warnings_on_console(ranks.is_main),
     ):
         if not ranks.is_main:
@@ -68,7 +68,7 @@ def run(settings: RunSettings) -> Record | None:
 def _train_as_worker(settings: RunSettings, ranks: Ranks) -> None:
     from normexp.training import loop
 
-    sent = ranks.told("training")
+    sent = ranks.receive("training")
     languages = sent["languages"] and tuple(sent["languages"])
     fairseq_cfg = trainer_config(
         validate(settings).fairseq, Path(sent["data_bin"]), languages, Path(sent["checkpoints"])
@@ -128,7 +128,7 @@ def _run_with_corpus(
             raise
         except Exception as error:
             logger.info("the run failed", exc_info=True)  # the console gets one line, or the error
-            if ranks.lost_another(error):
+            if ranks.is_lost_peer(error):
                 raise UserError(
                     "another rank of this training was killed; the same command resumes from the "
                     "last checkpoint"
@@ -172,15 +172,15 @@ def _train_and_evaluate(
                 curve=_curve(folder),
             )
         write_json(folder.finished, vars(trained))
-        preemption.leave_if_asked()
+        preemption.raise_if_signalled()
     try:
         evaluated = evaluate_run(settings, folder, corpus)
     except store.Lost as lost:
         folder.finished.unlink()  # first: a kill must not leave it with too few checkpoints
-        source = store.go_back_before(folder.checkpoints, lost)
+        source = recovery.rewind_to_before(folder.checkpoints, lost)
         if ranks.size > 1:  # the others have trained to the end and left
             raise UserError(f"{lost}; the same command makes it again from {source}") from None
-        logger.warning("%s; going on from %s to make it again", lost, source)
+        logger.warning("%s; resuming from %s to make it again", lost, source)
         return _train_and_evaluate(settings, valid, corpus, folder, tracker, ranks)
     logger.info("evaluated: %s", evaluated.checkpoint)
     return Outcome(
@@ -208,7 +208,7 @@ def _train(
     if corpus.kind == "translation":
         languages = corpus.source_language, corpus.target_language
     paths = {"data_bin": str(corpus.data_bin.absolute()), "checkpoints": str(folder.checkpoints)}
-    ranks.tell("training", paths | {"languages": languages})
+    ranks.publish("training", paths | {"languages": languages})
     fairseq_cfg = trainer_config(valid.fairseq, corpus.data_bin, languages, folder.checkpoints)
     with MetricsFile(folder.metrics) as metrics:
         sinks = [tracker, _print_validation]

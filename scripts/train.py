@@ -11,7 +11,7 @@ from normexp.errors import UserError
 from normexp.runs import records
 from normexp.runs.lookup import find_finished
 from normexp.sweeps import slurm
-from normexp.training.process_group import Process, ToldByMain, this_process
+from normexp.training.process_group import FailedOnMain, Process, this_process
 
 failures = []
 
@@ -30,11 +30,11 @@ def main(cfg: DictConfig) -> str | None:
 
             record = pipeline.run(settings)
     except UserError as error:
-        if not isinstance(error, ToldByMain):
+        if not isinstance(error, FailedOnMain):
             print(f"error: {error}", file=sys.stderr)
         failures.append(error)
         return str(error)
-    if record is None:  # a rank that trained along
+    if record is None:  # a worker rank
         return None
     print(records.describe(record), flush=True)
     if record.status != "complete":
@@ -49,7 +49,7 @@ def _settings(cfg: DictConfig, process: Process) -> RunSettings:
     except UserError:
         if process.is_main:
             raise
-        raise ToldByMain("the settings are invalid") from None  # rank 0 prints why
+        raise FailedOnMain("the settings are invalid") from None  # rank 0 prints why
 
 
 if __name__ == "__main__":

@@ -176,7 +176,7 @@ def _trainer(configuration: _Configuration) -> Trainer:
     task = TranslationTask(cfg.task, _dictionary(), _dictionary())
     torch.manual_seed(1)
     built, criterion = task.build_model(cfg.model), task.build_criterion(cfg.criterion)
-    speed.into_model(configuration.speed, built, criterion)
+    speed.apply_to_model(configuration.speed, built, criterion)
     return Trainer(cfg, task, built, criterion)
 
 

@@ -1,11 +1,12 @@
-"""Checkpoints of the PowerNorm authors' code, rewritten for this project's fairseq plugin.
+"""Import of checkpoints of the PowerNorm authors' code into this project's fairseq plugin.
 
-Their files come from a fairseq of 2019 (github.com/sIncerass/powernorm): a pickle with the command
+The files come from a fairseq of 2019 (github.com/sIncerass/powernorm): a pickle with the command
 line as an argparse.Namespace, meters of classes that no longer exist, and a state dict whose
-normalizations have their own buffers. What the file does not say is taken from that code: eps and
-alphas are its defaults, groups are the attention heads, and the final norms, which are built
-without one, have a warm-up of 1000 forwards, while those in the layers share that of the learning
-rate.
+normalizations have other buffers than ours. Options that a file does not hold follow that code: eps
+and alphas are its defaults, groups are the attention heads, and the warm-up is the learning rate's
+in the layers and 1000 forwards in the final norms.
+
+"theirs" below means the authors' code, "ours" this project's.
 """
 
 import argparse
@@ -34,10 +35,10 @@ FINAL_WARMUP_STEPS = 1000
 
 
 class _Kind(NamedTuple):
-    """One of their normalizations: ours, and its buffers, theirs -> ours."""
+    """The layer of ours that is equal to a normalization of theirs."""
 
     name: str
-    buffers: dict[str, str]
+    buffers: dict[str, str]  # names, theirs -> ours
 
 
 _KINDS = {
@@ -54,7 +55,7 @@ _KINDS = {
         "power_released", {"running_phi": "running_psi2", "ema_gz": "e", "iters": "step"}
     ),
 }
-# (stack, module) -> site, and the argument that chose its normalization
+# (stack, module) -> site, and the command line's argument that chose its normalization
 _SITES = {
     ("encoder", "self_attn_layer_norm"): ("encoder_attention", "encoder_norm_self"),
     ("encoder", "final_layer_norm"): ("encoder_ffn", "encoder_norm_ff"),
@@ -65,7 +66,7 @@ _SITES = {
     ("decoder", "layer_norm"): ("decoder_final", "decoder_norm_ff"),
 }
 _NORM_ENTRY = re.compile(r"((encoder|decoder)\.(?:layers\.\d+\.)?(\w*layer_norm))\.(\w+)")
-# Arguments with which today's fairseq builds another model than theirs did.
+# Arguments with which today's fairseq builds another model than theirs.
 _UNSUPPORTED = (
     "encoder_spec_norm",
     "layer_wise_attention",
@@ -78,7 +79,7 @@ _PARTS = ("criterion", "optimizer", "lr_scheduler")
 
 
 class _Meter:
-    """Takes the place of fairseq.meters' classes and forgets what it is given."""
+    """Replaces the classes of fairseq.meters and drops their content."""
 
     def __setstate__(self, state: object) -> None:
         pass
@@ -88,16 +89,17 @@ _METERS = ("AverageMeter", "TimeMeter", "StopwatchMeter")
 
 
 def import_checkpoint(source: Path, target: Path, force: bool = False) -> str:
-    """Rewrite the checkpoint `source` as `target` and say in a few lines what it holds.
+    """Rewrite the checkpoint `source` as `target` and return a summary of it, a few lines of text.
 
-    The model and what is known of its training are kept. Adam's moments are not: the file tells
-    which parameter they belong to by position only. The target is written whole or not at all.
+    The model, the number of updates and the validation loss are kept. Adam's moments are not: the
+    file gives only their position, not the parameter they belong to. The target is written whole or
+    not at all.
 
-    Raises UserError, and leaves everything as it was, when the source is missing, damaged, of
-    another format or names a class that such files do not hold; when its arguments, its buffers
-    and the normalizations of the authors' code do not agree; when the target exists (unless
-    `force`) or cannot be written. The format has no checksums: damage within the numbers goes
-    unnoticed, except for those that are not finite, which are reported.
+    Raises UserError, and changes nothing, when the source is missing, damaged, of another format or
+    refers to a class that such files do not hold; when its arguments, its buffers and the
+    normalizations of the authors' code contradict each other; when the target exists (unless
+    `force`) or cannot be written. The format has no checksums: damaged numbers go unnoticed unless
+    they are not finite; the summary lists those.
     """
     _check_target(source, target, force)
     state = read(source)
@@ -106,7 +108,7 @@ def import_checkpoint(source: Path, target: Path, force: bool = False) -> str:
     except UserError as error:
         raise UserError(f"{source}: {error}") from None
     except Exception as error:
-        # Whatever fairseq and torch raise for arguments and weights that do not fit.
+        # fairseq and torch raise many types for arguments and weights that do not fit.
         raise UserError(
             f"{source}: its arguments and weights do not make up a model: {_line(error)}"
         ) from None
@@ -123,11 +125,11 @@ def import_checkpoint(source: Path, target: Path, force: bool = False) -> str:
 def read(path: Path) -> dict[str, Any]:
     """Read a file of the authors' format: args, model, optimizer_history, extra_state.
 
-    Nothing but tensors, plain containers and the argparse.Namespace is created; meters become
-    empty placeholders. Raises UserError for any other file.
+    Only tensors, plain containers and the argparse.Namespace are created; meters become empty
+    placeholders. Raises UserError for any other file.
     """
-    # The plugin allows argparse.Namespace. Named here too, it would be forbidden from then on:
-    # on leaving, the context takes away what it names, also what had been allowed before.
+    # Not argparse.Namespace, which the plugin allows already: on leaving, the context forbids the
+    # types that it lists, also those that were allowed before.
     meters = [(_Meter, f"fairseq.meters.{name}") for name in _METERS]
     try:
         with torch.serialization.safe_globals(meters):
@@ -151,34 +153,34 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def find_norms(args: argparse.Namespace, model: dict[str, Tensor]) -> dict[str, dict[str, Any]]:
-    """Which normalization of ours, with which options, stands at each site of their model.
+    """Return the normalization of ours at each site of their model, with its options.
 
-    args: the four choices and the sizes; model: their state dict, whose buffers show what really
-    stands there. Returns site -> {"name": ..., option: value}. Raises UserError where the two
-    contradict each other and for normalizations that are unknown.
+    args: their command line, with the four choices and the sizes. model: their state dict, whose
+    buffers show which normalizations were built. Returns site -> {"name": ..., option: value}.
+    Raises UserError where the two contradict each other and for normalizations that are unknown.
     """
     modules: dict[tuple[str, str, str], set[str]] = {}
     for key in model:
         entry = _NORM_ENTRY.fullmatch(key)
         if entry:
             modules.setdefault(entry.group(1, 2, 3), set()).add(entry[4])
-    found = {}
+    norms = {}
     for (path, stack, module), entries in modules.items():
         if (stack, module) not in _SITES:
             raise UserError(f"the authors' model has no normalization {path}")
         site, argument = _SITES[stack, module]
-        chosen = getattr(args, argument)
-        if chosen not in _KINDS:
+        kind = getattr(args, argument)
+        if kind not in _KINDS:
             raise UserError(
-                f"{argument} is {chosen!r}; the normalizations of the authors' code that can be "
+                f"{argument} is {kind!r}; the normalizations of the authors' code that can be "
                 f"imported: {', '.join(_KINDS)}"
             )
-        if entries != {"weight", "bias", *_KINDS[chosen].buffers}:
+        if entries != {"weight", "bias", *_KINDS[kind].buffers}:
             raise UserError(
-                f"{argument} is {chosen!r}, but {path} holds {', '.join(sorted(entries))}"
+                f"{argument} is {kind!r}, but {path} holds {', '.join(sorted(entries))}"
             )
-        found[site] = _choice(site, chosen, args)
-    return {site: found[site] for site, _ in _SITES.values() if site in found}
+        norms[site] = _norm_of(site, kind, args)
+    return {site: norms[site] for site, _ in _SITES.values() if site in norms}
 
 
 def _line(error: Exception) -> str:
@@ -221,14 +223,14 @@ def _check_format(path: Path, state: Any) -> None:
 
 
 def _converted(state: dict[str, Any]) -> dict[str, Any]:
-    """What the plugin's own training would have saved, less the state of the optimizer."""
+    """Return the checkpoint that the plugin's own training would save, without optimizer state."""
     args, history = state["args"], state["optimizer_history"][-1]
     sites = find_norms(args, state["model"])
     configuration = _configuration(args, sites)
     model = _build(OmegaConf.create(configuration["model"]), state["model"])
     # Strict: an entry without a counterpart, on either side, is an error.
     model.load_state_dict(_renamed(state["model"]), strict=True)
-    # Their epochs were cut into other batches, so training that goes on from here begins one.
+    # Their epochs were cut into other batches, so training that resumes from here begins an epoch.
     epoch = {"version": 2, "epoch": 1, "iterations_in_epoch": 0, "shuffle": True}
     return {
         "args": None,
@@ -255,8 +257,8 @@ def _number(value: Any) -> float | None:
     return float(value) if isinstance(value, int | float) else None
 
 
-def _choice(site: str, kind: str, args: argparse.Namespace) -> dict[str, Any]:
-    """The normalization of theirs at a site with all that inference and training depend on."""
+def _norm_of(site: str, kind: str, args: argparse.Namespace) -> dict[str, Any]:
+    """Return name and all options of our layer for their normalization `kind` at a site."""
     name = _KINDS[kind].name
     if name == "layer":
         return {"name": name, "eps": 1e-5}
@@ -279,7 +281,7 @@ def _choice(site: str, kind: str, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _configuration(args: argparse.Namespace, sites: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """fairseq's configuration in plain containers; settings that it does not know are left out."""
+    """Return fairseq's configuration in plain containers, without settings unknown to it."""
     # fairseq would read pretrained embeddings from these paths whenever it builds the model.
     args = argparse.Namespace(
         **{**vars(args), "encoder_embed_path": None, "decoder_embed_path": None}
@@ -303,7 +305,7 @@ def _configuration(args: argparse.Namespace, sites: dict[str, dict[str, Any]]) -
 
 
 def _known_parts(args: argparse.Namespace) -> dict[str, str]:
-    """Criterion, optimizer and schedule, less those that only the authors' fairseq had."""
+    """Return names of criterion, optimizer and schedule, without those unknown to fairseq."""
     names = {part: getattr(args, part, None) for part in _PARTS}
     return {
         part: name for part, name in names.items() if name in REGISTRIES[part]["dataclass_registry"]
@@ -311,13 +313,13 @@ def _known_parts(args: argparse.Namespace) -> dict[str, str]:
 
 
 def _given(args: argparse.Namespace, dataclass: type) -> dict[str, Any]:
-    """The arguments that have the same name in a configuration class of today's fairseq."""
+    """Return the arguments that have the same name in a configuration class of fairseq."""
     names = [field.name for field in fields(dataclass)]
     return {name: getattr(args, name) for name in names if hasattr(args, name)}
 
 
 def _build(configuration: Any, theirs: dict[str, Tensor]) -> NormTransformerModel:
-    """A new model of the configuration; the numbers of words come from their embeddings."""
+    """Build a new model of the configuration, with dictionaries as large as their embeddings."""
 
     def dictionary(stack: str) -> Dictionary:
         words = Dictionary()
@@ -332,14 +334,14 @@ def _build(configuration: Any, theirs: dict[str, Tensor]) -> NormTransformerMode
 
 
 def _renamed(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Their state dict with our names and shapes for the buffers of the normalizations."""
-    ours = {their: our for kind in _KINDS.values() for their, our in kind.buffers.items()}
+    """Return their state dict with our names and shapes for the buffers of normalizations."""
+    our_names = {their: our for kind in _KINDS.values() for their, our in kind.buffers.items()}
     renamed = {}
     for key, value in theirs.items():
         entry = _NORM_ENTRY.fullmatch(key)
-        if entry and entry[4] in ours:
-            name = ours[entry[4]]
-            # theirs are (1, C, 1, 1), (C,), (1,) and ()
+        if entry and entry[4] in our_names:
+            name = our_names[entry[4]]
+            # their shapes are (1, C, 1, 1), (C,), (1,) and ()
             renamed[f"{entry[1]}.{name}"] = value.reshape(() if name == "step" else -1)
         else:
             renamed[key] = value
@@ -362,11 +364,11 @@ def _summary(state: dict[str, Any], result: dict[str, Any]) -> list[tuple[str, s
         ),
         ("trained", trained),
     ]
-    places: dict[str, list[str]] = {}
-    for site, choice in json.loads(model["norm_sites"]).items():
-        options = ", ".join(f"{key}={value}" for key, value in choice.items() if key != "name")
-        places.setdefault(f"{choice['name']} ({options})", []).append(site)
-    lines += [("norm", f"{choice} at {', '.join(where)}") for choice, where in places.items()]
+    sites_of: dict[str, list[str]] = {}
+    for site, norm in json.loads(model["norm_sites"]).items():
+        options = ", ".join(f"{key}={value}" for key, value in norm.items() if key != "name")
+        sites_of.setdefault(f"{norm['name']} ({options})", []).append(site)
+    lines += [("norm", f"{norm} at {', '.join(sites)}") for norm, sites in sites_of.items()]
 
     left = []
     if "last_optimizer_state" in state:

@@ -1,8 +1,6 @@
-"""Checkpoints: averaging, safe loading, and copies that are whole or absent."""
+"""Checkpoints of a run: loading them safely, selecting, averaging, writing whole or not at all."""
 
 import errno
-import logging
-import math
 import re
 import shutil
 import zipfile
@@ -19,8 +17,6 @@ from normexp.files import whole_file
 LAST = "checkpoint_last.pt"
 BEST = "checkpoint_best.pt"
 
-logger = logging.getLogger(__name__)
-
 
 class Lost(UserError):
     """A checkpoint that is missing, or whose content cannot be used."""
@@ -31,10 +27,10 @@ class Lost(UserError):
 
 
 def load(path: Path) -> dict[str, Any]:
-    """Read a fairseq checkpoint onto the CPU.
+    """Read a fairseq checkpoint onto the CPU: `model`, `optimizer_history`, `extra_state`, ...
 
-    Only tensors and the few classes that the plugin allow-lists are unpickled. Raises Lost, which
-    is a UserError, for a missing, damaged or untrusted file, a UserError for one that the system
+    Only tensors and the few classes that the plugin allow-lists are unpickled. Raises Lost, a
+    UserError, for a missing, damaged or untrusted file, and UserError for one that the system
     does not let us read.
     """
     import normexp.fairseq_plugin  # noqa: F401 (allow-lists fairseq's classes)
@@ -58,7 +54,10 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def _compare_checksums(path: Path) -> None:
-    """torch leaves them alone: to it a flipped bit is a weight. Reads the file once more."""
+    """Raise ValueError where the file's content does not match its checksums.
+
+    torch does not look at them: to it a flipped bit is a weight. Reads the file once more.
+    """
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             member = archive.testzip()
@@ -66,36 +65,27 @@ def _compare_checksums(path: Path) -> None:
             raise ValueError(f"the checksum of {member} is wrong")
 
 
-@contextmanager
-def instead_of_reading(state: dict[str, Any]) -> Iterator[None]:
-    """While active, fairseq's loading of a checkpoint gets a state that `load` has read."""
-    original = torch.load
-    torch.load = lambda *_, **__: state
-    try:
-        yield
-    finally:
-        torch.load = original
-
-
 def epoch_checkpoints(folder: Path) -> list[Path]:
-    """checkpoint<N>.pt, newest epoch first."""
-    found = [path for path in folder.glob("checkpoint*.pt") if _epoch(path) is not None]
-    return sorted(found, key=_epoch, reverse=True)
+    """Return the folder's checkpoint<N>.pt, newest epoch N first."""
+    paths = [path for path in folder.glob("checkpoint*.pt") if epoch_of(path) is not None]
+    return sorted(paths, key=epoch_of, reverse=True)
 
 
-def _epoch(path: Path) -> int | None:
+def epoch_of(path: Path) -> int | None:
+    """Return N of checkpoint<N>.pt, None for any other name."""
     match = re.fullmatch(r"checkpoint(\d+)\.pt", path.name)
     return int(match[1]) if match else None
 
 
 def average(paths: list[Path]) -> dict[str, Any]:
-    """The first checkpoint with its model replaced by the mean over all of them.
+    """Return the first checkpoint with its model replaced by the mean over all of them.
 
-    Parameters and the norms' running statistics are averaged in float64; integers (step
-    counters) are the first checkpoint's. Raises UserError when the files do not belong together.
+    Parameters and the norms' running statistics are averaged in float64; integers (step counters)
+    are the first checkpoint's. Raises Lost where a file cannot be used and UserError where two are
+    of different models.
     """
     state = load(paths[0])
-    sums = {key: value.double() for key, value in state["model"].items() if _averaged(value)}
+    sums = {key: value.double() for key, value in state["model"].items() if _is_averaged(value)}
     for path in paths[1:]:
         model = load(path)["model"]
         if model.keys() != state["model"].keys():
@@ -107,21 +97,21 @@ def average(paths: list[Path]) -> dict[str, Any]:
     return state
 
 
-def choose(
+def select(
     folder: Path, checkpoint: str, average_last: int, save_interval: int = 1
 ) -> tuple[Path, str]:
-    """The checkpoint to evaluate, made where it is an average, and what it is in words.
+    """Return the path of the checkpoint to evaluate and a description of it.
 
-    checkpoint: 'average' (of the last `average_last` epochs, fewer when training was shorter; of a
-    run that ended within its first epoch the last checkpoint) or 'best' (lowest validation loss).
-    save_interval: one of so many epochs was kept. Raises Lost where one of these is missing or
-    damaged.
+    checkpoint: 'best' (lowest validation loss) or 'average' (of the last `average_last` epochs'
+    checkpoints, fewer when training was shorter; checkpoint_last.pt of a run that ended within its
+    first epoch). An average is written to average.pt. save_interval: epochs from one kept
+    checkpoint to the next. Raises Lost where a checkpoint to average is missing or damaged.
     """
     if checkpoint == "best":
         return folder / BEST, "lowest validation loss"
     paths = epoch_checkpoints(folder)[:average_last]
     if paths:
-        newest = _epoch(paths[0])
+        newest = epoch_of(paths[0])
         for epoch in range(newest, max(newest - average_last * save_interval, 0), -save_interval):
             if not (path := folder / f"checkpoint{epoch}.pt").exists():
                 raise Lost(path, f"the checkpoint {path} is missing")
@@ -139,115 +129,25 @@ def save(path: Path, state: dict[str, Any]) -> None:
         torch.save(state, file)
 
 
-def newest_good(folder: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The most advanced checkpoint that can be read and its content, None where there is none.
-
-    fairseq resumes from checkpoint_last.pt alone; when that is damaged (a crash of the machine, a
-    bad disk), the copies that fairseq keeps under other names take its place. Raises Lost where
-    there are checkpoints, but none that can be read: to begin anew is not ours to decide.
-    """
-    last, lost, best = folder / LAST, None, None
-    others = [path for path in folder.glob("checkpoint*.pt") if path != last]
-    for path in [*([last] if last.exists() else []), *sorted(others)]:
-        try:
-            state = load(path)
-            updates = state["optimizer_history"][-1]["num_updates"]
-        except (Lost, KeyError, IndexError, TypeError) as error:
-            lost = error if isinstance(error, Lost) else Lost(path, f"{path} lacks {error}")
-            logger.warning("%s", lost)
-            continue
-        if path == last:
-            return path, state
-        if best is None or updates > best[0]:
-            best = updates, path, state
-    if best is None and lost is not None:
-        raise Lost(lost.path, f"{lost}; no other checkpoint is left: remove {folder} to train anew")
-    return best and best[1:]
-
-
-def go_back_before(folder: Path, lost: Lost) -> Path:
-    """Remove a lost checkpoint and what came after it, so that training makes them again.
-
-    Returns where training will go on from. Raises Lost, and removes nothing, where no earlier
-    checkpoint is left. (Later ones could stay where training repeats itself to the bit; on a GPU
-    it does not, and an average is of one training.)
-    """
-    if lost.path.name in (LAST, BEST):
-        found = newest_good(folder)
-        if found is not None:
-            restore(folder, *found)
-        if found is not None and (lost.path.name == LAST or _updates(folder / BEST) < math.inf):
-            return found[0]
-    epoch = _epoch(lost.path)
-    earlier = [path for path in epoch_checkpoints(folder) if epoch and _epoch(path) < epoch]
-    for path in earlier:
-        try:
-            limit = load(path)["optimizer_history"][-1]["num_updates"]
-        except Lost:
-            continue
-        for other in folder.glob("checkpoint*.pt"):
-            if other != path and _updates(other) > limit:
-                other.unlink()
-        return path
-    raise Lost(lost.path, f"{lost}; no earlier one is left: remove {folder.parent} to train anew")
-
-
-def restore(folder: Path, source: Path, state: dict[str, Any], name: str | None = None) -> None:
-    """Make those copies of a checkpoint anew that are lost and should be equal to it.
-
-    That is checkpoint_last.pt, from which training is about to go on, checkpoint_best.pt if none
-    before was better, and `name`, that of a finished epoch.
-    """
-    extra = state["extra_state"]
-    is_best = extra.get("val_loss") is not None and extra["val_loss"] == extra.get("best")
-    for copy in (LAST, BEST if is_best else None, name):
-        path = folder / (copy or source)
-        if path != source and (not path.exists() or _updates(path) == math.inf):
-            logger.warning("%s is missing or damaged; it is made again from %s", path, source)
-            _copy(source, path)
-
-
-def _updates(path: Path) -> float:
-    """Number of updates behind a checkpoint; infinite if it is lost."""
-    try:
-        return load(path)["optimizer_history"][-1]["num_updates"]
-    except Lost:
-        return math.inf
-
-
-def _copy(source: Path, target: Path) -> None:
+def copy(source: Path, target: Path) -> None:
+    """Copy a checkpoint whole or not at all; `target` keeps its old content until the end."""
     with open(source, "rb") as old, whole_file(target, "wb") as new:
         shutil.copyfileobj(old, new)
 
 
 @contextmanager
 def atomic_writes(folder: Path) -> Iterator[None]:
-    """While active, fairseq writes and copies checkpoints whole or not at all.
+    """Let fairseq write and copy checkpoints whole or not at all while this context lasts.
 
-    By itself it copies in place (checkpoint_last.pt among others), writes without waiting for the
-    disk, and tries a write that failed twice more, behind what is there already. Removes what a
-    killed process left half-written in the folder of checkpoints.
+    On entering, removes what a killed process left half-written in the folder of checkpoints.
     """
-    from fairseq import checkpoint_utils
-    from fairseq.file_io import PathManager
-
-    def copy(src_path: str, dst_path: str, overwrite: bool = False) -> bool:
-        _copy(Path(src_path), Path(dst_path))
-        return True
-
-    def write(obj: Any, filename: str, async_write: bool = False) -> None:
-        save(Path(filename), obj)
+    from normexp.fairseq_plugin.patches import checkpoint_files_by
 
     for partial in folder.glob("*.pt.part"):
         partial.unlink(missing_ok=True)  # another rank may have done it
-    originals = PathManager.copy, checkpoint_utils.torch_persistent_save
-    PathManager.copy, checkpoint_utils.torch_persistent_save = staticmethod(copy), write
-    try:
+    with checkpoint_files_by(copy, save):
         yield
-    finally:
-        PathManager.copy = staticmethod(originals[0])
-        checkpoint_utils.torch_persistent_save = originals[1]
 
 
-def _averaged(value: Any) -> bool:
+def _is_averaged(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and value.is_floating_point()

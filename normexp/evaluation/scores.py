@@ -43,7 +43,9 @@ def load_model(checkpoint: Path, data_bin: Path, cpu: bool = False) -> LoadedMod
     """
     from fairseq import checkpoint_utils
 
-    with store.instead_of_reading(store.load(checkpoint)):
+    from normexp.fairseq_plugin.patches import preloaded
+
+    with preloaded(store.load(checkpoint)):
         models, cfg, task = checkpoint_utils.load_model_ensemble_and_task(
             [str(checkpoint)], arg_overrides={"data": str(data_bin)}
         )
@@ -59,7 +61,7 @@ def load_evaluated(
     settings.evaluation.checkpoint selects the best epoch or averages the last ones. Raises
     `store.Lost` where checkpoints that training wrote are missing or damaged.
     """
-    path, selected = store.choose(
+    path, selected = store.select(
         folder.checkpoints,
         settings.evaluation.checkpoint,
         settings.evaluation.average_last,

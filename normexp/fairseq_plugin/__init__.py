@@ -1,4 +1,4 @@
-"""What fairseq loads: Transformers whose normalization is chosen by name and site.
+"""The plugin that fairseq loads: Transformers whose norms are chosen by name and site.
 
     import normexp.fairseq_plugin                                   # in Python
     fairseq-train ... --user-dir normexp/fairseq_plugin --arch ...  # any of fairseq's tools
@@ -20,19 +20,19 @@ if __name__ == _NAME:
         adam,
         checkpoint_types,
         criterions,
-        language_model,
         streams,
         tensorized,
         transformer,
+        transformer_lm,
     )
     from normexp.fairseq_plugin.architectures import register_architectures
 
     register_architectures()
 else:
     # --user-dir imports this folder as a top-level module, after putting its parent on the path.
-    # Registering happens under the one canonical name only. The path entry becomes the folder
-    # above, so that a clone works uninstalled, and because modules of normexp such as `config`
-    # would otherwise hide other packages' top-level modules of the same name.
+    # Registering happens under the canonical name only. The path entry becomes the folder above:
+    # a clone then works uninstalled, and packages of normexp such as `config` do not hide other
+    # projects' top-level modules of the same name.
     _entry, _root = str(Path(__file__).parents[1]), str(Path(__file__).parents[2])
     sys.path[:] = [_root if path == _entry else path for path in sys.path]
     _plugin = importlib.import_module(_NAME)

@@ -10,11 +10,11 @@ from fairseq.optim.adam import FairseqAdam, FairseqAdamConfig
 
 
 class _FusedAdam(torch.optim.AdamW):
-    """torch's fused AdamW with the epsilon where fairseq adds it.
+    """torch's fused AdamW with fairseq's epsilon.
 
-    fairseq adds epsilon to the root of the second moment before the bias correction, torch after.
-    Divided by the correction it comes to the same, for parameters that have had a gradient in
-    every step.
+    fairseq adds epsilon to the root of the second moment before the bias correction, torch after
+    it. So torch's epsilon is fairseq's divided by the correction in each step. The result is equal
+    for parameters that have had a gradient in every step.
     """
 
     supports_flat_params = True
@@ -24,7 +24,7 @@ class _FusedAdam(torch.optim.AdamW):
         self._eps = eps
 
     def step(self, closure: Any = None) -> Any:
-        """One step, as in torch."""
+        """Do one step, as torch's does."""
         for group in self.param_groups:
             # Counted here, because torch's own counts are tensors, on a GPU if the model is.
             group["steps"] = group.get("steps", 0) + 1
@@ -34,12 +34,15 @@ class _FusedAdam(torch.optim.AdamW):
 
 @dataclass
 class FusedAdamConfig(FairseqAdamConfig):
-    """fairseq's; use_old_adam and fp16_adam_stats do not apply."""
+    """fairseq's configuration of Adam; use_old_adam and fp16_adam_stats must stay false."""
 
 
 @register_optimizer("normexp_adam", dataclass=FusedAdamConfig)
 class FusedAdam(FairseqAdam):
-    """Adam with decoupled weight decay, equal to fairseq's `adam` up to rounding."""
+    """Adam with decoupled weight decay, equal to fairseq's `adam` up to rounding.
+
+    Raises ValueError for use_old_adam and fp16_adam_stats.
+    """
 
     def __init__(self, cfg: Any, params: Any):
         FairseqOptimizer.__init__(self, cfg)

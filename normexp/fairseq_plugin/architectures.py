@@ -1,6 +1,6 @@
 """fairseq architectures (--arch normexp_<stem>) made from configs/model/<stem>.yaml.
 
-The values stand in the YAML files only, where the Hydra scripts read them too.
+The YAML files are the only place for the values; the Hydra scripts read them too.
 """
 
 import argparse
@@ -28,12 +28,12 @@ PREFIX = "normexp_"
 def register_architectures(folder: Path = PRESETS) -> None:
     """Register an architecture for every preset of this plugin's models in the folder.
 
-    An installed wheel has no configs folder and offers the plain models only.
+    An installed wheel has no configs folder and offers the models without presets only.
     """
     models = [name for name in MODEL_DATACLASS_REGISTRY if name.startswith(PREFIX)]
     for model in models:
         # register_model made an architecture of the same name that leaves the flags as they are;
-        # nested values would then be ignored without a word.
+        # nested values would then be ignored silently.
         ARCH_CONFIG_REGISTRY[model] = _architecture(model, OmegaConf.create())
     for file in sorted(folder.glob("*.yaml")):
         preset = OmegaConf.load(file)
@@ -66,7 +66,7 @@ def _architecture(model: str, preset: DictConfig) -> Callable[[Any], None]:
 
 
 def _given(args: argparse.Namespace, dataclass: type[FairseqDataclass]) -> dict[str, Any]:
-    """Collect the given flags in the dataclass's nested form."""
+    """Return the flags that were given on the command line, nested as in the dataclass."""
     given: dict[str, Any] = {}
     for field in fields(dataclass):
         if isinstance(field.type, type) and issubclass(field.type, FairseqDataclass):
@@ -81,7 +81,7 @@ def _given(args: argparse.Namespace, dataclass: type[FairseqDataclass]) -> dict[
 
 
 class _Nested(dict):
-    """A dict that prints as a value of Hydra's override grammar, whose keys bear no quotes.
+    """A dict that prints as a value of Hydra's override grammar, which has no quotes on keys.
 
     fairseq turns parsed flags into overrides `model.encoder=<str(value)>` for Hydra.
     """

@@ -1,9 +1,9 @@
-"""Types that torch.load(weights_only=True) may meet in a fairseq checkpoint.
+"""Types that torch.load(weights_only=True) accepts in a fairseq checkpoint.
 
 torch's default refuses every type but tensors and plain containers, because a pickle can run
-code. fairseq's tools load checkpoints with this default, so what they write themselves has to be
-named: the argparse namespace of models trained by old-style architectures, and the numpy arrays
-in which the validation meters keep BLEU's n-gram counts.
+code. fairseq's tools load checkpoints with this default, so the types that they write themselves
+are allowed here: the argparse namespace of models trained by old-style architectures, and the
+numpy arrays in which the validation meters keep BLEU's n-gram counts.
 """
 
 import argparse
@@ -17,7 +17,7 @@ CHECKPOINT_TYPES = [
     np.ndarray,
     np.dtype,
     type(_COUNTS.dtype),
-    # numpy's own reconstruction function, whose module bears another name in numpy 1 and 2
+    # numpy's own reconstruction function, whose module has another name in numpy 1 than in 2
     _COUNTS.__reduce__()[0],
 ]
 

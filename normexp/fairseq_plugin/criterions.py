@@ -1,8 +1,9 @@
 """fairseq's criterions with the penalties of the normalization layers added to the loss.
 
-Each normexp_<name> is fairseq's criterion <name>; without a layer that has a `penalty()` they are
-the same to the bit, except that normexp_adaptive_loss counts words that fairseq's leaves out. With
-`fused` the losses of the other two are the same up to rounding, in less time and memory.
+Each normexp_<name> is fairseq's criterion <name>. For a model without a layer that has a
+`penalty()` the two are equal to the bit, except that normexp_adaptive_loss counts words that
+fairseq's leaves out. With `fused` the other two compute their loss in less time and memory, equal
+up to rounding.
 """
 
 import math
@@ -25,15 +26,16 @@ from normexp.fairseq_plugin.fused_loss import FusedLoss, fused_loss
 
 
 class _WithPenalties:
-    """Stands before a criterion of fairseq."""
+    """Adds the penalties; a mixin before a criterion of fairseq."""
 
     def forward(
         self, model: nn.Module, sample: dict[str, Any], reduce: bool = True
     ) -> tuple[Tensor, int, dict[str, Any]]:
-        """As in fairseq; in training the loss, a sum over the tokens, has the penalties added.
+        """Return (loss, sample_size, logged values) as fairseq does, in training with penalties.
 
-        The penalties are neither averaged nor multiplied by the number of tokens, as in the code
-        of regularized batch normalization. The logged loss is without them; `penalty` has them.
+        loss: summed over the tokens, in nats; the sum of the layers' penalties is added to it, as
+        in the code of regularized batch normalization neither averaged nor multiplied by the number
+        of tokens. The logged `loss` is without them; `penalty` is their sum.
         """
         loss, sample_size, logged = super().forward(model, sample, reduce)
         penalized = [module for module in model.modules() if hasattr(module, "penalty")]
@@ -45,7 +47,7 @@ class _WithPenalties:
 
     @classmethod
     def reduce_metrics(cls, logging_outputs: list[dict[str, Any]]) -> None:
-        """As in fairseq, and the penalties in the unit of the loss, bits per token."""
+        """Log what fairseq logs, and the penalties in the unit of the loss, bits per token."""
         super().reduce_metrics(logging_outputs)
         if any("penalty" in logged for logged in logging_outputs):
             total = sum(logged.get("penalty", 0) for logged in logging_outputs)
@@ -54,9 +56,9 @@ class _WithPenalties:
 
 
 class _Fused:
-    """Stands before a criterion of fairseq; with `fused` the same loss by `fused_loss`.
+    """Computes the loss by `fused_loss` if `fused`; a mixin before a criterion of fairseq.
 
-    Where the loss is wanted for every token (reduce=False), fairseq's own code computes it.
+    Where the loss of every token is asked for (reduce=False), fairseq's own code computes it.
     """
 
     fused: bool
@@ -67,7 +69,10 @@ class _Fused:
     def forward(
         self, model: nn.Module, sample: dict[str, Any], reduce: bool = True
     ) -> tuple[Tensor, int, dict[str, Any]]:
-        """As in fairseq; ValueError with `fused` and a model that does not end in nn.Linear."""
+        """Return (loss, sample_size, logged values) as fairseq does.
+
+        Raises ValueError with `fused` and a model that does not end in nn.Linear.
+        """
         if not (self.fused and reduce):
             return super().forward(model, sample, reduce)
         projection = getattr(model.decoder, "output_projection", None)
@@ -76,31 +81,31 @@ class _Fused:
                 "criterion.fused needs a model whose logits are one linear projection; "
                 f"{type(model).__name__} has none (an adaptive softmax, or one of its own)"
             )
-        output = model(**sample["net_input"], features_only=True)
+        output = model(**sample["net_input"], features_only=True)  # output[0]: (B, T, C)
         target = model.get_targets(sample, output)[:, self.ignore_prefix_size :].flatten()
         features = output[0][:, self.ignore_prefix_size :].flatten(0, 1)
-        real = (target != self.padding_idx).nonzero().squeeze(1)
+        tokens = (target != self.padding_idx).nonzero().squeeze(1)  # (N,), without padding
         result = fused_loss(
-            features.index_select(0, real),
+            features.index_select(0, tokens),
             projection.weight,
             projection.bias,
-            target[real],
+            target[tokens],
             self.eps,
             count_correct=self.report_accuracy,
         )
         sample_size = sample["target"].size(0) if self.sentence_avg else sample["ntokens"]
         logged = {
             "loss": result.loss.detach(),
-            **self._logged_besides(result),
+            **self._more_to_log(result),
             "ntokens": sample["ntokens"],
             "nsentences": sample["target"].size(0),
             "sample_size": sample_size,
         }
         if self.report_accuracy:
-            logged |= {"n_correct": int(result.num_correct), "total": len(real)}
+            logged |= {"n_correct": int(result.num_correct), "total": len(tokens)}
         return result.loss, sample_size, logged
 
-    def _logged_besides(self, result: FusedLoss) -> dict[str, Tensor]:
+    def _more_to_log(self, result: FusedLoss) -> dict[str, Tensor]:
         return {}
 
 
@@ -114,7 +119,7 @@ class _FusedConfig:
 
 @dataclass
 class PenalizedCrossEntropyConfig(_FusedConfig, CrossEntropyCriterionConfig):
-    """fairseq's and the way of computing the loss."""
+    """fairseq's configuration and `fused`."""
 
 
 @register_criterion("normexp_cross_entropy", dataclass=PenalizedCrossEntropyConfig)
@@ -130,7 +135,7 @@ class PenalizedCrossEntropy(_WithPenalties, _Fused, CrossEntropyCriterion):
 class PenalizedLabelSmoothedCrossEntropyConfig(
     _FusedConfig, LabelSmoothedCrossEntropyCriterionConfig
 ):
-    """fairseq's and the way of computing the loss."""
+    """fairseq's configuration and `fused`."""
 
 
 @register_criterion(
@@ -153,32 +158,36 @@ class PenalizedLabelSmoothedCrossEntropy(
         super().__init__(task, sentence_avg, label_smoothing, ignore_prefix_size, report_accuracy)
         self.fused = fused
 
-    def _logged_besides(self, result: FusedLoss) -> dict[str, Tensor]:
+    def _more_to_log(self, result: FusedLoss) -> dict[str, Tensor]:
         return {"nll_loss": result.nll.detach()}
 
 
 class _ExactAdaptiveLoss(AdaptiveLoss):
-    """fairseq's passes the padding's index as ignore_index to every band of the softmax.
+    """fairseq's adaptive loss without an error that leaves words out.
 
-    In the bands after the first, targets are counted from the band's beginning, so one word of each
-    (the second, where padding is 1) costs its band and nothing within it.
+    fairseq passes the index of padding as ignore_index to every band of the softmax. In the bands
+    after the first, targets are counted from the band's beginning, so one word of each (the second,
+    where padding is 1) costs its band and nothing within it.
     """
 
     def forward(
         self, model: nn.Module, sample: dict[str, Any], reduce: bool = True
     ) -> tuple[Tensor, int, dict[str, Any]]:
-        """As in fairseq, but for the words it leaves out. Raises ValueError for reduce=False."""
+        """Return (loss, sample_size, logged values), the loss summed over all words, in nats.
+
+        Raises ValueError for reduce=False.
+        """
         if not reduce:
             raise ValueError("the adaptive loss is a sum: reduce=False is not possible")
         features = model(**sample["net_input"])[0]
         target = model.get_targets(sample, None)
-        real = target != self.padding_idx
-        logits, targets = model.decoder.adaptive_softmax(features[real], target[real])
+        token_mask = target != self.padding_idx
+        logits, targets = model.decoder.adaptive_softmax(features[token_mask], target[token_mask])
         loss = features.new_zeros(())
-        for scores, wanted in zip(logits, targets, strict=True):
-            if wanted is not None:
-                loss = loss + F.cross_entropy(scores, wanted, reduction="sum")
-        tokens, sentences = int(real.sum()), target.shape[0]
+        for scores, band_targets in zip(logits, targets, strict=True):  # one band after the other
+            if band_targets is not None:
+                loss = loss + F.cross_entropy(scores, band_targets, reduction="sum")
+        tokens, sentences = int(token_mask.sum()), target.shape[0]
         sample_size = sentences if self.sentence_avg else tokens
         logged = {
             "loss": loss.detach(),

@@ -1,11 +1,12 @@
 """Dropout on the CPU without torch's serial generator, which takes a fifth of a training step.
 
-torch's own draws 53 random bits for every element. Here 16 (compiled) or 15 bits (torch only)
-decide, and the compiled kernel draws them with vector instructions, in the backward pass once more
-instead of keeping a mask. Every mask comes of torch's generator, directly or through a seed, so
-seeding it makes training repeatable, as with torch's dropout; the masks are others.
+torch's own draws 53 random bits for every element. Here 16 bits (compiled) or 15 (torch only)
+decide. The compiled kernel draws them with vector instructions, and again in the backward pass
+instead of keeping a mask. Every mask derives from torch's generator, directly or through a seed, so
+seeding it makes training repeatable, as with torch's dropout; the masks differ from torch's.
 """
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,15 +15,26 @@ from fairseq.modules import FairseqDropout
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from normexp.fairseq_plugin.training_kernels import compiled_for
+from normexp.norms.kernels import native
+
+_SOURCE = Path(__file__).with_suffix(".cpp")
+_COMPILED_TYPES = (torch.float32, torch.float64, torch.bfloat16)
+
+
+def compiled_for(x: Tensor) -> bool:
+    """Return whether torch.ops.normexp.dropout (dropout.cpp) can be used for x.
+
+    The first call of an installation compiles it, for half a minute; see norms/kernels/native.py.
+    """
+    return x.device.type == "cpu" and x.dtype in _COMPILED_TYPES and native.load(_SOURCE)
 
 
 def fast_dropout(x: Tensor, p: float) -> Tensor:
-    """Zero elements of x with probability p, scale the others so that the mean stays.
+    """Zero elements of x with probability p and scale the others by 1/(1-p).
 
-    x: any shape. p, from 0 to below 1, is rounded to a multiple of 2^-16 (compiled) or 2^-15, and
-    the scale is 1/(1-p) with the rounded p. On other devices than the CPU this is torch's dropout.
-    Raises ValueError for another p.
+    x: any shape; the result has the same. p: at least 0 and below 1, rounded to a multiple of 2^-16
+    (compiled) or 2^-15. On other devices than the CPU this is torch's dropout. Raises ValueError
+    for another p.
     """
     if not 0 <= p < 1:
         raise ValueError(f"dropout probability must be at least 0 and below 1, got {p}")
@@ -30,28 +42,27 @@ def fast_dropout(x: Tensor, p: float) -> Tensor:
         return x
     if x.device.type != "cpu":
         return F.dropout(x, p)
-    compiled = compiled_for(x, torch.float32, torch.float64, torch.bfloat16)
-    return (_Recomputed if compiled else _Masked).apply(x, p)
+    return (_CompiledDropoutFunction if compiled_for(x) else _PlainDropoutFunction).apply(x, p)
 
 
 class FastDropout(FairseqDropout):
     """fairseq's dropout module with `fast_dropout`."""
 
     def forward(self, x: Tensor, inplace: bool = False) -> Tensor:
-        """x of any shape; inplace is a wish that is not granted."""
+        """Drop elements of x, of any shape. `inplace` is ignored: the result is a new tensor."""
         active = self.training or self.apply_during_inference
         return fast_dropout(x, self.p) if active else x
 
 
 def use_fast_dropout(model: nn.Module) -> None:
-    """Let every dropout module of a fairseq model be a FastDropout, in place."""
+    """Turn every dropout module of a fairseq model into a FastDropout, in place."""
     for module in model.modules():
         if type(module) is FairseqDropout:
             module.__class__ = FastDropout
 
 
-class _Masked(torch.autograd.Function):
-    """With a mask that is kept."""
+class _PlainDropoutFunction(torch.autograd.Function):
+    """Dropout in plain torch; keeps the mask for the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, p: float) -> Tensor:
@@ -71,8 +82,8 @@ class _Masked(torch.autograd.Function):
         return (gradient * kept).mul_(ctx.scale), None
 
 
-class _Recomputed(torch.autograd.Function):
-    """With the compiled kernel."""
+class _CompiledDropoutFunction(torch.autograd.Function):
+    """Dropout by the compiled kernel; keeps the seed and draws the mask again in backward."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, p: float) -> Tensor:

@@ -1,8 +1,8 @@
-"""fairseq's multi-head attention for training on the CPU, with the dropout module that it has.
+"""fairseq's multi-head attention for training on the CPU, with the module's own dropout.
 
-fairseq hands its attention to a function of torch that draws dropout from the serial generator,
-and whose fused kernel for the CPU is slower in bfloat16 than in float32. Here the matrix products
-follow autocast and the softmax is float32.
+fairseq calls a function of torch that draws dropout from the serial generator, and whose fused
+kernel for the CPU is slower in bfloat16 than in float32. Here the attention's dropout module draws
+the masks, the matrix products follow autocast and the softmax is float32.
 """
 
 from collections.abc import Iterable
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 
 class FastAttention(MultiheadAttention):
-    """Training passes are computed here, all others by fairseq's class."""
+    """Multi-head attention that computes training passes here and others by fairseq's class."""
 
     def forward(
         self,
@@ -30,7 +30,12 @@ class FastAttention(MultiheadAttention):
         before_softmax: bool = False,
         need_head_weights: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """query (T, B, C), key and value (S, B, C), key_padding_mask (B, S) -> as in fairseq."""
+        """Attend with query (T, B, C) to key and value (S, B, C).
+
+        key_padding_mask: (B, S), True or nonzero = padding. attn_mask: (T, S), bool (True = hidden)
+        or added to the scores. Returns the output (T, B, C) and, if `need_weights`, the weights
+        averaged over heads (B, T, S), else None.
+        """
         here = (
             self.training
             and query.device.type == "cpu"
@@ -55,7 +60,7 @@ class FastAttention(MultiheadAttention):
         length, sentences, _ = query.shape
         q, k, v = (self._heads(x) for x in self._projected(query, key, value))
         scores = torch.bmm(q * self.scaling, k.transpose(1, 2))
-        # Not minus infinity: of a sentence that is nothing but padding softmax would make NaN.
+        # Not minus infinity: softmax would give NaN for a sentence of nothing but padding.
         lowest = torch.finfo(scores.dtype).min
         if attn_mask is not None and attn_mask.dtype == torch.bool:
             scores.masked_fill_(attn_mask, lowest)
@@ -71,7 +76,7 @@ class FastAttention(MultiheadAttention):
         return self.out_proj(mixed.reshape(length, sentences, self.embed_dim)), averaged
 
     def _projected(self, query: Tensor, key: Tensor, value: Tensor) -> Iterable[Tensor]:
-        """Queries, keys and values; of the same input in one product."""
+        """Project queries, keys and values; by one product where all have the same input."""
         linear = [self.q_proj, self.k_proj, self.v_proj]
         if query is key and key is value and all(type(part) is nn.Linear for part in linear):
             weight, bias = (
@@ -84,14 +89,14 @@ class FastAttention(MultiheadAttention):
         return (part(x) for part, x in zip(linear, (query, key, value), strict=True))
 
     def _heads(self, x: Tensor) -> Tensor:
-        """(T, B, C) -> (B H, T, C / H)."""
+        """Split (T, B, C) into the H heads: (B H, T, C / H)."""
         heads = x.unflatten(2, (self.num_heads, self.head_dim)).flatten(1, 2).transpose(0, 1)
         # The product of small matrices in bfloat16 is much faster when they are dense.
         return heads.contiguous() if heads.dtype == torch.bfloat16 else heads
 
 
 def use_fast_attention(model: nn.Module) -> None:
-    """Let every attention of a fairseq model be a FastAttention, in place."""
+    """Turn every attention module of a fairseq model into a FastAttention, in place."""
     for module in model.modules():
         if type(module) is MultiheadAttention:
             module.__class__ = FastAttention

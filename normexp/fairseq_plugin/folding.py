@@ -1,4 +1,4 @@
-"""Folding of a trained model's norms into its linear layers, for inference."""
+"""Folding of a trained model's norms into the linear layers that follow them, for inference."""
 
 import copy
 import logging
@@ -18,40 +18,41 @@ logger = logging.getLogger(__name__)
 
 
 class FoldedNorm(nn.Module):
-    """Stands where a norm was: y = x, one after the other in memory.
+    """Takes the place of a folded norm: y = x, contiguous in memory.
 
-    fairseq's hidden states (T, B, C) are a view of (B, T, C), which norms happen to put in order.
+    fairseq's hidden states (T, B, C) are a view of (B, T, C), and a norm's output is contiguous.
     Linear layers are slower on the view, by more than the folding gains.
     """
 
     def forward(self, x: Tensor, padding_mask: Tensor | None = None) -> Tensor:
-        """x (T, B, C) -> the same, contiguous; the mask is of no account."""
+        """Return x (T, B, C) made contiguous. The mask is ignored."""
         return x.contiguous()
 
 
 @dataclass(frozen=True)
 class _Place:
-    """A norm at a site: the layers that read its output, and how to take it away."""
+    """A norm at a site with the layers that read its output."""
 
     site: str
     norm: nn.Module
     readers: list[nn.Module]
-    remove: Callable[[], None]
-    why_not: str | None  # reason of the architecture against folding
+    remove: Callable[[], None]  # puts a FoldedNorm, or nothing, in its place
+    why_not: str | None  # why the architecture does not allow folding
 
 
 def fold_norms(model: nn.Module) -> nn.Module:
     """Return a copy of a model, in eval mode, with per-channel norms merged into linear layers.
 
-    For models of this plugin. Folded are the sites of pre-norm stacks whose norm is `batch`,
-    `regularized_batch`, `power_v`, `power` or `unified`; outputs equal the unfolded model's in eval
-    mode to rounding (fold in float32, convert to half precision afterwards). Other sites stay, with
-    the reason logged. A final norm before the softmax needs an output projection of its own, where
-    it was tied to the embeddings: C x V more parameters. The copy is for inference: it has no
-    statistics to train with, and its parameters take no gradients. What the encoder and
-    extract_features return lacks a final norm that was folded. Folding
-    computes in float64; in a model that is in half precision already weights are rounded a second
-    time, which is logged as a warning.
+    model: a model of this plugin. The sites of pre-norm stacks whose norm is `batch`,
+    `regularized_batch`, `power_v`, `power` or `unified` are folded; outputs equal those of the
+    unfolded model in eval mode to rounding. Other sites stay as they are, and the reason is logged.
+    Folding computes in float64. Fold in float32 and convert to half precision afterwards: weights
+    that are in half precision already are rounded a second time, which is logged as a warning.
+
+    The copy is for inference: it has no statistics to train with, and its parameters take no
+    gradients. Where the output projection was tied to the embeddings, a folded final norm unties
+    it: C x V more parameters. The outputs of the encoder and of extract_features are without a
+    final norm that was folded.
 
     Raises ValueError, naming each reason, if no site can be folded.
     """
@@ -60,7 +61,7 @@ def fold_norms(model: nn.Module) -> nn.Module:
     done: dict[str, str] = {}
     left: dict[str, str] = {}
     places = list(_places(folded))
-    # Layers that share a projection do not share the norm before it.
+    # Layers may share a projection while each has a norm of its own before it.
     readings = Counter(reader for place in places for reader in set(place.readers))
     for place in places:
         reason = why_not_foldable(place.norm) or place.why_not

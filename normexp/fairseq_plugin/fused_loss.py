@@ -1,15 +1,17 @@
 """Output projection and label-smoothed cross entropy in one, without the N x V logits.
 
-Chunks of rows are projected, turned into their loss and at once into the gradients of the
-features and of the projection, so that of all logits only those of a chunk exist at a time.
-fairseq's smoothed loss of a row with logits z and target t is, with e = eps / (V - 1),
+A chunk of rows is projected and turned into its loss and into the gradients of the features and of
+the projection before the next one, so that only one chunk's logits exist at a time. fairseq's
+smoothed loss of a row with logits z and target t is, with e = eps / (V - 1),
 
     logsumexp(z) - (1 - eps - e) z[t] - e sum(z),
 
-and its gradient softmax(z) - (1 - eps - e) [t] - e. What e contributes is sum(z) = f . sum(W) +
-sum(b) of the features f and the same vector for every row, so it takes no pass over the logits.
+and its gradient is softmax(z) - (1 - eps - e) [t] - e, where [t] is 1 at the target, else 0. The
+terms with e need no pass over the logits: sum(z) = f . sum(W) + sum(b) for features f, and in the
+gradient they are the same vector for every row.
 """
 
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -17,16 +19,26 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from normexp.fairseq_plugin.training_kernels import compiled_for
+from normexp.norms.kernels import native
 
 CHUNK = 512  # rows
+_SOURCE = Path(__file__).with_suffix(".cpp")
+
+
+def compiled_for(logits: Tensor) -> bool:
+    """Return whether torch.ops.normexp.loss_rows_ (fused_loss.cpp) can be used for the logits.
+
+    The first call of an installation compiles it, for half a minute; see norms/kernels/native.py.
+    """
+    types = (torch.float32, torch.bfloat16)
+    return logits.device.type == "cpu" and logits.dtype in types and native.load(_SOURCE)
 
 
 class FusedLoss(NamedTuple):
-    """Sums over the rows: the smoothed loss with its gradient; without, the likelihood in nats."""
+    """Sums over the rows, each a scalar tensor."""
 
-    loss: Tensor
-    nll: Tensor
+    loss: Tensor  # label-smoothed, in nats; can be differentiated
+    nll: Tensor  # negative log-likelihood in nats, without gradient
     num_correct: Tensor  # rows whose target has the largest logit; 0 unless counted
 
 
@@ -42,18 +54,19 @@ def fused_loss(
 ) -> FusedLoss:
     """Loss in nats of targets (N,) given features (N, C), weight (V, C) and bias (V,).
 
-    eps: label smoothing as in fairseq, 0 for plain cross entropy. N may be 0. Under autocast the
-    matrix products have its type; the sums are float32 at least. The gradients are computed with
-    the loss, where gradients are enabled, and can be taken once and not differentiated further.
+    eps: label smoothing as in fairseq, 0 for plain cross entropy. count_correct: compute
+    num_correct. chunk: rows at a time. N may be 0. Under autocast the matrix products have its
+    type; the sums are float32 at least. Where gradients are enabled, they are computed with the
+    loss; `backward` works once and cannot be differentiated further (RuntimeError).
     """
     return FusedLoss(
-        *_FusedLoss.apply(
+        *_FusedLossFunction.apply(
             features, weight, bias, targets, eps, count_correct, chunk, torch.is_grad_enabled()
         )
     )
 
 
-class _FusedLoss(torch.autograd.Function):
+class _FusedLossFunction(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
@@ -83,12 +96,12 @@ class _FusedLoss(torch.autograd.Function):
             weight_sum = weight.sum(0)
             for start in range(0, len(targets), chunk):
                 rows = slice(start, start + chunk)
-                narrow, wanted = features[rows].to(product), targets[rows]
+                narrow, chunk_targets = features[rows].to(product), targets[rows]
                 logits = F.linear(narrow, narrow_weight, narrow_bias)
                 if count_correct:
-                    num_correct += logits.argmax(1).eq(wanted).sum()
-                of_targets += logits.gather(1, wanted[:, None]).sum(dtype=torch.float64)
-                chunk_nll, by_logits = _rows(logits, wanted, 1 - eps - each, with_gradients)
+                    num_correct += logits.argmax(1).eq(chunk_targets).sum()
+                of_targets += logits.gather(1, chunk_targets[:, None]).sum(dtype=torch.float64)
+                chunk_nll, by_logits = _rows(logits, chunk_targets, 1 - eps - each, with_gradients)
                 nll += chunk_nll.sum(dtype=torch.float64)
                 if not with_gradients:
                     continue
@@ -118,18 +131,21 @@ class _FusedLoss(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.gradients is None:
             raise RuntimeError("the fused loss can be differentiated once; compute it again")
-        found, ctx.gradients = ctx.gradients, None
-        for tensor in found:
+        gradients, ctx.gradients = ctx.gradients, None
+        for tensor in gradients:
             if tensor is not None:
                 tensor.mul_(gradient)
-        return *found, None, None, None, None, None
+        return *gradients, None, None, None, None, None
 
 
 def _rows(
     logits: Tensor, targets: Tensor, correct: float, with_gradients: bool
 ) -> tuple[Tensor, Tensor]:
-    """logits (n, V), overwritten -> -log softmax at the targets (n,), and softmax - correct [t]."""
-    if compiled_for(logits, torch.float32, torch.bfloat16):
+    """Return -log softmax(z) at the targets (n,) and softmax(z) - correct [t] (n, V).
+
+    logits z (n, V) are overwritten. Without `with_gradients` the second result is undefined.
+    """
+    if compiled_for(logits):
         nll = torch.ops.normexp.loss_rows_(logits, targets, correct, with_gradients)
         return nll, logits
     wide = torch.promote_types(logits.dtype, torch.float32)

@@ -26,7 +26,10 @@ class NormEncoderLayer(TransformerEncoderLayerBase):
     def forward(
         self, x: Tensor, encoder_padding_mask: Tensor | None, attn_mask: Tensor | None = None
     ) -> Any:
-        """x (T, B, C), encoder_padding_mask (B, T) -> as in fairseq."""
+        """Return fairseq's result for x (T, B, C) with encoder_padding_mask (B, T).
+
+        The mask is True, or nonzero, at padding; the layer's norms get it too.
+        """
         norms = (self.self_attn_layer_norm, self.final_layer_norm)
         with padding_mask_for(*norms, padding_mask=encoder_padding_mask):
             return super().forward(x, encoder_padding_mask, attn_mask)
@@ -45,10 +48,10 @@ class NormDecoderLayer(TransformerDecoderLayerBase):
     def forward(
         self, x: Tensor, *args: Any, self_attn_padding_mask: Tensor | None = None, **kwargs: Any
     ) -> Any:
-        """x (T, B, C), self_attn_padding_mask (B, T) -> as in fairseq.
+        """Return fairseq's result for x (T, B, C) with self_attn_padding_mask (B, T).
 
         Every norm, also the one before cross attention, normalizes the decoder's states, so all
-        take the decoder's mask.
+        get the decoder's mask.
         """
         norms = (self.self_attn_layer_norm, self.encoder_attn_layer_norm, self.final_layer_norm)
         with padding_mask_for(*norms, padding_mask=self_attn_padding_mask):

@@ -7,7 +7,7 @@ from fairseq.dataclass import FairseqDataclass
 
 @dataclass
 class NormConfig(FairseqDataclass):
-    """Mixed into the configuration of every model; normexp.sites gives the meaning."""
+    """Base of every model's configuration; normexp.sites resolves the fields to layers."""
 
     norm: str = field(
         default="layer",

@@ -27,14 +27,14 @@ class NormEncoder(TransformerEncoderBase):
         return wrap_layer(NormEncoderLayer(cfg, norms=self.norms), cfg)
 
     def forward(self, src_tokens: Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """src_tokens (B, T) -> as in fairseq."""
+        """Return fairseq's encoder_out for src_tokens (B, T); the final norm gets their mask."""
         padding_mask = src_tokens.eq(self.padding_idx)
         with padding_mask_for(self.layer_norm, padding_mask=padding_mask):
             return super().forward(src_tokens, *args, **kwargs)
 
 
 class _DecoderNorms:
-    """What the decoders of both kinds of model share; stands before a decoder of fairseq."""
+    """The part that both decoders share; a mixin before a decoder of fairseq."""
 
     def __init__(self, *args: Any, norms: Norms, **kwargs: Any):
         self.norms = norms  # the stock constructor calls build_decoder_layer
@@ -54,7 +54,10 @@ class _DecoderNorms:
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        """prev_output_tokens (B, T) -> as in fairseq; forward and scoring pass through here."""
+        """Return fairseq's features (B, T, C) and extras for prev_output_tokens (B, T).
+
+        forward and scoring call this method, so the final norm gets its mask here.
+        """
         # Incremental decoding computes the states of the last position only.
         tokens = prev_output_tokens if incremental_state is None else prev_output_tokens[:, -1:]
         with padding_mask_for(self.layer_norm, padding_mask=tokens.eq(self.padding_idx)):

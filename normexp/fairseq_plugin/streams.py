@@ -1,6 +1,6 @@
-"""`normexp_language_modeling`: fairseq's language_modeling, with the text walked through in order.
+"""`normexp_language_modeling`: fairseq's language_modeling, with the training text in order.
 
-fairseq cuts the training text into segments and shows them in random order. The code that the
+fairseq cuts the training text into segments and trains on them in random order. The code that the
 paper's language models build on puts `streams` equal parts of the text side by side instead, and
 each batch has the next segment of every part.
 """
@@ -21,18 +21,18 @@ class StreamsConfig(LanguageModelingConfig):
     streams: int = field(
         default=0,
         metadata={
-            "help": "cut the training text into so many contiguous parts and walk through all of "
-            "them in order, --batch-size of them at a time; 0: segments in random order"
+            "help": "cut the training text into so many contiguous parts and read all of them "
+            "in order, --batch-size of them at a time; 0: segments in random order"
         },
     )
 
 
 def stream_slices(num_tokens: int, streams: int, length: int) -> np.ndarray:
-    """Beginnings and ends (segments, 2) of the segments of parallel streams, in training order.
+    """Return begins and ends (segments, 2) of the segments of parallel streams, in training order.
 
     The text is cut into `streams` contiguous parts whose lengths differ by one token at most, and
-    each part into segments of `length` tokens, the last of them shorter. First come the first
-    segments of all parts, then the second ones, and so on. Every token is in one segment. Raises
+    each part into segments of `length` tokens, the last of them shorter. The first segments of all
+    parts come first, then the second ones, and so on. Every token is in one segment. Raises
     ValueError where there are more streams than tokens.
     """
     if not 1 <= streams <= num_tokens:
@@ -49,7 +49,10 @@ def stream_slices(num_tokens: int, streams: int, length: int) -> np.ndarray:
 
 
 def check_streams(streams: int, batch_size: int | None, break_mode: str | None) -> None:
-    """Raise ValueError where streams (not 0) cannot be walked through in order."""
+    """Raise ValueError where batches cannot be the streams' segments in order.
+
+    streams: not 0. batch_size: in sentences, that is segments. break_mode: sample_break_mode.
+    """
     if break_mode not in (None, "none"):
         raise ValueError(
             f"streams have no regard for lines: sample_break_mode={break_mode} must be none"
@@ -80,9 +83,10 @@ class StreamBlocks(TokenBlockDataset):
 
 
 class StreamDataset(MonolingualDataset):
-    """Segments in the order in which the streams have them, never shuffled."""
+    """Segments in the order of the streams, never shuffled."""
 
     def ordered_indices(self) -> np.ndarray:
+        """Return the indices of all segments, in order."""
         return np.arange(len(self))
 
 
@@ -90,12 +94,15 @@ class StreamDataset(MonolingualDataset):
 class StreamsTask(LanguageModelingTask):
     """fairseq's language modeling; with `streams` the training text in order.
 
-    Other splits are one stream whatever `streams` is: a perplexity must not depend on how many
+    Other splits stay fairseq's whatever `streams` is: a perplexity must not depend on how many
     parts were scored side by side.
     """
 
     def load_dataset(self, split: str, epoch: int = 1, combine: bool = False, **kwargs: Any) -> Any:
-        """As in fairseq; ValueError where streams and other settings contradict each other."""
+        """Load a split as fairseq does, the training split as streams.
+
+        Raises ValueError where streams and other settings contradict each other.
+        """
         super().load_dataset(split, epoch, combine, **kwargs)
         streams = self.args.streams
         if streams == 0 or not split.startswith("train"):
@@ -122,7 +129,7 @@ class StreamsTask(LanguageModelingTask):
         )
 
     def get_batch_iterator(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
-        """As in fairseq; batches of streams come in order in every epoch."""
+        """Return fairseq's iterator; batches of streams come in order in every epoch."""
         batches = super().get_batch_iterator(dataset, *args, **kwargs)
         if isinstance(dataset, StreamDataset):
             batches.disable_shuffling = True

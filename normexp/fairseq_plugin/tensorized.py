@@ -23,7 +23,7 @@ ATTENTIONS = ChoiceEnum(["published", "causal"])
 
 @dataclass
 class TensorizedConfig(NormConfig):
-    """Shape of the model; the defaults are the publication's for PTB but for the attention."""
+    """Shape of the model. The defaults are the publication's for PTB, except for the attention."""
 
     attention: ATTENTIONS = field(
         default="causal",
@@ -75,7 +75,11 @@ class TensorizedLayer(nn.Module):
     def forward(
         self, x: Tensor, r: Tensor, u: Tensor, t: Tensor, padding_mask: Tensor | None
     ) -> Tensor:
-        """x (L, B, C), r (L, C), u and t (d_head,), padding_mask (B, L) -> (L, B, C)."""
+        """Return (L, B, C) for x (L, B, C).
+
+        r: position encodings (L, C). u, t: the model's attention biases (d_head,). padding_mask:
+        (B, L), True = padding, or None.
+        """
 
         def attend(x: Tensor) -> Tensor:
             return self._dropped(self.self_attn(x, r, u, t, padding_mask))
@@ -101,10 +105,10 @@ class TensorizedDecoder(FairseqDecoder):
     """Embedding, layers and softmax of the Tensorized Transformer LM (Ma et al., 2019).
 
     Embeddings are multiplied by sqrt(C) and tied with the softmax, which has a bias. The position
-    encoding of position j in a segment of L is [sin(p f), cos(p f)], p = L - 1 - j,
-    f_i = 10000^(-2i/C). Post-norm as published; pre-norm has no final norm. With
+    encoding of position j in a segment of L tokens is [sin(p f), cos(p f)], p = L - 1 - j,
+    f_i = 10000^(-2i/C). The published model is post-norm; the pre-norm one has no final norm. With
     adaptive_softmax_cutoff embedding and softmax are fairseq's adaptive ones, tied, without bias.
-    Weights start as normal draws with deviation 0.02; the publication gives no rule.
+    Weights start as normal draws with standard deviation 0.02; the publication gives no rule.
     """
 
     def __init__(self, cfg: Any, vocab_size: int, padding_idx: int | None, dictionary: Any = None):
@@ -152,7 +156,10 @@ class TensorizedDecoder(FairseqDecoder):
                 nn.init.normal_(module.cores, std=0.02)
 
     def features(self, tokens: Tensor) -> Tensor:
-        """tokens (L, B) -> hidden states (L, B, C). Raises ValueError for too long a segment."""
+        """Return the hidden states (L, B, C) of tokens (L, B).
+
+        Raises ValueError for a segment longer than the model's.
+        """
         padding_mask = None
         if self.padding_idx is not None and tokens.eq(self.padding_idx).any():
             padding_mask = tokens.t().eq(self.padding_idx)
@@ -163,7 +170,7 @@ class TensorizedDecoder(FairseqDecoder):
         return self._dropped(x)
 
     def nll(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        """Negative log-likelihood in nats of targets (L, B) given tokens (L, B) -> (L, B)."""
+        """Return the negative log-likelihood (L, B), in nats, of targets (L, B) given tokens."""
         logits = self.output_layer(self.features(tokens))
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(
             targets
@@ -172,17 +179,17 @@ class TensorizedDecoder(FairseqDecoder):
     def extract_features(
         self, prev_output_tokens: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, dict[str, Any]]:
-        """prev_output_tokens (B, L) -> (B, L, C) and nothing else, as fairseq wants it."""
+        """Return features (B, L, C) of prev_output_tokens (B, L) and an empty dict of extras."""
         return self.features(prev_output_tokens.t()).transpose(0, 1), {}
 
     def output_layer(self, features: Tensor, **kwargs: Any) -> Tensor:
-        """Logits; the features themselves where an adaptive softmax follows, as in fairseq."""
+        """Return logits (B, L, V); the features themselves where an adaptive softmax follows."""
         if self.adaptive_softmax is not None:
             return features
         return F.linear(features, self.embed_tokens.weight, self.output_bias)
 
     def max_positions(self) -> int:
-        """Longest segment."""
+        """Return the length of the longest segment, in tokens."""
         return self.segment_len
 
     def _dropped(self, x: Tensor) -> Tensor:
@@ -206,8 +213,9 @@ class TensorizedDecoder(FairseqDecoder):
     ) -> "TensorizedDecoder":
         """Build the decoder, in eval mode and without dropout, from parameters of the public code.
 
-        params: the parameters under its names; the other arguments: its configuration. Raises
-        ValueError where they do not fit.
+        params: the parameters under that code's names. The other arguments are its configuration;
+        `segment_len` is in tokens, `cores` the number of averaged vectors, `attention` as in
+        TensorizedConfig. Raises ValueError where parameters and configuration do not fit.
         """
         if heads != 1:
             raise ValueError(f"the published attention has one head, got heads={heads}")
@@ -258,7 +266,7 @@ def _own_name(published: str) -> str:
 
 
 def _encodings(segment_len: int, width: int) -> Tensor:
-    """r (L, C), in float64."""
+    """Return the position encodings (L, C), in float64."""
     p = torch.arange(segment_len - 1, -1, -1, dtype=torch.float64)
     f = 10000.0 ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)
     angles = p[:, None] * f
@@ -270,7 +278,7 @@ class TensorizedLanguageModel(FairseqLanguageModel):
     """The Tensorized Transformer LM as a model of fairseq's language_modeling task.
 
     Train and evaluate it with sample_break_mode none: blocks of tokens_per_sample tokens of one
-    contiguous stream, as published. A block knows nothing of the one before.
+    contiguous stream, as published. No state passes from a block to the next.
     """
 
     def __init__(self, decoder: TensorizedDecoder, sees_future: bool):
@@ -279,7 +287,7 @@ class TensorizedLanguageModel(FairseqLanguageModel):
 
     @classmethod
     def build_model(cls, args: Any, task: Any) -> "TensorizedLanguageModel":
-        """Build the model; ValueError on an impossible configuration."""
+        """Build the model. Raises ValueError on an impossible configuration."""
         if not args.no_decoder_final_norm:
             raise ValueError("the Tensorized Transformer has no final norm: no_decoder_final_norm")
         dictionary = task.source_dictionary

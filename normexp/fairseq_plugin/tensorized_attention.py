@@ -4,12 +4,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-# Queries handled at a time: what is held per query is B x L x (L + d_head) numbers.
+# Queries computed at a time; each holds B x L x (L + d_head) numbers.
 _QUERIES = 4
 
 
 class TensorizedAttention(nn.Module):
-    """Single-head attention by a third-order tensor; the paper is the LM baseline of PowerNorm.
+    """Single-head attention by a third-order tensor, from the LM that PowerNorm builds on.
 
     In a segment of L tokens, with q, k, v = W_qkv x and p_j = W_r r_j (r_j a position encoding),
     all of size d_head, and the two vectors u, t that all layers of a model share:
@@ -18,12 +18,12 @@ class TensorizedAttention(nn.Module):
     a is the mean of the cores' vectors a_c. The publication averages M over the cores, which is the
     same because M is linear in a: more cores change the parametrization and nothing else.
 
-    published: M_i over all j and m, so every position sees the whole segment, the token that it
-    has to predict among it. Its public code accepts a mask and does not use it.
+    published: M_i over all j and m, so every position sees the whole segment, including the token
+    that it has to predict. The public code accepts a mask and does not use it.
     causal: M_i[j, m] only for j <= i and m <= i, else 0.
 
-    M is computed for a few queries at a time, forward and again in backward; neither it
-    (B x L x L^2) nor B x L x L x d_head numbers are ever held.
+    M is computed for a few queries at a time, in the forward pass and again in the backward pass,
+    so neither all of M (B x L x L^2 numbers) nor B x L x L x d_head numbers are in memory at once.
     """
 
     def __init__(self, embed_dim: int, head_dim: int, segment_len: int, cores: int, causal: bool):
@@ -37,10 +37,11 @@ class TensorizedAttention(nn.Module):
     def forward(
         self, x: Tensor, r: Tensor, u: Tensor, t: Tensor, padding_mask: Tensor | None = None
     ) -> Tensor:
-        """x (L', B, C) with L' <= L, position encodings r (L, C), u and t (d_head,) -> (L', B, C).
+        """Return (L', B, C) for x (L', B, C) with L' <= L.
 
-        padding_mask (B, L'), True = padding, which no position sees. A shorter segment is one
-        whose later positions contribute nothing. Raises ValueError for a longer one.
+        r: position encodings (L, C). u, t: (d_head,). padding_mask: (B, L'), True = padding, which
+        no position sees. A segment shorter than L is treated as one whose later positions
+        contribute nothing. Raises ValueError for a longer one.
         """
         length = x.shape[0]
         if length > self.segment_len:
@@ -82,7 +83,11 @@ def _block(
     weight: Tensor,
     first: int | None,
 ) -> Tensor:
-    """Outputs (B, I, C) of I queries; first: index of the first query, None without a mask."""
+    """Return the outputs (B, I, C) of I queries.
+
+    by_key, by_position: (q + u) a and (q + t) a, (B, I, d_head). k, v: (B, L', d_head). p:
+    (L', d_head). weight: (C, L', L'). first: index of the first query, None without a causal mask.
+    """
     batch, queries, head_dim = by_key.shape
     seen = k.shape[1]
     left = by_key.unsqueeze(2) * k.unsqueeze(1)  # (B, I, L', d_head)

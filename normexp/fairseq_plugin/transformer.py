@@ -33,9 +33,9 @@ class NormTransformerModel(TransformerModelBase):
 
     @classmethod
     def build_model(cls, cfg: Any, task: Any) -> "NormTransformerModel":
-        """Build the model; ValueError on an impossible choice of normalizations."""
+        """Build the model. Raises ValueError on an impossible choice of normalizations."""
         if cfg.quant_noise.scalar:
-            # fairseq looks for it in flat configurations only, and would train without a word.
+            # fairseq looks for it in flat configurations only, and would silently ignore it.
             raise ValueError("quant_noise.scalar has no effect on this model; leave it at 0")
         return super().build_model(cfg, task)
 

@@ -1,8 +1,9 @@
 """fairseq's trainer on several ranks: the same update as one process with all their batches.
 
-fairseq averages the gradients. What it leaves open is settled here: which masks dropout draws,
-what a rank does that has no batch left in the last update of an epoch, whose running statistics
-are validated and saved, and where its code would have one rank wait for another forever.
+fairseq averages the gradients. This module adds what it leaves open: each rank draws dropout masks
+of its own, a rank that has no batch left in the last update of an epoch takes part without a
+token, all ranks validate and save the same running statistics, and none waits forever for another
+that failed.
 """
 
 import socket
@@ -18,32 +19,32 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from normexp.errors import UserError
+from normexp.fairseq_plugin.patches import no_pickled_gathering
 from normexp.norms import pool_statistics
 from normexp.norms.running_norm import RunningNorm
 from normexp.training.process_group import COLLECTIVE_TIMEOUT, Ranks
 
 
-def seed_on(rank: int, seed: int) -> int:
-    """The seed of torch on a rank; rank 0 has that of a single process.
+def rank_seed(rank: int, seed: int) -> int:
+    """Return torch's seed on a rank; rank 0 has that of a single process.
 
-    fairseq gives all ranks the same, so that their dropout masks would be alike. torch's generator
-    of the CPU takes the lower 32 bits only. fairseq's seed grows by one with each update.
+    seed: fairseq's, which grows by one with each update and is the same on all ranks, so that
+    their dropout masks would be equal. The rank is added at bit 24, because torch's generator
+    of the CPU uses the lower 32 bits only.
     """
     return (seed + (rank << 24)) % 2**32 if rank else seed
 
 
 @contextmanager
-def process_group(ranks: Ranks, cfg: DictConfig) -> Iterator[None]:
-    """Several ranks: a process group for training, and fairseq's configuration changed for it.
+def torch_process_group(ranks: Ranks, cfg: DictConfig) -> Iterator[None]:
+    """Open torch's process group for several ranks and adapt fairseq's configuration to it.
 
-    NCCL on GPUs, gloo on CPUs. Raises UserError where two ranks would share a GPU. After an error
-    the group is left as it is: others may be waiting in it.
+    NCCL on GPUs, gloo on CPUs; nothing for one rank. Raises UserError where two ranks would share
+    a GPU. After an error the group is left open: other ranks may be waiting in it.
     """
     if ranks.size == 1:
         yield
         return
-    from fairseq.distributed import utils as fairseq_distributed
-
     device = 0
     on_gpu = torch.cuda.is_available() and not cfg.common.cpu
     if on_gpu:
@@ -66,7 +67,6 @@ def process_group(ranks: Ranks, cfg: DictConfig) -> Iterator[None]:
         cfg.common.log_format = "none"
     if dist.is_initialized():  # a run before this one diverged, on all ranks
         dist.destroy_process_group()
-    vars(fairseq_distributed.get_global_group).pop("_global_group", None)
     dist.init_process_group(
         cfg.distributed_training.distributed_backend,
         store=dist.PrefixStore("group", ranks.store),
@@ -74,20 +74,15 @@ def process_group(ranks: Ranks, cfg: DictConfig) -> Iterator[None]:
         world_size=ranks.size,
         timeout=COLLECTIVE_TIMEOUT,
     )
-    gather = fairseq_distributed.all_gather_list
-    fairseq_distributed.all_gather_list = _own_alone
-    try:
-        with warnings.catch_warnings():
-            # They are pooled before they are validated or saved.
-            warnings.filterwarnings("ignore", "normalization statistics are private")
-            yield
-    finally:
-        fairseq_distributed.all_gather_list = gather
+    with no_pickled_gathering(), warnings.catch_warnings():
+        # They are averaged over the ranks before they are validated or saved.
+        warnings.filterwarnings("ignore", "normalization statistics are private")
+        yield
     dist.destroy_process_group()
 
 
-def total(value: float, ranks: Ranks) -> float:
-    """The sum of the ranks' values; to be called on all of them within `process_group`."""
+def sum_over_ranks(value: float, ranks: Ranks) -> float:
+    """Return the sum of the ranks' values. All ranks call it, within `torch_process_group`."""
     if ranks.size == 1:
         return value
     device = "cuda" if dist.get_backend() == "nccl" else "cpu"
@@ -96,8 +91,8 @@ def total(value: float, ranks: Ranks) -> float:
     return float(summed)
 
 
-def trainer_on(ranks: Ranks, trainer: type) -> type:
-    """The class of trainer that goes with several ranks; with one, fairseq's own."""
+def data_parallel_trainer(ranks: Ranks, trainer: type) -> type:
+    """Return a subclass of fairseq's Trainer for several ranks, `trainer` itself for one."""
     if ranks.size == 1:
         return trainer
     from fairseq import utils
@@ -105,11 +100,11 @@ def trainer_on(ranks: Ranks, trainer: type) -> type:
     class DataParallelTrainer(trainer):
         def __init__(self, cfg: Any, task: Any, *args: Any, **kwargs: Any):
             super().__init__(cfg, task, *args, **kwargs)
-            task.train_step = self._train_on(task.train_step)
+            task.train_step = self._without_padding(task.train_step)
 
         def begin_valid_epoch(self, epoch: int) -> None:
             super().begin_valid_epoch(epoch)
-            _pool_state(self.get_model())
+            _synchronize_state(self.get_model())
 
         def consolidate_optimizer(self) -> None:
             # fairseq calls this on all ranks before a checkpoint is written, and also on a rank
@@ -117,35 +112,37 @@ def trainer_on(ranks: Ranks, trainer: type) -> type:
             error = sys.exc_info()[1]
             if error is not None:
                 raise error
-            _pool_state(self.get_model())
+            _synchronize_state(self.get_model())
             super().consolidate_optimizer()
 
         def _set_seed(self) -> None:
             seed = self.cfg.common.seed + self.get_num_updates()
-            utils.set_torch_seed(seed_on(ranks.rank, seed))
+            utils.set_torch_seed(rank_seed(ranks.rank, seed))
 
         def _prepare_sample(self, sample: Any, is_dummy: bool = False) -> tuple[Any, bool]:
             if not sample and not is_dummy and self.get_model().training:
-                return super()._prepare_sample(self._nothing())[0], False
+                return super()._prepare_sample(self._empty_batch())[0], False
             return super()._prepare_sample(sample, is_dummy)
 
-        def _nothing(self) -> dict[str, Any]:
-            """A batch without a token for a rank that has none left.
+        def _empty_batch(self) -> dict[str, Any]:
+            """Return a batch of padding alone, for a rank that has no batch left.
 
-            fairseq would take one that it knows, whose tokens would count in statistics, and
-            would forget how many tokens the rank had before it in the same update.
+            fairseq would use its dummy batch, whose tokens would count in statistics, and would
+            forget how many tokens the rank had before it in the same update.
             """
             sample = utils.apply_to_sample(lambda tensor: tensor[:1], self._dummy_batch)
             padding = torch.full_like(sample["target"], self.task.target_dictionary.pad())
             return {**sample, "target": padding, "ntokens": 0, "nsentences": 0}
 
-        def _train_on(self, train_step: Any) -> Any:
+        def _without_padding(self, train_step: Any) -> Any:
+            """Return the task's train_step for which an empty batch counts nothing."""
+
             def train(sample: dict[str, Any], model: nn.Module, *args: Any, **kwargs: Any) -> Any:
                 if sample["nsentences"]:
                     return train_step(sample, model, *args, **kwargs)
                 with _padding_alone(model):
                     loss, size, logged = train_step(sample, model, *args, **kwargs)
-                kept = ("penalty",)  # a share of what all ranks' tokens cost
+                kept = ("penalty",)  # this rank's share of the penalty on all ranks' tokens
                 return (
                     loss,
                     size * 0,
@@ -157,8 +154,8 @@ def trainer_on(ranks: Ranks, trainer: type) -> type:
     return DataParallelTrainer
 
 
-def _pool_state(model: nn.Module) -> None:
-    """The same state of the norms on all ranks, so that a checkpoint of one is that of all."""
+def _synchronize_state(model: nn.Module) -> None:
+    """Give the norms the same state on all ranks, so that one rank's checkpoint serves all."""
     pool_statistics(model)
     counters = [
         value
@@ -167,7 +164,7 @@ def _pool_state(model: nn.Module) -> None:
         for value in norm.state_dict().values()
         if not value.is_floating_point()
     ]
-    if counters:  # those of a rank that had no batch left are behind
+    if counters:  # a rank that had no batch left has counted fewer steps
         largest = torch.stack(counters)
         dist.all_reduce(largest, dist.ReduceOp.MAX)
         for counter, value in zip(counters, largest, strict=True):
@@ -176,7 +173,7 @@ def _pool_state(model: nn.Module) -> None:
 
 @contextmanager
 def _padding_alone(model: nn.Module) -> Iterator[None]:
-    """Running statistics take all tokens of this context's batch for padding."""
+    """Within this context layers with running statistics treat every token as padding."""
 
     def hide(norm: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> Any:
         x = args[0]
@@ -196,20 +193,11 @@ def _padding_alone(model: nn.Module) -> Iterator[None]:
             handle.remove()
 
 
-def _own_alone(data: Any, group: Any = None, max_size: int = 0) -> list[Any]:
-    """In the place of fairseq's gathering of pickled objects: what a GPU is, for the log."""
-    from fairseq import utils
-
-    if not isinstance(data, utils.CudaEnvironment):
-        raise UserError(
-            "on several ranks fairseq.criterion must be one whose logged values can be summed, as "
-            "those whose names start with normexp_ are"
-        )
-    return [data]
-
-
 def refuse_other_start(ranks: Ranks, num_updates: int, checkpoint: str) -> None:
-    """Raise UserError on a rank that starts from another number of updates than rank 0."""
+    """Raise UserError on a rank that starts from another number of updates than rank 0.
+
+    checkpoint: the path that the ranks read, for the message.
+    """
     if ranks.size > 1 and (main := ranks.from_main("start", lambda: num_updates)) != num_updates:
         raise UserError(
             f"rank 0 starts after update {main}, but here after update {num_updates}: {checkpoint} "

@@ -1,4 +1,4 @@
-"""Scalars that show whether normalization layers are sane: their statistics and gradients."""
+"""Scalars that show whether normalization layers work: their statistics and gradients."""
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping
@@ -16,15 +16,14 @@ SECOND_MOMENTS = ("psi2", "var")
 
 
 def norm_diagnostics(model: nn.Module) -> dict[str, float]:
-    """Summarise the statistics of every layer that offers them.
+    """Summarise the statistics of every layer with a method `statistics()`.
 
-    A layer offers them by a method `statistics()` that returns a dict of tensors with one entry
-    per channel. Second moments (`psi2`, `var`) give their mean over the channels; every other
-    statistic is a signed vector (`nu`, `mean`) and gives its L2 norm. Keys look like
-    `norm/encoder_attention/0/psi2_mean` and `.../nu_norm`: the site as in normexp.sites and the
-    layer, or a module's path where it is at none of these sites. `.../rejected` counts the passes
-    of this process whose statistics were not finite and therefore left out. A model without such
-    layers gives an empty dict.
+    That method returns a dict of tensors (C,). Of second moments (`psi2`, `var`) the result has the
+    mean over the channels, of every other statistic, a signed vector (`nu`, `mean`), the L2 norm.
+    Keys look like `norm/encoder_attention/0/psi2_mean` and `.../nu_norm`: the site as in
+    normexp.sites and the layer, or the module's path where it is at none of these sites.
+    `.../rejected` counts the passes of this process whose statistics were not finite and therefore
+    left out. Empty for a model without such layers.
     """
     return _transferred(_statistics(dict(_sites(model))))
 
@@ -33,27 +32,28 @@ def norm_diagnostics(model: nn.Module) -> dict[str, float]:
 def update_diagnostics(
     trainer: Any, report: Callable[[int, dict[str, float]], None]
 ) -> Iterator[None]:
-    """Around fairseq's Trainer.train_step: diagnostics of every update that fairseq logs.
+    """Report diagnostics of the update done in this context, if fairseq logs that update.
 
-    After each update that is a multiple of common.log_interval, on the master process only, calls
-    report(update, values) with what norm_diagnostics gives and, per site,
+    The context surrounds one call of fairseq's Trainer.train_step. After each update that is a
+    multiple of common.log_interval, on the master process only, it calls report(update, values)
+    with the result of norm_diagnostics and, per site,
 
     - `grad_norm`: L2 norm of the gradient of the site's parameters as the optimizer got it, that
       is per token of the batch, averaged over the ranks and clipped. Left out where weights are
       float16 or bfloat16, whose gradients fairseq unscales in a copy of its own.
     - `psi2_distance`, `var_distance`: |batch - running| / |running|, L2 norms over the channels, of
-      the batch's statistic and the running one of before the update.
+      the batch's statistic and the running one before the update. No unit.
     - `mean_distance`: |batch - running| of the mean, in standard deviations: divided by the square
       root of the sum of running_var.
 
-    The layers do not hand out a batch's statistics; the step of the running ones tells them, as
-    running_t = kept running_(t-1) + (1 - kept) batch. So "the batch" is what the layer averages
+    The batch's statistic is computed from the step of the running one, because layers do not keep
+    it: running_t = kept running_(t-1) + (1 - kept) batch. So "the batch" is what the layer averages
     (with `unified` after its warm-up the mean of its window; with statistics of one rank each, the
-    master's), and with several forwards in one update, as with update_freq, the mean of their
+    master's). With several forwards in one update, as with update_freq, it is the mean of their
     statistics with weights that fall by the layer's alpha from the last to the first. NaN where
     no batch of the update could be used. A layer whose `retained` gives None has no distances.
 
-    Nothing of this changes training: state is only read.
+    Training is not changed: state is only read.
     """
     update = trainer.get_num_updates() + 1
     if update % trainer.cfg.common.log_interval or not trainer.is_data_parallel_master:
@@ -73,14 +73,14 @@ _Sites = Mapping[str, nn.Module]
 
 @dataclass(frozen=True)
 class _Before:
-    """What a layer's averages of batches were before an update, and the step they were of."""
+    """The running statistics (C,) of a layer before an update, and its step count."""
 
     step: Tensor
     averages: dict[str, Tensor]
 
 
 def _sites(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Key and module of every normalization: what stands at a site, or offers statistics."""
+    """Yield key and module of every normalization: at a site, or with a method `statistics`."""
     for path, module in model.named_modules():
         site = site_of(path)
         if site is not None or callable(getattr(module, "statistics", None)):
@@ -104,21 +104,21 @@ def _statistics(sites: _Sites) -> dict[str, Tensor]:
 
 
 def _averages(layer: nn.Module) -> dict[str, Tensor]:
-    """Of a layer's statistics those that forwards average: not nu, which backwards do."""
-    found = layer.statistics().items()
-    return {name: x.detach() for name, x in found if name in (*SECOND_MOMENTS, "mean")}
+    """Return the statistics (C,) that forward passes average; backward passes average nu."""
+    averaged = (*SECOND_MOMENTS, "mean")
+    return {name: x.detach() for name, x in layer.statistics().items() if name in averaged}
 
 
 def _snapshot(sites: _Sites) -> dict[str, _Before]:
-    found = {}
+    before = {}
     for site, layer in sites.items():
         if callable(getattr(layer, "retained", None)):
-            # First the statistics: asking for them lets what is under way over the ranks arrive.
+            # Statistics before the step: reading them waits for an all-reduce that is under way.
             averages = {
                 name: x.to(torch.float64, copy=True) for name, x in _averages(layer).items()
             }
-            found[site] = _Before(layer.step.clone(), averages)
-    return found
+            before[site] = _Before(layer.step.clone(), averages)
+    return before
 
 
 def _distances(sites: _Sites, before: Mapping[str, _Before]) -> dict[str, Tensor]:
@@ -137,23 +137,26 @@ def _distances(sites: _Sites, before: Mapping[str, _Before]) -> dict[str, Tensor
 
 
 def _gradient_norms(sites: _Sites) -> dict[str, Tensor]:
-    found = {
+    gradients = {
         site: [p.grad for p in module.parameters() if p.grad is not None]
         for site, module in sites.items()
     }
-    whole = (torch.float32, torch.float64)
-    found = {site: all_ for site, all_ in found.items() if all_ and all_[0].dtype in whole}
-    if not found:
+    full = (torch.float32, torch.float64)
+    gradients = {
+        site: grads for site, grads in gradients.items() if grads and grads[0].dtype in full
+    }
+    if not gradients:
         return {}
-    norms = iter(torch._foreach_norm([gradient for all_ in found.values() for gradient in all_]))
+    # One kernel for all parameters, then one norm per site.
+    norms = iter(torch._foreach_norm([grad for grads in gradients.values() for grad in grads]))
     return {
-        f"{site}/grad_norm": torch.stack(list(itertools.islice(norms, len(all_)))).double().norm()
-        for site, all_ in found.items()
+        f"{site}/grad_norm": torch.stack(list(itertools.islice(norms, len(grads)))).double().norm()
+        for site, grads in gradients.items()
     }
 
 
 def _transferred(scalars: dict[str, Tensor]) -> dict[str, float]:
-    """To the host: one transfer from the device instead of one per scalar."""
+    """Return the scalars as floats, by one transfer from the device instead of one each."""
     if not scalars:
         return {}
     return dict(zip(scalars, torch.stack(list(scalars.values())).tolist(), strict=True))

@@ -1,4 +1,4 @@
-"""Where a training that diverged went wrong first."""
+"""The site at which a training that diverged first had values that are not finite."""
 
 from itertools import pairwise
 from typing import Any
@@ -11,12 +11,13 @@ from normexp.sites import site_of
 
 
 class StatisticsWatch:
-    """Tells after a failed update at which site statistics were first not finite.
+    """Finds, after a failed update, the site at which statistics were first not finite.
 
     A layer with running statistics counts the passes whose statistics were not finite
-    (`RunningNorm.rejected`). Here that count is noted before and after each forward pass of an
-    update, because afterwards NaN has spread to all sites in one direction or the other. Costs two
-    copies of as many integers as there are such layers, and no waiting for the device.
+    (`RunningNorm.rejected`). The watch copies all counts before and after each forward pass of an
+    update, because afterwards NaN has spread to all sites in one direction or the other. That costs
+    two copies of one integer per layer and forward pass, without waiting for the device. The watch
+    is false, and costs nothing, where the model has no such layer.
     """
 
     def __init__(self, model: nn.Module, criterion: nn.Module):
@@ -25,7 +26,7 @@ class StatisticsWatch:
             for path, module in model.named_modules()
             if isinstance(module, RunningNorm)
         }
-        self._order: list[str] = []  # sites as the forward pass comes by
+        self._order: list[str] = []  # sites in the order of the forward pass
         self._counts: list[Tensor] = []
         if self._norms:
             for name, norm in self._norms.items():
@@ -38,13 +39,13 @@ class StatisticsWatch:
         self._counts = []
 
     def first_site(self, num_batches: int) -> tuple[str, str] | None:
-        """The site that was first, and what of it was not finite, in words; None if all was finite.
+        """Return the first site with values that are not finite and a name for them, or None.
 
-        num_batches: of the failed update; what ran after them, in search of the cause, is left out.
-        First comes a running statistic itself (read from a damaged checkpoint, for example), then
-        what was met first in the order of the computation: the statistics of a forward pass, or of
-        a backward pass (those of nu). The site is where the values arrived, so their origin lies
-        between this site and the one before, in the direction of the pass.
+        num_batches: the batches of the failed update; passes that fairseq ran after them, in search
+        of the cause, are left out. A running statistic itself (read from a damaged checkpoint, for
+        example) comes first, then the order of the computation: the statistics of a forward pass or
+        of a backward pass (nu's). The values arrived at this site, so they arose between it and the
+        site before, in the direction of the pass.
         """
         if not self:
             return None

@@ -3,8 +3,8 @@
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,26 +13,26 @@ import torch
 from omegaconf import DictConfig
 from torch import nn
 
-from normexp.checkpoints import store
+from normexp.checkpoints import recovery, store
 from normexp.config.settings import SpeedSettings
+from normexp.fairseq_plugin import patches
 from normexp.norms.kernels.choice import use_kernels
 from normexp.norms.loss_scale import follow_loss_scale
 from normexp.norms.running_norm import RunningNorm
 from normexp.runs.metrics_file import MetricsFile
-from normexp.training import data_parallel, preemption, reading_ahead, speed
-from normexp.training import resume as resumption
+from normexp.training import data_parallel, preemption, resume, speed
 from normexp.training.diagnostics import norm_diagnostics, update_diagnostics
 from normexp.training.divergence import StatisticsWatch
 from normexp.training.process_group import Ranks
-from normexp.training.progress import Sink, metrics_to
 
 logger = logging.getLogger(__name__)
 
 
 class Diverged(Exception):
-    """Training met a loss or gradient that is not finite; `update` is the update that failed.
+    """A loss or gradient of training is not finite.
 
-    `site` is where statistics were first not finite (see StatisticsWatch), or None.
+    update: the update that failed, counted from 1. reason: what is not finite and where, in words.
+    site: where statistics were first not finite (see StatisticsWatch), or None.
     """
 
     def __init__(self, update: int, reason: str, site: str | None):
@@ -42,46 +42,46 @@ class Diverged(Exception):
 
 @dataclass
 class Observed:
-    """What is seen of fairseq's trainer from outside while it trains."""
+    """fairseq's trainer, and counts of its work that outlive the process in checkpoints."""
 
     trainer: Any = None
-    seconds: float = 0.0  # inside training steps, of all processes up to now
-    tokens: int = 0  # real target tokens trained on in these seconds, end-of-sentence included
+    seconds: float = 0.0  # inside training steps, summed over this process and those it resumes
+    tokens: int = 0  # non-padding target tokens in these seconds, end-of-sentence included
     num_epochs: int = 0
-    kernels: dict[str, int] = field(default_factory=dict)  # of an earlier process
+    kernels: dict[str, int] = field(default_factory=dict)  # of the process it resumes
 
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """What training leaves besides its checkpoints."""
+    """The result of a training besides its checkpoints."""
 
     num_updates: int
     num_epochs: int
     num_parameters: int
-    tokens_per_second: float  # real target tokens of all ranks, over all updates
-    wall_time_seconds: float  # all processes together
+    tokens_per_second: float  # non-padding target tokens of all ranks, over all updates
+    wall_time_seconds: float  # summed over the processes that resumed one another
     kernels: dict[str, int]  # layers with running statistics by what computed their last step
 
 
 def train(
     fairseq_cfg: DictConfig,
     metrics: MetricsFile | None,
-    sinks: list[Sink],
+    sinks: list[patches.Sink],
     speed_settings: SpeedSettings,
     ranks: Ranks,
 ) -> TrainingResult:
     """Train to the end as configured, from checkpoint_last.pt where there is one.
 
-    metrics and sinks receive every logged value as sink(tag, update, {name: value}), and under the
-    tag "diagnostics" what diagnostics.py says of the norms: after each validation of their
-    statistics, and at every update that is logged of that update. Raises Diverged when a loss or
-    gradient is not finite.
+    fairseq_cfg: fairseq's configuration with task, model, criterion and optimizer. metrics and
+    sinks: receive every logged value as sink(tag, update, {name: value}) and, under the tag
+    "diagnostics", what diagnostics.py computes of the norms: their statistics after each
+    validation, and more at every update that is logged. speed_settings: they
+    have decided the loss and the optimizer in fairseq_cfg and here decide precision, dropout and
+    kernels. ranks: all of them call this function; rank 0 logs and writes, the others pass None
+    and [] for metrics and sinks.
 
-    speed_settings: have decided the loss and the optimizer in fairseq_cfg and here decide
-    precision, dropout and kernels.
-
-    ranks: with several, all of them call this; metrics and sinks are those of rank 0, which alone
-    logs and writes, and None and [] on the others.
+    Raises Diverged when a loss or gradient is not finite, UserError for what the user can correct,
+    and Preempted after a signal (see preemption.py).
     """
     from fairseq_cli import train as fairseq_train
 
@@ -89,11 +89,11 @@ def train(
     observed = Observed()
     sinks = [metrics, *sinks] if ranks.is_main else []
 
-    def report(step: int, found: Mapping[str, float]) -> None:
+    def report(step: int, values: Mapping[str, float]) -> None:
         for sink in sinks:
-            sink("diagnostics", step, found)
+            sink("diagnostics", step, values)
 
-    def diagnostics(tag: str, step: int, values: Mapping[str, float]) -> None:
+    def report_after_validation(tag: str, step: int, values: Mapping[str, float]) -> None:
         if tag == "valid":
             report(step, norm_diagnostics(observed.trainer.get_model()))
 
@@ -102,41 +102,54 @@ def train(
         metric = fairseq_cfg.checkpoint.best_checkpoint_metric
         return list(metrics.values("valid", metric).values())
 
-    def resume(step: int, extra_state: Mapping[str, Any]) -> None:
+    def catch_up(step: int, extra_state: Mapping[str, Any]) -> None:
+        """Restore what fairseq has forgotten at update `step`; raise AlreadyTrained at the end."""
+        # Early stopping: fairseq's count of epochs without a better loss is not in its checkpoints.
         ended = False
-        # fairseq's count of epochs without a better loss is not in its checkpoints.
         for loss in ranks.from_main("earlier losses", lambda: earlier_losses(step)):
             ended = fairseq_train.should_stop_early(fairseq_cfg, loss)
         if not extra_state:
             return
-        seconds = extra_state["previous_training_time"]
-        ended = ended or resumption.reached_end(fairseq_cfg, step, seconds)
+        ended = ended or resume.reached_end(
+            fairseq_cfg, step, extra_state["previous_training_time"]
+        )
+        # An epoch's averages: fairseq logs them only after the epoch's checkpoint.
         at_end_of_epoch = extra_state["train_iterator"]["iterations_in_epoch"] == 0
         due = ranks.is_main and (ended or at_end_of_epoch)
         if due and step not in metrics.values("train", "lr"):
             for sink in sinks:
-                sink("train", step, resumption.epoch_averages(extra_state))
+                sink("train", step, resume.epoch_averages(extra_state))
         if ended:
-            raise resumption.AlreadyTrained
+            raise resume.AlreadyTrained
 
-    _forget_earlier_trainings(fairseq_train)
+    patches.forget_earlier_trainings(fairseq_train)
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    trainer_class = _observed_trainer(
+        data_parallel.data_parallel_trainer(ranks, fairseq_train.Trainer),
+        observed,
+        catch_up,
+        report,
+        speed_settings,
+        ranks,
+    )
     with (
-        metrics_to(*sinks, diagnostics),
+        patches.metrics_sent_to(*sinks, report_after_validation),
         store.atomic_writes(Path(fairseq_cfg.checkpoint.save_dir)),
-        reading_ahead.ended_with_training(),
+        patches.prefetchers_closed(),
         preemption.checkpoint_at_updates(fairseq_train),
-        data_parallel.process_group(ranks, fairseq_cfg),
-        _observed_trainer(fairseq_train, observed, resume, report, speed_settings, ranks),
+        data_parallel.torch_process_group(ranks, fairseq_cfg),
+        patches.trainer_class(fairseq_train, trainer_class),
     ):
         try:
-            with suppress(resumption.AlreadyTrained):
+            with suppress(resume.AlreadyTrained):
                 fairseq_train.main(fairseq_cfg)
-        except Diverged as diverged:  # the state of all sites, for whoever looks for the cause
-            found = norm_diagnostics(observed.trainer.get_model())
+        except Diverged as diverged:  # the state of all sites, to look for the cause
+            values = norm_diagnostics(observed.trainer.get_model())
             if ranks.is_main:
-                metrics("diagnostics", diverged.update, found)
+                metrics("diagnostics", diverged.update, values)
             raise
-        tokens = data_parallel.total(observed.tokens, ranks)
+        tokens = data_parallel.sum_over_ranks(observed.tokens, ranks)
     trainer = observed.trainer
     return TrainingResult(
         num_updates=trainer.get_num_updates(),
@@ -149,42 +162,31 @@ def train(
 
 
 def _kernels(model: nn.Module) -> dict[str, int]:
+    """Count the layers with running statistics by the kernels of their last step."""
     norms = [module for module in model.modules() if isinstance(module, RunningNorm)]
     return dict(Counter(norm.kernels for norm in norms if norm.kernels))
 
 
-def _forget_earlier_trainings(fairseq_train: Any) -> None:
-    # fairseq keeps the best loss so far in attributes of functions, which a second training of the
-    # same process inherits: it would then write no checkpoint_best.pt.
-    from fairseq import checkpoint_utils
-
-    for function, names in (
-        (checkpoint_utils.save_checkpoint, ["best"]),
-        (fairseq_train.should_stop_early, ["best", "num_runs"]),
-    ):
-        for name in names:
-            vars(function).pop(name, None)
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-
-
-@contextmanager
 def _observed_trainer(
-    fairseq_train: Any,
+    trainer: type,
     observed: Observed,
-    resume: Callable[[int, Mapping[str, Any]], None],
+    catch_up: Callable[[int, Mapping[str, Any]], None],
     report: Callable[[int, Mapping[str, float]], None],
     speed_settings: SpeedSettings,
     ranks: Ranks,
-) -> Iterator[None]:
-    """Let fairseq's training loop build a trainer that can be seen from outside."""
-    original = fairseq_train.Trainer
+) -> type:
+    """Return a subclass of fairseq's Trainer that measures, resumes and reports divergence.
 
-    class ObservedTrainer(data_parallel.trainer_on(ranks, original)):
+    observed: is filled as training goes. catch_up: called with the number of updates done and the
+    checkpoint's extra_state ({} without a checkpoint) before training begins. report: called with
+    the update and the diagnostics of each update that is logged.
+    """
+
+    class ObservedTrainer(trainer):
         def __init__(
             self, cfg: Any, task: Any, model: Any, criterion: Any, *args: Any, **kwargs: Any
         ):
-            speed.into_model(speed_settings, model, criterion)
+            speed.apply_to_model(speed_settings, model, criterion)
             super().__init__(cfg, task, model, criterion, *args, **kwargs)
             observed.trainer = self
             self._watch = StatisticsWatch(model, criterion)
@@ -193,9 +195,9 @@ def _observed_trainer(
             started = time.perf_counter()
             scale = _loss_scale(self.optimizer)
             self._watch.begin_update()
+            # 1. fairseq's update. By itself fairseq leaves out a batch that does not fit into the
+            # GPU's memory, and with it collectives that other ranks wait in: hence raise_oom.
             try:
-                # By itself fairseq leaves out a batch that does not fit into the GPU's memory, and
-                # with it collectives that other ranks wait in.
                 with update_diagnostics(self, report):
                     output = super().train_step(samples, raise_oom=True)
             except (FloatingPointError, StopIteration) as error:
@@ -204,83 +206,87 @@ def _observed_trainer(
                 cause = error if isinstance(error, FloatingPointError) else error.__context__
                 if not isinstance(cause, FloatingPointError):
                     raise
-                update = self.get_num_updates() + 1
-                reason, first = f"{cause} in update {update}", self._watch.first_site(len(samples))
-                if first is not None:
-                    reason += f"; first not finite: {first[1]} at {first[0]}"
-                elif self._watch:
-                    reason += "; the statistics of all sites were finite"
-                raise Diverged(update, reason, first and first[0]) from None
+                raise self._diverged(cause, len(samples)) from None
+            # 2. float16: nu has the scale of the loss, which this update may have changed.
             if (changed := _loss_scale(self.optimizer)) != scale:
                 follow_loss_scale(self.get_model(), changed / scale)
+            # 3. Time and tokens, for the record.
             observed.seconds += time.perf_counter() - started
             observed.tokens += sum(sample["ntokens"] for sample in samples if sample)
             return output
 
+        def _diverged(self, cause: FloatingPointError, num_batches: int) -> Diverged:
+            update = self.get_num_updates() + 1
+            reason, first = f"{cause} in update {update}", self._watch.first_site(num_batches)
+            if first is not None:
+                reason += f"; first not finite: {first[1]} at {first[0]}"
+            elif self._watch:
+                reason += "; the statistics of all sites were finite"
+            return Diverged(update, reason, first and first[0])
+
         def save_checkpoint(self, filename: str, extra_state: dict[str, Any]) -> Any:
-            ours = {
+            added = {
                 "seconds": observed.seconds,
                 "tokens": observed.tokens,
                 "kernels": _kernels(self.get_model()) or observed.kernels,
-                "lr_scheduler": resumption.scheduler_state(self.lr_scheduler),
+                "lr_scheduler": resume.scheduler_state(self.lr_scheduler),
             }
-            return super().save_checkpoint(filename, {**extra_state, "normexp": ours})
+            return super().save_checkpoint(filename, {**extra_state, "normexp": added})
 
         def load_checkpoint(self, filename: str, *args: Any, **kwargs: Any) -> Any:
-            found: dict[str, Any] = {}
-            path = ranks.from_main("checkpoint", lambda: self._newest(Path(filename), found))
+            # 1. Rank 0 decides which file, and all ranks must see the same one.
+            latest: dict[str, Any] = {}
+            path = ranks.from_main("checkpoint", lambda: self._latest(Path(filename), latest))
             if path is None:
                 data_parallel.refuse_other_start(ranks, 0, filename)
-                resume(0, {})
+                catch_up(0, {})
                 return super().load_checkpoint(filename, *args, **kwargs)
-            state = found or store.load(Path(path))
-            with store.instead_of_reading(state):
+            state = latest or store.load(Path(path))
+            # 2. fairseq restores model, optimizer, schedule and the position in the data.
+            with patches.preloaded(state):
                 extra_state = super().load_checkpoint(path, *args, **kwargs)
             updates = self.get_num_updates()
             data_parallel.refuse_other_start(ranks, updates, path)
+            # 3. The rest: our counts, and what fairseq does only after an epoch's checkpoint.
             position = extra_state["train_iterator"]
             # At the end of an epoch the position is the beginning of the next one.
             at_end_of_epoch = position["iterations_in_epoch"] == 0
             observed.num_epochs = position["epoch"] - at_end_of_epoch
-            ours = extra_state.get("normexp", {})  # absent in checkpoints of earlier versions
+            added = extra_state.get("normexp", {})  # absent in checkpoints of earlier versions
             for name in ("seconds", "tokens", "kernels"):
-                setattr(observed, name, ours.get(name, getattr(observed, name)))
-            resumption.restore_scheduler(self.lr_scheduler, ours.get("lr_scheduler", {}))
-            if at_end_of_epoch:  # which the learning rate follows only after the checkpoint
+                setattr(observed, name, added.get(name, getattr(observed, name)))
+            resume.restore_scheduler(self.lr_scheduler, added.get("lr_scheduler", {}))
+            if at_end_of_epoch:
                 self.lr_step(observed.num_epochs, extra_state["val_loss"])
             logger.warning("resuming after update %d from %s", updates, path)
-            resume(updates, extra_state)
+            catch_up(updates, extra_state)
             return extra_state
 
-        def _newest(self, last: Path, found: dict[str, Any]) -> str | None:
-            """Where to resume from; its content into `found`. Copies that were lost are remade."""
-            newest = store.newest_good(last.parent)
-            if newest is None:
+        def _latest(self, last: Path, content: dict[str, Any]) -> str | None:
+            """Return the path to resume from and fill `content`. Remakes copies that were lost."""
+            latest = recovery.latest_readable(last.parent)
+            if latest is None:
                 return None
-            path, state = newest
+            path, state = latest
             if path != last and last.exists():
                 logger.warning("%s cannot be read; resuming from %s instead", last, path)
-            position, of_epochs = state["extra_state"]["train_iterator"], self.cfg.checkpoint
+            position, settings = state["extra_state"]["train_iterator"], self.cfg.checkpoint
             epoch = position["epoch"] - 1
-            kept = position["iterations_in_epoch"] == 0 and epoch % of_epochs.save_interval == 0
-            kept = kept and not of_epochs.no_epoch_checkpoints
-            store.restore(last.parent, path, state, f"checkpoint{epoch}.pt" if kept else None)
-            found.update(state)
+            kept = position["iterations_in_epoch"] == 0 and epoch % settings.save_interval == 0
+            kept = kept and not settings.no_epoch_checkpoints
+            recovery.restore(last.parent, path, state, f"checkpoint{epoch}.pt" if kept else None)
+            content.update(state)
             return str(path)
 
         def begin_epoch(self, epoch: int) -> None:
             super().begin_epoch(epoch)
             observed.num_epochs = epoch
 
-    fairseq_train.Trainer = ObservedTrainer
-    try:
-        yield
-    finally:
-        fairseq_train.Trainer = original
+    return ObservedTrainer
 
 
 def _loss_scale(optimizer: Any) -> float:
-    """By what fairseq multiplies the loss at the moment: in float16 not always the same."""
+    """Return the factor by which fairseq multiplies the loss: it changes in float16, else 1."""
     scaler = getattr(optimizer, "scaler", None)
     if scaler is None:
         return 1.0

@@ -1,10 +1,10 @@
 """Signals that end a run early and in order: a checkpoint first, so that nothing is lost.
 
-SLURM sends SIGUSR2 before the time limit (submitit asks for it), SIGTERM when it preempts,
-requeues or cancels a job; other systems send SIGTERM. A signal that comes while training waits for
-the end of the running update (and of a validation), then the state is saved as checkpoint_last.pt
-and the run is left; a signal at any other time leaves at once. On the way out W&B is finished and
-the run folder released, and at last the handler takes over that was there before: submitit's, which
+SLURM sends SIGUSR2 before the time limit (submitit asks for it) and SIGTERM when it preempts,
+requeues or cancels a job; other systems send SIGTERM. A signal during training waits for the end of
+the running update (and of its validation); then the state is saved as checkpoint_last.pt and the
+run ends. A signal at any other time ends the run at once. On the way out W&B is finished and the
+run folder released. Last, the handler that was installed before gets the signal: submitit's, which
 requeues the job. Without one the process exits with 128 + the signal's number.
 """
 
@@ -32,9 +32,9 @@ WORKER_SECONDS = 60  # how long a worker outlives a signal at most
 
 
 class Preempted(BaseException):
-    """A signal ends this run. Not an Exception: nothing on the way may take it for a failure."""
+    """A signal ends this run. Not an Exception, so that no handler treats it as a failure."""
 
-    of_all_ranks = True  # they have agreed on it in training; elsewhere each has its own signal
+    of_all_ranks = True  # in training all ranks agree on it; elsewhere each gets its own signal
 
     def __init__(self, number: int):
         super().__init__(signal.Signals(number).name)
@@ -43,7 +43,7 @@ class Preempted(BaseException):
 
 @dataclass
 class _State:
-    """Signals belong to a process as a whole, and so does what has been received."""
+    """The signals that a process has received; one for the process, as signal handlers are."""
 
     process: int = field(default_factory=os.getpid)
     training: bool = False
@@ -55,16 +55,16 @@ _state = _State(leaving=True)
 
 
 @contextmanager
-def handled() -> Iterator[None]:
-    """Within this context SIGTERM, SIGUSR1 and SIGUSR2 raise Preempted, in training at the end of
-    an update; the context turns that into requeueing, or into an exit with 128 + number.
+def signals_handled() -> Iterator[None]:
+    """Let SIGTERM, SIGUSR1 and SIGUSR2 raise Preempted, during training after an update.
 
-    Does nothing outside the main thread, where Python does not let signals be handled.
+    This context turns Preempted into a requeued job, or into SystemExit with 128 + number. It does
+    nothing outside the main thread, where Python does not let signals be handled.
     """
     global _state
     state = _State()
     try:
-        earlier = {number: signal.signal(number, _receive) for number in SIGNALS}
+        earlier = {number: signal.signal(number, _on_signal) for number in SIGNALS}
     except ValueError:
         yield
         return
@@ -72,7 +72,7 @@ def handled() -> Iterator[None]:
     try:
         yield
     except Preempted as preempted:
-        _hand_over(preempted.number, earlier)
+        _requeue_or_exit(preempted.number, earlier)
     finally:
         state.leaving = True
         for number, handler in earlier.items():
@@ -81,63 +81,59 @@ def handled() -> Iterator[None]:
 
 @contextmanager
 def checkpoint_at_updates(fairseq_train: Any) -> Iterator[None]:
-    """Within this context signals wait for fairseq's training loop to end its update.
+    """Within this context signals wait until fairseq's training loop has ended its update.
 
-    The loop saves and raises Preempted after what it does at the end of an update, so that a run
-    that goes on later validates and logs at the same updates. At the end of an epoch it goes on
-    to the first update of the next: only then everything about the old one is on disk. Of several
-    ranks all stop after the same update.
+    fairseq_train: the module fairseq_cli.train. The loop saves and raises Preempted after what it
+    does at the end of an update, so that a run which resumes later validates and logs at the same
+    updates. At the end of an epoch it first does one update of the next: only then everything
+    about the old one is on disk. All ranks stop after the same update.
     """
     from fairseq import checkpoint_utils
 
-    original = fairseq_train.validate_and_save
+    from normexp.fairseq_plugin.patches import after_updates
 
-    def validate_and_save(
-        cfg: Any, trainer: Any, task: Any, epoch_itr: Any, subsets: list[str], end_of_epoch: bool
-    ) -> tuple[list[float | None], bool]:
-        losses, should_stop = original(cfg, trainer, task, epoch_itr, subsets, end_of_epoch)
+    def save_and_leave(cfg: Any, trainer: Any, epoch_itr: Any, at_end: bool) -> None:
         number = _received_by_any_rank(trainer.device)
-        if number and not (end_of_epoch or should_stop):
+        if number and not at_end:
             checkpoint_utils.save_checkpoint(cfg.checkpoint, trainer, epoch_itr, None)
-            _say(number, f"saved after update {trainer.get_num_updates()}")
-            _leave(number)
-        return losses, should_stop
+            _print(number, f"saved after update {trainer.get_num_updates()}")
+            _raise_preempted(number)
 
-    fairseq_train.validate_and_save = validate_and_save
-    _state.training = True
-    try:
-        yield
-    finally:
-        _state.training = False
-        fairseq_train.validate_and_save = original
+    with after_updates(fairseq_train, save_and_leave):
+        _state.training = True
+        try:
+            yield
+        finally:
+            _state.training = False
 
 
-def leave_if_asked() -> None:
-    """Raise Preempted if a signal came so late that training ended as configured."""
+def raise_if_signalled() -> None:
+    """Raise Preempted if a signal came during the last update, after which training had ended."""
     if _state.received:
-        _leave(_state.received)
+        _raise_preempted(_state.received)
 
 
-def _receive(number: int, frame: FrameType | None) -> None:
+def _on_signal(number: int, frame: FrameType | None) -> None:
     if _state.leaving:
         return
     if os.getpid() != _state.process:  # a forked worker, which SLURM signals too
         if not _state.training:
             os._exit(128 + number)
         signal.alarm(WORKER_SECONDS)
-        return  # the update in progress needs its data
+        return  # the running update needs its data
     if _state.training:
         _state.received = _state.received or number
     else:
-        _leave(number)
+        _raise_preempted(number)
 
 
-def _leave(number: int) -> None:
+def _raise_preempted(number: int) -> None:
     _state.leaving = True  # a second signal must not disturb what happens on the way out
     raise Preempted(number)
 
 
 def _received_by_any_rank(device: torch.device) -> int:
+    """Return the largest number of a signal that a rank has received, 0 if there is none."""
     distributed = torch.distributed
     if not (distributed.is_available() and distributed.is_initialized()):
         return _state.received
@@ -146,11 +142,14 @@ def _received_by_any_rank(device: torch.device) -> int:
     return int(number)
 
 
-def _hand_over(number: int, earlier: dict[int, Any]) -> None:
-    """Let the earlier handler have the signal; leave with 128 + number if it does not."""
+def _requeue_or_exit(number: int, earlier: dict[int, Any]) -> None:
+    """Call the handler that was installed before; raise SystemExit(128 + number) if it returns.
+
+    earlier: signal number -> that handler.
+    """
     requeue = _submitit_handler(earlier)
     if requeue is not None and (number != signal.SIGTERM or _job_is_running()):
-        _say(number, "the job is requeued and goes on from the last checkpoint")
+        _print(number, "the job is requeued and resumes from the last checkpoint")
         try:
             requeue(number, None)
         except subprocess.CalledProcessError as error:
@@ -160,14 +159,17 @@ def _hand_over(number: int, earlier: dict[int, Any]) -> None:
         # Only rank 0 requeues, and SLURM then ends the others. One that ends before could count as
         # a failure of the job.
         time.sleep(REQUEUE_SECONDS if os.environ.get("SLURM_PROCID", "0") != "0" else 0)
-    _say(number, "the same command goes on from the last checkpoint")
+    _print(number, "the same command resumes from the last checkpoint")
     if callable(earlier[number]) and requeue is None:
         earlier[number](number, None)
     sys.exit(128 + number)
 
 
 def _submitit_handler(earlier: dict[int, Any]) -> Callable[[int, None], None] | None:
-    """submitit listens to one of SIGUSR1 and SIGUSR2 and ignores SIGTERM."""
+    """Return submitit's handler, None outside its jobs.
+
+    submitit listens to one of SIGUSR1 and SIGUSR2 and ignores SIGTERM.
+    """
     if os.environ.get("SUBMITIT_EXECUTOR") != "slurm":
         return None
     return next(
@@ -176,20 +178,20 @@ def _submitit_handler(earlier: dict[int, Any]) -> Callable[[int, None], None] | 
 
 
 def _job_is_running() -> bool:
-    """False once SLURM itself ends the job: cancelled by its owner, or requeued by SLURM.
+    """Return False once SLURM itself ends the job: cancelled by its owner, or requeued by SLURM.
 
     SIGTERM to a job that SLURM still calls running announces preemption: the job has a period of
-    grace, and if it ended in that period without asking for it, nobody would requeue it.
+    grace, and a job that ends in it without having requeued itself is not requeued.
     """
-    asked = ["squeue", "--noheader", "--jobs", os.environ.get("SLURM_JOB_ID", ""), "--format=%T"]
+    command = ["squeue", "--noheader", "--jobs", os.environ.get("SLURM_JOB_ID", ""), "--format=%T"]
     try:
-        shown = subprocess.run(asked, capture_output=True, text=True, timeout=10)
+        shown = subprocess.run(command, capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
         return False
     return shown.stdout.strip() == "RUNNING"
 
 
-def _say(number: int, text: str) -> None:
+def _print(number: int, text: str) -> None:
     line = f"{signal.Signals(number).name}: {text}"
     logger.info(line)
     if this_process().is_main:

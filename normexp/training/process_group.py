@@ -1,9 +1,9 @@
-"""The processes that train one model together: who they are, and how they start and end as one.
+"""The processes that train one model together: their ranks, how they start and how they end.
 
-torchrun and srun start the same command several times. Each process finds its rank in the
-environment. Rank 0 does everything that a single process does; the others train along and are
-otherwise silent: they write nothing and print nothing. What they need to know rank 0 tells them,
-and whatever ends one of them ends all.
+torchrun and srun start the same command several times. Each process reads its rank from the
+environment. Rank 0 does everything that a single process does; the others only train, write
+nothing and print nothing. Rank 0 publishes the values that they need in a store that all share,
+and the end of one process, by success, error or kill, ends all.
 """
 
 import functools
@@ -24,23 +24,23 @@ from typing import Any
 
 from normexp.errors import UserError
 
-MEETING_TIMEOUT = timedelta(minutes=15)
+JOIN_TIMEOUT = timedelta(minutes=15)
 """How long ranks wait for rank 0 to start."""
 COLLECTIVE_TIMEOUT = timedelta(hours=1)
 """How long ranks wait in training for a slow one, such as rank 0 that writes a checkpoint."""
-FAREWELL_SECONDS = 60.0
+REPORT_SECONDS = 60.0
 """How long a failed rank waits for rank 0 to record why."""
-PARTING_SECONDS = 10.0
-"""How long rank 0 waits at its end until all others have learnt of it."""
+EXIT_SECONDS = 10.0
+"""How long rank 0 waits at its end until all others know of it."""
 _POLL_SECONDS = 0.2
 
 logger = logging.getLogger(__name__)
-_meetings = itertools.count()
+_joins = itertools.count()
 
 
 @dataclass(frozen=True)
 class Process:
-    """One of `size` processes; `local_rank` counts those of its node."""
+    """One of `size` processes; `local_rank` is its number among those of its node."""
 
     rank: int = 0
     size: int = 1
@@ -50,14 +50,15 @@ class Process:
 
     @property
     def is_main(self) -> bool:
+        """True on rank 0."""
         return self.rank == 0
 
 
 def this_process(environment: Mapping[str, str] = os.environ) -> Process:
-    """Who this process is: by torchrun's variables, else by those of an srun step, else alone.
+    """Read this process's rank from torchrun's variables, else from those of an srun step.
 
-    An allocation of several tasks makes no ranks; an srun step of several tasks does. Raises
-    UserError where the variables are incomplete.
+    Without either it is the only process. An srun step of several tasks has ranks, an allocation of
+    several tasks by itself has none. Raises UserError where the variables are incomplete.
     """
     if int(environment.get("WORLD_SIZE", 1)) > 1 and "RANK" in environment:
         return _by_torchrun(environment)
@@ -91,62 +92,69 @@ def _by_srun(environment: Mapping[str, str]) -> Process:
 
 
 def first_node(nodes: str) -> str:
-    """First name of a SLURM node list: "gpu[03-05,9]-ib,cpu1" gives "gpu03-ib"."""
+    """Return the first name of a SLURM node list: "gpu[03-05,9]-ib,cpu1" gives "gpu03-ib"."""
     return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", nodes).split(",")[0]
 
 
-class MainEnded(Exception):
-    """Rank 0 has ended the run, well or not, and needs this rank no more."""
+class MainExited(Exception):
+    """Rank 0 has ended the run, by success or failure, and this rank can end."""
 
 
-class ToldByMain(UserError):
-    """The run has failed, and rank 0 has told the user why."""
+class FailedOnMain(UserError):
+    """The run has failed, and rank 0 has shown the user the reason."""
 
 
 class Ranks:
-    """All processes of a run as seen by one of them; see `together`."""
+    """All processes of a run as seen by one of them; see `joined`.
+
+    succeeded: set by rank 0 before the end; False makes all exit with an error. on_failure: called
+    on rank 0, with a reason, when another rank has failed.
+    """
 
     def __init__(self, process: Process):
         self.process = process
         self.rank, self.size, self.is_main = process.rank, process.size, process.is_main
         self.succeeded = True
         self.on_failure: Callable[[str], None] | None = None
-        self._noticed = threading.Event()  # the end, by the thread that runs this rank
-        self._told_of_failure = threading.Event()  # of another rank, by the thread that watches
+        self._end_noticed = threading.Event()  # by the main thread of this rank
+        self._failure_shown = threading.Event()  # another rank's, by the watching thread
         if self.size > 1:
-            prefix = f"normexp/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/{next(_meetings)}"
+            prefix = f"normexp/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/{next(_joins)}"
             self.store = _store(process, prefix, "work")
-            # A client of its own, because one that waits makes all others of its threads wait.
+            # A client of its own: while one thread waits in a client, all others wait too.
             self._watched = _store(process, prefix, "watch")
             threading.Thread(target=self._watch, daemon=True).start()
 
-    def tell(self, name: str, value: Any) -> None:
-        """Let the other ranks know a value (of JSON's types); on rank 0."""
+    def publish(self, name: str, value: Any) -> None:
+        """Make a value (of JSON's types) known to the other ranks. Called on rank 0."""
         if self.size > 1:
             self.store.set(name, json.dumps(value))
 
-    def told(self, name: str) -> Any:
-        """What rank 0 tells under this name, waited for without a limit; on the others.
+    def receive(self, name: str) -> Any:
+        """Wait, without a limit, for the value that rank 0 publishes. Called on the others.
 
-        Raises MainEnded where rank 0 ends instead.
+        Raises MainExited where rank 0 ends instead.
         """
         import torch.distributed as dist
 
         try:
             while not self.store.check([name]):
                 if self.store.check(["end"]):
-                    raise MainEnded
+                    raise MainExited
                 time.sleep(_POLL_SECONDS)
             return json.loads(self.store.get(name))
         except dist.DistError:  # rank 0 or the launcher was killed, and the store with it
-            raise MainEnded from None
+            raise MainExited from None
 
     def from_main(self, name: str, produce: Callable[[], Any]) -> Any:
-        """What `produce` returns on rank 0, where alone it is called, on all ranks."""
+        """Call `produce` on rank 0 alone and return its value (of JSON's types) on all ranks.
+
+        Raises MainExited on the others where rank 0 ends instead.
+        """
         if not self.is_main:
-            return self.told(name)
+            return self.receive(name)
         value = produce()
-        self.tell(name, value)
+        self.publish(name, value)
         return value
 
     def refuse_other_number(self, ranks: int) -> None:
@@ -162,58 +170,62 @@ class Ranks:
         self.store.set(f"device {self.rank}", device)
         if not self.is_main:
             return
-        found: dict[str, int] = {}
+        rank_of: dict[str, int] = {}
         for rank in range(self.size):
             while not self.store.check([f"device {rank}"]):
                 time.sleep(_POLL_SECONDS)
             name = self.store.get(f"device {rank}").decode()
-            if name in found:
+            if name in rank_of:
                 raise UserError(
-                    f"ranks {found[name]} and {rank} have the same GPU ({name}): start as many "
+                    f"ranks {rank_of[name]} and {rank} have the same GPU ({name}): start as many "
                     "processes on a node as it has GPUs, or train with fairseq.common.cpu=true"
                 )
-            found[name] = rank
+            rank_of[name] = rank
 
-    def lost_another(self, error: BaseException) -> bool:
-        """Whether an error says that the connection to another rank broke: it was killed."""
+    def is_lost_peer(self, error: BaseException) -> bool:
+        """Return whether an error means that another rank was killed: its connection broke.
+
+        Where another rank failed with a reason, this does not return: the watching thread shows the
+        reason and ends the process.
+        """
         lost = self.size > 1 and _is_lost_connection(error)
-        if lost and self._told_of_failure.is_set():
-            # By its end the rank that failed broke the connection; the other thread has told of it
-            # and is about to end this process.
-            time.sleep(2 * PARTING_SECONDS)
+        if lost and self._failure_shown.is_set():
+            # The rank that failed broke the connection by its end. The watching thread has shown
+            # the reason and is about to end this process.
+            time.sleep(2 * EXIT_SECONDS)
         if lost:
-            self._noticed.set()
+            self._end_noticed.set()
         return lost
 
-    def leave(self, error: BaseException | None) -> None:
-        """End this rank's part with an error or None; rank 0's is the end for all.
+    def shut_down(self, error: BaseException | None) -> None:
+        """End this rank, after an error or None. The end of rank 0 is the end of all.
 
-        On the others this returns when rank 0 has ended. Raises SystemExit after an error of the
-        rank's own and ToldByMain where rank 0 did not succeed.
+        On the others this returns when rank 0 has ended. There it raises SystemExit after an error
+        of the rank's own and FailedOnMain where rank 0 did not succeed.
         """
         if self.size == 1:
             return
         if self.is_main:
-            self._noticed.set()
-            self._end(error is None and self.succeeded)
+            self._end_noticed.set()
+            self._publish_end(error is None and self.succeeded)
             return
         if getattr(error, "of_all_ranks", False):
-            self._wait_for_end(FAREWELL_SECONDS)
-            self._noticed.set()
+            self._wait_for_end(REPORT_SECONDS)
+            self._end_noticed.set()
             self._count_out(self.store)
             return
-        if error is not None and not isinstance(error, MainEnded):
+        if error is not None and not isinstance(error, MainExited):
             self._report(error)
-            self._wait_for_end(FAREWELL_SECONDS)
+            self._wait_for_end(REPORT_SECONDS)
             self._count_out(self.store)
             raise SystemExit(1)
         succeeded = self._wait_for_end()
-        self._noticed.set()
+        self._end_noticed.set()
         self._count_out(self.store)
         if not succeeded:
-            raise ToldByMain("the run failed on rank 0")
+            raise FailedOnMain("the run failed on rank 0")
 
-    def _end(self, succeeded: bool) -> None:
+    def _publish_end(self, succeeded: bool) -> None:
         import torch.distributed as dist
 
         # A launcher that has been killed has taken the store with it.
@@ -223,7 +235,7 @@ class Ranks:
 
     def _wait_for_others(self, store: Any) -> None:
         # The store may be this process's, and its end would look like a failure to the others.
-        deadline = time.monotonic() + PARTING_SECONDS
+        deadline = time.monotonic() + EXIT_SECONDS
         while store.add("out", 0) < self.size - 1 and time.monotonic() < deadline:
             time.sleep(_POLL_SECONDS)
 
@@ -234,7 +246,10 @@ class Ranks:
             store.add("out", 1)
 
     def _wait_for_end(self, seconds: float = float("inf")) -> bool:
-        """Whether rank 0 succeeded; no, where it is not heard of (any more)."""
+        """Wait for the end of rank 0 and return whether it succeeded.
+
+        Returns False where rank 0 was killed or the time is over.
+        """
         import torch.distributed as dist
 
         deadline = time.monotonic() + seconds
@@ -248,86 +263,89 @@ class Ranks:
             return False
 
     def _report(self, error: BaseException) -> None:
+        """Send an error of this rank to rank 0. Of several ranks' errors the first counts."""
         import torch.distributed as dist
 
         reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-        said = {
+        failure = {
             "reason": f"rank {self.rank}: {reason}",
             "traceback": "".join(traceback.format_exception(error)),
             "is_result": isinstance(error, Exception)
             and not isinstance(error, UserError)
-            and not self.lost_another(error),
+            and not self.is_lost_peer(error),
         }
         with suppress(dist.DistError):  # rank 0 has gone
-            self.store.compare_set("failure", "", json.dumps(said))
+            self.store.compare_set("failure", "", json.dumps(failure))
 
     def _watch(self) -> None:
-        """End this process when another has failed: its own thread may wait for that one forever.
+        """End this process when another has failed. Runs in a thread of its own.
 
-        A process group cannot be left from Python while it waits for a rank that is not there.
+        The main thread may wait in a collective for the rank that failed, forever: Python cannot
+        interrupt that.
         """
         import torch.distributed as dist
 
-        sign = "failure" if self.is_main else "end"
+        key = "failure" if self.is_main else "end"
         try:
-            while not self._watched.check([sign]):
-                if self._noticed.wait(1.0):
+            while not self._watched.check([key]):
+                if self._end_noticed.wait(1.0):
                     return
-            said = json.loads(self._watched.get(sign))
+            value = json.loads(self._watched.get(key))
         except dist.DistError:  # rank 0, or the launcher, which keeps the store, has gone
-            said = False
-        # First the rank's own thread may find out by itself.
-        if said is True or self._noticed.wait(2.0):
+            value = False
+        # Give the main thread time to find out by itself.
+        if value is True or self._end_noticed.wait(2.0):
             return
-        if self.is_main and said:
-            self._end_by_failure(said)
+        if self.is_main and value:
+            self._end_by_failure(value)
         elif not self.is_main:
             self._count_out(self._watched)
         os._exit(1)
 
-    def _end_by_failure(self, said: Mapping[str, Any]) -> None:
-        self._told_of_failure.set()
-        logger.info("another rank failed:\n%s", said["traceback"])
-        if said["is_result"] and self.on_failure is not None:
-            self.on_failure(said["reason"])
-        print(f"error: {said['reason']}", file=sys.stderr, flush=True)
+    def _end_by_failure(self, failure: Mapping[str, Any]) -> None:
+        """Show and record another rank's failure, on rank 0, and end the others."""
+        self._failure_shown.set()
+        logger.info("another rank failed:\n%s", failure["traceback"])
+        if failure["is_result"] and self.on_failure is not None:
+            self.on_failure(failure["reason"])
+        print(f"error: {failure['reason']}", file=sys.stderr, flush=True)
         self._watched.set("end", json.dumps(False))
         self._wait_for_others(self._watched)
 
 
 @contextmanager
-def together() -> Iterator[Ranks]:
-    """The ranks of one run, met on entering; whatever ends it on one ends it on all.
+def joined() -> Iterator[Ranks]:
+    """Connect the ranks of one run; the end of this context on one rank ends it on all.
 
-    Raises UserError where they cannot meet. On ranks other than 0, errors are reported to rank 0
-    and become SystemExit; they leave the context when rank 0 does, with ToldByMain if it failed.
+    Raises UserError where they cannot connect. On ranks other than 0, errors are reported to rank 0
+    and become SystemExit; the context ends when rank 0's does, with FailedOnMain if that failed.
     """
     ranks = Ranks(this_process())
     try:
         yield ranks
     except BaseException as error:
-        ranks.leave(error)
-        if isinstance(error, MainEnded):
+        ranks.shut_down(error)
+        if isinstance(error, MainExited):
             return
         raise
-    ranks.leave(None)
+    ranks.shut_down(None)
 
 
 @functools.cache
 def _server_and_client(process: Process, purpose: str) -> Any:
-    """A connection to the store, kept for further runs of this process; rank 0 or torchrun has it.
+    """Connect to the store, which rank 0 or torchrun serves; kept for later runs of this process.
 
-    purpose: tells the connections of one process apart.
+    purpose: one connection is made for each. Raises UserError where the store cannot be reached.
     """
     import torch.distributed as dist
 
-    torchrun_has_it = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    torchrun_serves = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     try:
         return dist.TCPStore(
             process.address,
             process.port,
-            is_master=process.is_main and not torchrun_has_it and purpose == "work",
-            timeout=MEETING_TIMEOUT,
+            is_master=process.is_main and not torchrun_serves and purpose == "work",
+            timeout=JOIN_TIMEOUT,
             wait_for_workers=False,
         )
     except dist.DistError as error:

@@ -13,8 +13,11 @@ from torch import nn
 from normexp.config.settings import SpeedSettings
 
 
-def into_model(speed: SpeedSettings, model: nn.Module, criterion: nn.Module) -> None:
-    """Let a fairseq model and its criterion train as the settings say, in place."""
+def apply_to_model(speed: SpeedSettings, model: nn.Module, criterion: nn.Module) -> None:
+    """Let a fairseq model and its criterion train as the settings say, in place.
+
+    Of the settings, `fast_dropout` and `precision` matter here.
+    """
     from normexp.fairseq_plugin.dropout import use_fast_dropout
     from normexp.fairseq_plugin.fast_attention import use_fast_attention
 
@@ -27,6 +30,7 @@ def into_model(speed: SpeedSettings, model: nn.Module, criterion: nn.Module) -> 
 
 
 def _train_in_bfloat16(criterion: nn.Module) -> None:
+    """Run the criterion's training steps, forward pass of the model included, under autocast."""
     forward = criterion.forward
 
     @functools.wraps(forward)

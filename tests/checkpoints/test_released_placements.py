@@ -21,7 +21,7 @@ TARGET = torch.tensor([[2, 9, 8, 7, 5, 6], [2, 15, 14, 1, 1, 1], [2, 6, 5, 13, 1
 
 
 def load(path: Path) -> nn.Module:
-    """The model as fairseq's tools load it, in eval mode."""
+    """Load the model as fairseq's tools do, in eval mode."""
     words = dictionary()
     task = TranslationTask(TranslationConfig(), words, words)
     (model,), _, _ = checkpoint_utils.load_model_ensemble_and_task([str(path)], task=task)

@@ -1,4 +1,4 @@
-"""The recorded checkpoints of the authors' code translate as they did there, and train on."""
+"""The recorded checkpoints translate as in the authors' code, and training can continue."""
 
 import math
 import os
@@ -26,7 +26,7 @@ PLUGIN = REPOSITORY / "normexp" / "fairseq_plugin"
 
 
 def load(path: Path) -> torch.nn.Module:
-    """The model as fairseq's tools load it, in eval mode."""
+    """Load the model as fairseq's tools do, in eval mode."""
     words = Dictionary.load(str(GOLDEN / "dict.de.txt"))
     task = TranslationTask(TranslationConfig(), words, words)
     (model,), _, _ = checkpoint_utils.load_model_ensemble_and_task([str(path)], task=task)

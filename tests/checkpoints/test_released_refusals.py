@@ -25,7 +25,7 @@ NORMS = ("power", "power", "batch", "layer")
 
 
 def refused(source: Path, message: str) -> None:
-    """The file is refused with this message in one line that names it, and nothing is written."""
+    """Check that the file is refused in one line with its name, and that nothing is written."""
     folder = source.parent
     before = sorted(folder.iterdir())
     with pytest.raises(UserError, match=message) as error:
@@ -41,7 +41,7 @@ def recorded() -> bytes:
 
 
 class Hostile:
-    """Unpickled without care, runs a command."""
+    """Runs a command when it is unpickled without restrictions."""
 
     def __init__(self, function: Callable[..., Any], *arguments: Any):
         self.function, self.arguments = function, arguments

@@ -8,22 +8,17 @@ from typing import IO
 
 import pytest
 import torch
+from support.checkpoint_files import write
 
 from normexp.checkpoints import store
 from normexp.errors import UserError
-
-
-def write(path: Path, values: list[float], step: int) -> Path:
-    model = {"w": torch.tensor(values), "norm.step": torch.tensor(step)}
-    torch.save({"model": model, "optimizer_history": [{"num_updates": step}]}, path)
-    return path
 
 
 def test_average_is_the_mean_and_counters_are_the_newest(tmp_path: Path) -> None:
     for epoch, values in ((7, [9.0, 9.0]), (8, [1.0, 2.0]), (9, [4.0, 6.0]), (10, [1.0, 7.0])):
         write(tmp_path / f"checkpoint{epoch}.pt", values, step=10 * epoch)
     write(tmp_path / "checkpoint_last.pt", [0.0, 0.0], 100)
-    path, description = store.choose(tmp_path, "average", 3)
+    path, description = store.select(tmp_path, "average", 3)
     model = store.load(path)["model"]
     assert model["w"].tolist() == [2.0, 5.0] and model["w"].dtype == torch.float32
     assert model["norm.step"] == 100
@@ -32,16 +27,16 @@ def test_average_is_the_mean_and_counters_are_the_newest(tmp_path: Path) -> None
 
 def test_average_of_what_there_is(tmp_path: Path) -> None:
     write(tmp_path / "checkpoint_last.pt", [3.0], 5)
-    assert store.choose(tmp_path, "average", 5)[0].name == "checkpoint_last.pt"
+    assert store.select(tmp_path, "average", 5)[0].name == "checkpoint_last.pt"
     write(tmp_path / "checkpoint1.pt", [1.0], 5)
-    assert store.choose(tmp_path, "average", 5)[0].name == "checkpoint1.pt"
+    assert store.select(tmp_path, "average", 5)[0].name == "checkpoint1.pt"
 
 
 def test_average_of_different_models_is_refused(tmp_path: Path) -> None:
     write(tmp_path / "checkpoint1.pt", [1.0], 1)
     torch.save({"model": {"v": torch.ones(1)}}, tmp_path / "checkpoint2.pt")
     with pytest.raises(UserError, match="different models"):
-        store.choose(tmp_path, "average", 2)
+        store.select(tmp_path, "average", 2)
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 half of a checkpoint", None])
@@ -101,24 +96,8 @@ def test_copy_is_whole_or_absent(tmp_path: Path, monkeypatch) -> None:
     assert old.read_bytes() == b"new"
 
 
-def test_newest_readable_checkpoint(tmp_path: Path) -> None:
-    assert store.newest_good(tmp_path) is None
-    write(tmp_path / "checkpoint1.pt", [1.0], 10)
-    write(tmp_path / "checkpoint_2_15.pt", [1.5], 15)
-    last = write(tmp_path / "checkpoint_last.pt", [2.0], 20)
-    path, state = store.newest_good(tmp_path)
-    assert path == last and state["model"]["w"] == 2
-    last.write_bytes(last.read_bytes()[:100])
-    path, state = store.newest_good(tmp_path)
-    assert path.name == "checkpoint_2_15.pt" and state["model"]["w"] == 1.5
-    for path in tmp_path.iterdir():
-        path.write_bytes(b"")
-    with pytest.raises(UserError, match="to train anew"):
-        store.newest_good(tmp_path)
-
-
 def test_flipped_bit_is_noticed(tmp_path: Path) -> None:
-    """In every byte of a tensor; torch itself reads such a file as if nothing were wrong."""
+    """In every byte of a tensor; torch itself reads such a file without an error."""
     path = write(tmp_path / "checkpoint1.pt", [1.0, -2.0], 1)
     whole = path.read_bytes()
     tensor = struct.pack("<ff", 1.0, -2.0)
@@ -130,26 +109,3 @@ def test_flipped_bit_is_noticed(tmp_path: Path) -> None:
         assert torch.load(path)["model"]["w"].tolist() != [1.0, -2.0]
         with pytest.raises(UserError, match=r"checkpoint1\.pt is damaged .* checksum"):
             store.load(path)
-
-
-def test_average_without_a_gap(tmp_path: Path) -> None:
-    for epoch in (2, 4, 6, 10):
-        write(tmp_path / f"checkpoint{epoch}.pt", [float(epoch)], epoch)
-    assert store.choose(tmp_path, "average", 1)[0].name == "checkpoint10.pt"
-    with pytest.raises(store.Lost, match=r"checkpoint8\.pt is missing") as lost:
-        store.choose(tmp_path, "average", 4, save_interval=2)
-    source = store.go_back_before(tmp_path, lost.value)
-    assert source.name == "checkpoint6.pt"
-    names = {path.name for path in tmp_path.iterdir()}
-    assert names == {"checkpoint2.pt", "checkpoint4.pt", "checkpoint6.pt"}
-    (tmp_path / "checkpoint4.pt").unlink()
-    assert store.choose(tmp_path, "average", 1, save_interval=2)[0] == source
-
-
-def test_nothing_is_removed_where_there_is_no_way_back(tmp_path: Path) -> None:
-    for epoch in (3, 4):
-        write(tmp_path / f"checkpoint{epoch}.pt", [float(epoch)], epoch)
-    lost = store.Lost(tmp_path / "checkpoint2.pt", "lost")
-    with pytest.raises(UserError, match="no earlier one is left"):
-        store.go_back_before(tmp_path, lost)
-    assert len(list(tmp_path.iterdir())) == 2

@@ -1,4 +1,4 @@
-"""A toy corpus of each kind, and models built the two ways users build them."""
+"""A toy corpus of each kind, and models built in the two ways in which users build them."""
 
 import argparse
 import itertools
@@ -90,7 +90,7 @@ def language_model_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def command_line_config(monkeypatch: pytest.MonkeyPatch) -> Callable[..., DictConfig]:
-    """What fairseq-train makes of its command line."""
+    """Return fairseq's configuration from a command line, as fairseq-train parses it."""
     # fairseq's conversion needs Hydra's old behaviour, which a test of an app may have switched.
     monkeypatch.setattr(VersionBase.instance(), "version_base", Version("1.1"))
 
@@ -103,7 +103,7 @@ def command_line_config(monkeypatch: pytest.MonkeyPatch) -> Callable[..., DictCo
 
 @pytest.fixture
 def structured_config() -> Callable[..., DictConfig]:
-    """What a Hydra app makes of its groups: plain values over fairseq's dataclasses."""
+    """Return fairseq's configuration from Hydra's groups: values over fairseq's dataclasses."""
 
     def merge(**groups: Any) -> DictConfig:
         config = OmegaConf.merge(OmegaConf.structured(FairseqConfig), groups)

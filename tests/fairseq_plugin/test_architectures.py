@@ -28,7 +28,7 @@ def preset_pair(
     translation_data: Path,
     language_model_data: Path,
 ) -> Callable[..., tuple[DictConfig, DictConfig]]:
-    """Configurations of one preset by both ways."""
+    """Return the configurations of one preset built in both ways."""
 
     def configure(stem: str) -> tuple[DictConfig, DictConfig]:
         preset = OmegaConf.load(PRESETS / f"{stem}.yaml")

@@ -43,7 +43,7 @@ def _gradients(model: nn.Module, loss: Tensor) -> list[Tensor]:
 def test_penalties_are_added_to_the_summed_loss(
     name: str, build_translation: Callable[..., nn.Module], sentences: argparse.Namespace
 ) -> None:
-    """Against fairseq's loss plus the penalty computed from what each layer was given."""
+    """The loss is fairseq's plus the penalty computed from the input of each layer."""
     model = build_translation(
         norm="regularized_batch", norm_options='{"penalty_mean": 3.0, "penalty_var": 0.5}'
     ).double()

@@ -17,7 +17,7 @@ TRAINING = (
 
 
 def _run(command: list[str], folder: Path, python_path: str = "") -> str:
-    """Run in a foreign folder, without help from the environment; returns what it printed."""
+    """Run in a foreign folder, without variables of the environment; return what it printed."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": python_path}
     done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -96,7 +96,7 @@ print([path for path in sys.path if path.endswith("normexp")])
 
 @pytest.fixture
 def clone(tmp_path: Path) -> Path:
-    """A copy of what the plugin needs of the repository, at another place."""
+    """A copy of the plugin's part of the repository in another folder."""
     for part in ("normexp", "configs/model"):
         source = PLUGIN.parents[1] / part
         ignore = shutil.ignore_patterns("__pycache__")

@@ -45,7 +45,7 @@ def test_outputs_and_gradients(kind: str | None, padded: bool) -> None:
 
 
 def test_a_sentence_of_padding_alone_spoils_nothing() -> None:
-    """Neither its own outputs nor, through the gradients, the weights."""
+    """No NaN arises in the outputs of other sentences or, through gradients, in the weights."""
     _, fast = pair()
     padding = torch.zeros(B, T, dtype=torch.bool)
     padding[1] = True

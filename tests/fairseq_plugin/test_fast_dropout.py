@@ -8,9 +8,8 @@ from fairseq.modules import FairseqDropout, MultiheadAttention
 from torch import Tensor, nn
 
 from normexp.config.settings import SpeedSettings
-from normexp.fairseq_plugin.dropout import FastDropout, fast_dropout
+from normexp.fairseq_plugin.dropout import FastDropout, compiled_for, fast_dropout
 from normexp.fairseq_plugin.fast_attention import FastAttention
-from normexp.fairseq_plugin.training_kernels import compiled_for
 from normexp.norms.kernels.choice import chosen_kernels, use_kernels
 from normexp.training import speed
 
@@ -21,7 +20,7 @@ SHAPE = (67, 31, 33)  # no multiple of a segment, of a step, of a word
 def kernels(request: pytest.FixtureRequest) -> Iterator[str]:
     chosen = chosen_kernels()
     use_kernels("auto")
-    if request.param == "native" and not compiled_for(torch.ones(1), torch.float32):
+    if request.param == "native" and not compiled_for(torch.ones(1)):
         pytest.skip("no compiler")
     use_kernels(request.param)
     yield request.param
@@ -143,7 +142,7 @@ def test_attention_is_fairseqs(need_weights: bool, causal: bool) -> None:
 def test_settings_replace_modules_only_when_on(build_translation: Callable[..., nn.Module]) -> None:
     def kinds(**chosen: object) -> set[type]:
         model = build_translation(dropout=0.1)
-        speed.into_model(SpeedSettings(**chosen), model, nn.Identity())
+        speed.apply_to_model(SpeedSettings(**chosen), model, nn.Identity())
         return {type(module) for module in model.modules()}
 
     assert {FairseqDropout, MultiheadAttention} <= kinds()
@@ -159,7 +158,7 @@ def test_precision_is_of_training_only(precision: str) -> None:
             return (sample["target"] @ sample["target"]).dtype
 
     model, criterion = nn.Linear(2, 2), Criterion()
-    speed.into_model(SpeedSettings(precision=precision), model, criterion)
+    speed.apply_to_model(SpeedSettings(precision=precision), model, criterion)
     sample = {"target": torch.ones(2, 2)}
     assert criterion(model.train(), sample) == getattr(torch, precision)
     assert criterion(model.eval(), sample) == torch.float32

@@ -15,8 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from normexp.fairseq_plugin.fused_loss import fused_loss
-from normexp.fairseq_plugin.training_kernels import compiled_for
+from normexp.fairseq_plugin.fused_loss import compiled_for, fused_loss
 from normexp.norms.kernels.choice import chosen_kernels, use_kernels
 
 PAD = 1
@@ -28,7 +27,7 @@ TOLERANCE = {torch.float64: (1e-10, 1e-10), torch.float32: (2e-6, 2e-6)}
 def kernels(request: pytest.FixtureRequest) -> Iterator[str]:
     chosen = chosen_kernels()
     use_kernels("auto")
-    if request.param == "native" and not compiled_for(torch.ones(1), torch.float32):
+    if request.param == "native" and not compiled_for(torch.ones(1)):
         pytest.skip("no compiler")
     use_kernels(request.param)
     yield request.param

@@ -1,4 +1,4 @@
-"""The evaluation's beam search finds what fairseq's does, and leaves the model as it was."""
+"""The evaluation's beam search finds fairseq's hypotheses and does not change the model."""
 
 import argparse
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""A folded model gives the same as the model, without the norms."""
+"""A folded model has the outputs of the model, without its norms."""
 
 import argparse
 import copy
@@ -26,7 +26,7 @@ def _everywhere(kind: str, norm: str) -> dict[str, Any]:
 
 
 def _with_statistics(model: nn.Module) -> nn.Module:
-    """Weights and running statistics that are far from where they start."""
+    """Set weights and running statistics far from their initial values."""
     generator = torch.Generator().manual_seed(0)
     for name, value in model.state_dict().items():
         if "layer_norm" not in name or not value.is_floating_point():
@@ -193,7 +193,7 @@ def _repeat_a_layer(model: nn.Module) -> None:
 
 
 def _attend_to_biases(model: nn.Module) -> None:
-    """fairseq's add_bias_kv and add_zero_attn: keys and values that no norm has passed."""
+    """fairseq's add_bias_kv and add_zero_attn add keys and values without a norm before them."""
     for layer in model.encoder.layers:
         layer.self_attn.bias_k = nn.Parameter(torch.randn(1, 1, 16))
         layer.self_attn.bias_v = nn.Parameter(torch.randn(1, 1, 16))

@@ -34,7 +34,7 @@ def _everywhere(kind: str, norm: str) -> dict[str, str]:
 
 
 def _record(model: nn.Module) -> list[tuple[str, tuple[int, ...], Tensor | None]]:
-    """Let every norm of a site write down (its name, the shape of x, its mask) when called."""
+    """Record (name, shape of x, mask) of every call of a norm at a site."""
     calls = []
 
     def hook(name: str) -> Callable[..., None]:
@@ -143,7 +143,7 @@ def test_incremental_decoding_equals_the_full_forward(
 def _steps(
     model: nn.Module, source: Tensor, shifted: Tensor, target: Tensor, steps: int = 3
 ) -> list[Tensor]:
-    """Train by SGD; returns per step the logits at real positions and the loss, last gradients."""
+    """Train by SGD; return per step the logits at tokens and the loss, and the last gradients."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     results = []
     for _ in range(steps):

@@ -1,4 +1,4 @@
-"""The sizes that docs/language_models.md states are those of the models."""
+"""The models have the sizes that docs/language_models.md states."""
 
 import re
 from pathlib import Path
@@ -19,7 +19,7 @@ TYPES = {"ptb": 10_008, "wikitext103": 267_744}
 
 
 def _count(command: str) -> int:
-    """Parameters of a configuration, built with as many words as its corpus has."""
+    """Count the parameters of a configuration with as many words as its corpus has."""
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(REPOSITORY / "configs"), version_base="1.3"):
         settings = parse(compose("train", command.split()))

@@ -1,4 +1,4 @@
-"""resolve_sites: what stands where, and what is refused."""
+"""resolve_sites: the norm at each site, and invalid choices."""
 
 import json
 import subprocess

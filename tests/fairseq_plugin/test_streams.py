@@ -1,4 +1,4 @@
-"""Language modelling with the text walked through in order, in parallel streams."""
+"""Language modelling on the text in order, in parallel streams."""
 
 from collections.abc import Callable
 from itertools import count

@@ -65,7 +65,7 @@ def test_unfit_published_parameters_are_refused() -> None:
 def _by_definition(
     attention: TensorizedAttention, x: Tensor, r: Tensor, u: Tensor, t: Tensor
 ) -> Tensor:
-    """M written out as in the publication, core by core, with the mask laid over it at last."""
+    """Compute M as the publication writes it, core by core, with the mask applied last."""
     q, k, v = attention.qkv(x).chunk(3, dim=-1)
     p = attention.positions(r)
     per_core = [
@@ -193,7 +193,7 @@ def test_final_norm_is_refused(build_tensorized: Callable[..., nn.Module]) -> No
 def test_adaptive_softmax_is_tied_and_gives_the_loss_of_its_distribution(
     normalize_before: bool, build_tensorized: Callable[..., nn.Module]
 ) -> None:
-    """As WikiText-103 is trained: the criterion's loss against the written-out distribution."""
+    """The setting of WikiText-103: the criterion's loss against the written-out distribution."""
     model = build_tensorized(
         adaptive_softmax_cutoff="8,16",
         adaptive_softmax_factor=2,
@@ -226,7 +226,7 @@ def test_adaptive_softmax_is_tied_and_gives_the_loss_of_its_distribution(
 def test_stock_adaptive_loss_leaves_out_a_word_of_each_band(
     build_tensorized: Callable[..., nn.Module],
 ) -> None:
-    """The reason for our own: fairseq takes the second word of a band for padding."""
+    """The reason for normexp_adaptive_loss: fairseq treats a band's second word as padding."""
     model = build_tensorized(adaptive_softmax_cutoff="8,16", adaptive_softmax_factor=2)
     task = SimpleNamespace(target_dictionary=model.decoder.dictionary)
     losses = {}
@@ -246,7 +246,7 @@ def test_stock_adaptive_loss_leaves_out_a_word_of_each_band(
 
 @pytest.mark.parametrize("attention", ["published", "causal"])
 def test_it_learns(attention: str, build_tensorized: Callable[..., nn.Module]) -> None:
-    """Copying the previous token is learnt causally, the very target with the published mask."""
+    """Causal attention learns to copy the previous token, published attention the target itself."""
     torch.manual_seed(0)
     model = build_tensorized(attention=attention, decoder_head_dim=16)
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)

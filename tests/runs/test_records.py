@@ -14,20 +14,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from normexp.config.identity import hash_config
 from normexp.errors import UserError
 from normexp.runs import records
-from normexp.runs.records import (
-    Record,
-    code_version,
-    hardware_facts,
-    hash_config,
-    load_records,
-    package_versions,
-    read_record,
-    record_path,
-    utc_now,
-    write_record,
-)
+from normexp.runs.provenance import code_version, hardware_facts, package_versions, utc_now
+from normexp.runs.records import Record, load_records, read_record, record_path, write_record
 
 names = st.text(st.characters(codec="utf-8", exclude_characters="/"), max_size=12)
 numbers = st.floats(allow_nan=False, allow_infinity=False)

@@ -57,7 +57,7 @@ def test_a_model_without_statistics_gives_nothing():
 
 
 class Trainer:
-    """As much of fairseq's trainer as the diagnostics look at; an update is a call per batch."""
+    """The part of fairseq's trainer that the diagnostics read; one call per batch of an update."""
 
     is_data_parallel_master = True
 
@@ -82,7 +82,7 @@ class Trainer:
 
 
 def draw(seed: int, scale: float = 1.0) -> torch.Tensor:
-    """(tokens, channels), of another mean and spread in every channel."""
+    """Draw (N, C) tokens whose mean and spread differ from channel to channel."""
     generator = torch.Generator().manual_seed(seed)
     spread = scale * torch.arange(1.0, CHANNELS + 1)
     return torch.randn(50, CHANNELS, generator=generator) * spread + spread / 2
@@ -123,7 +123,7 @@ def test_distances_of_mean_and_variance():
 
 
 def test_several_forwards_in_one_update_are_pooled():
-    """The last batch counts most: alpha keeps 0.9 of what the ones before it left."""
+    """The last batch has the largest weight: alpha keeps 0.9 of the statistic before it."""
     trainer = Trainer(nn.Sequential(build_norm("power_v", CHANNELS)))
     batches = [draw(seed, scale) for seed, scale in ((1, 1.0), (2, 3.0), (3, 0.5))]
     weights = [0.81, 0.9, 1.0]
@@ -135,7 +135,7 @@ def test_several_forwards_in_one_update_are_pooled():
 @pytest.mark.parametrize("warmup_steps", [1, 2, 3, 4, 100])
 @pytest.mark.parametrize("forwards", [1, 2])
 def test_distance_where_warm_up_averages_otherwise(warmup_steps, forwards):
-    """A single batch again and again: its distance from what the layer kept, whatever it kept."""
+    """One batch repeated: its distance from the running statistic, for any history of the layer."""
     norm = build_norm("power_released", CHANNELS, warmup_steps=warmup_steps, num_groups=CHANNELS)
     trainer, batch = Trainer(nn.Sequential(norm)), draw(1)
     # Every channel is its own group, so x^2 / (x^2 + eps) is averaged.

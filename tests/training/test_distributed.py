@@ -59,7 +59,7 @@ def lines(path: Path) -> list[Any]:
 
 
 def test_two_ranks_equal_two_batches_per_update(overrides, tmp_path) -> None:
-    """LN without dropout, to the bit; and rank 0 alone leaves traces, all of them once."""
+    """LN without dropout, to the bit. Only rank 0 prints and writes, and everything once."""
     settings = overrides(
         "toy_translation",
         "norm=layer",
@@ -180,7 +180,7 @@ def test_synchronized_statistics_are_those_of_one_large_batch(
 
 
 def test_local_statistics_are_pooled_where_they_are_saved(overrides, tmp_path) -> None:
-    """The checkpoint has the mean over the ranks, and a resumed run goes on from it exactly."""
+    """The checkpoint has the mean over the ranks, and a resumed run continues from it exactly."""
     settings = overrides(
         "toy_language_model",
         *ON_219_BLOCKS,
@@ -318,12 +318,12 @@ def test_killed_ranks_resume_as_if_nothing_had_happened(overrides, tmp_path) -> 
 
 
 class Failing(RuntimeError):
-    """Not a failure that anything knows."""
+    """An error that no handler expects."""
 
 
 @pytest.mark.parametrize("failing", [0, 1])
 def test_error_of_one_rank_ends_all(failing, overrides, tmp_path) -> None:
-    """With one message, and a record of the failure."""
+    """It gives one message and one record of the failure."""
 
     def fail_in_update_3(rank: int) -> None:
         train_step = Trainer.train_step
@@ -411,7 +411,7 @@ def test_impossible_choices_are_refused_once(overrides, tmp_path) -> None:
 
 
 def test_one_process_is_the_experiment_that_it_was(overrides) -> None:
-    """The hash of a configuration does not change by settings that say nothing on one rank."""
+    """Settings without effect on one rank do not change the hash of a configuration."""
     settings = overrides("toy_language_model", "norm=power")
     alone = identity(composed(*settings))
     assert alone == identity(composed(*settings, "distributed.statistics=local"))
@@ -446,4 +446,4 @@ def test_synchronized_is_the_default_of_sites_and_local_is_local(overrides) -> N
         "decoder_ffn": True,
     }
     assert set(sync("distributed.statistics=local").values()) == {None, False}
-    assert sync("distributed.ranks=1")["decoder_attention"] is False  # as ever
+    assert sync("distributed.ranks=1")["decoder_attention"] is False

@@ -1,4 +1,4 @@
-"""Signals save, requeue or exit; a run that goes on afterwards equals one left alone."""
+"""Signals save, requeue or exit; a run that resumes afterwards equals one without a signal."""
 
 import json
 import os
@@ -137,7 +137,7 @@ def test_signal_in_the_last_update_ends_before_the_evaluation(
 
 @pytest.fixture
 def in_a_job(tmp_path, monkeypatch):
-    """As submitit leaves a process in a job: its handlers are there. Says what was requeued."""
+    """A process in a submitit job, with its handlers installed; lists the signals that requeued."""
     requeued = []
 
     def requeue(number: int, frame: object) -> None:
@@ -170,7 +170,7 @@ def in_a_job(tmp_path, monkeypatch):
 def test_job_is_requeued_unless_slurm_ends_it(number, state, requeued, status, in_a_job) -> None:
     in_a_job.squeue_says(state)
     unwound = []
-    with pytest.raises(SystemExit) as left, preemption.handled():
+    with pytest.raises(SystemExit) as left, preemption.signals_handled():
         try:
             os.kill(os.getpid(), number)
             pytest.fail("went on after the signal")
@@ -193,7 +193,7 @@ def two_ranks(rank: int, folder: Path, number: int) -> None:
     update = 0
     trainer = SimpleNamespace(device=torch.device("cpu"), get_num_updates=lambda: update)
     try:
-        with preemption.handled(), preemption.checkpoint_at_updates(loop):
+        with preemption.signals_handled(), preemption.checkpoint_at_updates(loop):
             for update in range(1, 20):
                 if rank == 1 and update == 7:
                     os.kill(os.getpid(), number)

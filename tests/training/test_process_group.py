@@ -1,4 +1,4 @@
-"""Which ranks there are, by the variables that torchrun and srun set."""
+"""Ranks as read from the variables that torchrun and srun set."""
 
 import socket
 
@@ -85,7 +85,7 @@ def test_taken_port_is_named() -> None:
 
 
 def test_gpu_belongs_to_one_rank() -> None:
-    """Ranks 0 and 2 name the same; what they tell goes through a store, here of one process."""
+    """Ranks 0 and 2 name the same GPU in the store, which here a single process fills."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -95,4 +95,4 @@ def test_gpu_belongs_to_one_rank() -> None:
     with pytest.raises(UserError, match=r"ranks 0 and 2 have the same GPU \(GPU 0 of a, uuid0\)"):
         ranks.refuse_shared_devices("GPU 0 of a, uuid0")
     ranks.refuse_shared_devices("GPU 0 of b, uuid2")
-    ranks._noticed.set()  # for the thread that watches
+    ranks._end_noticed.set()  # for the thread that watches

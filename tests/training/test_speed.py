@@ -23,7 +23,7 @@ NONE = ["speed.fast_dropout=false", "speed.fused_loss=false", "speed.fused_adam=
 
 
 class _Interrupted(Exception):
-    """Stands for a kill: nothing of the process is used again."""
+    """Simulates a kill: nothing of the process is used again."""
 
 
 def test_resumed_run_is_the_same_to_the_bit(
@@ -43,7 +43,7 @@ def test_resumed_run_is_the_same_to_the_bit(
     assert sum(straight.kernels.values()) == 3  # two norms in one layer, and the final one
     (tmp_path / "results").rename(tmp_path / "straight")
 
-    observed_metrics = loop.metrics_to
+    observed_metrics = loop.patches.metrics_sent_to
 
     def interrupting(*sinks):
         def sink(tag: str, step: int, values) -> None:
@@ -53,7 +53,7 @@ def test_resumed_run_is_the_same_to_the_bit(
         return observed_metrics(*sinks, sink)
 
     with monkeypatch.context() as patched:
-        patched.setattr(loop, "metrics_to", interrupting)
+        patched.setattr(loop.patches, "metrics_sent_to", interrupting)
         with pytest.raises(_Interrupted):
             pipeline.run(composed(*settings))
     for record in (tmp_path / "results").rglob("*.json"):

@@ -1,4 +1,4 @@
-"""Where a training diverged: the site whose statistics went first, with a cause that is known."""
+"""A training that diverged names the site at which a known cause reached the statistics first."""
 
 import json
 import math
@@ -21,7 +21,7 @@ SITES = [f"encoder_{part}/{layer}" for layer in (0, 1) for part in ("attention",
 
 @pytest.fixture
 def diverged(overrides, little_text, tmp_path, monkeypatch) -> Callable[..., records.Record]:
-    """diverged(poison, *more): the record of a training with poison(model) before update 5."""
+    """Return diverged(poison, *more) -> record of a training with poison(model) before update 5."""
 
     def run(poison: Callable[[nn.Module], None], *more: str) -> records.Record:
         from fairseq.tasks.translation import TranslationTask
@@ -60,7 +60,7 @@ def at_site(model: nn.Module, site: str) -> nn.Module:
 
 
 def nothing(model: nn.Module) -> None:
-    """No poison."""
+    """Poison nothing."""
 
 
 @pytest.mark.parametrize(("sublayer", "site"), [("self_attn.out_proj", 1), ("fc2", 2)])

@@ -3,12 +3,12 @@
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
-from unittest.mock import patch
 
-from fairseq.models import register_model, transformer_lm
+from fairseq.models import register_model
 from fairseq.models.transformer_lm import TransformerLanguageModel, TransformerLanguageModelConfig
 
 from normexp.fairseq_plugin.norm_config import NormConfig
+from normexp.fairseq_plugin.patches import language_model_decoder
 from normexp.fairseq_plugin.stacks import NormLanguageModelDecoder
 from normexp.sites import resolve_sites
 
@@ -24,9 +24,9 @@ class NormLanguageModel(TransformerLanguageModel):
 
     @classmethod
     def build_model(cls, args: Any, task: Any) -> "NormLanguageModel":
-        """Build the model; ValueError on an impossible choice of normalizations."""
+        """Build the model. Raises ValueError on an impossible choice of normalizations."""
         decoder = partial(NormLanguageModelDecoder, norms=resolve_sites("language_model", args))
         # The stock method builds the embeddings in three variants and then the decoder class
         # that it finds under this name; it offers no other way to put in a subclass.
-        with patch.object(transformer_lm, "TransformerDecoder", decoder):
+        with language_model_decoder(decoder):
             return super().build_model(args, task)
