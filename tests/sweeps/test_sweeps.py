@@ -78,7 +78,7 @@ def test_script_says_at_once_that_a_run_is_done(settings, results) -> None:
     assert "hydra" in imported and not {"torch", "fairseq"} & imported
 
 
-def test_folder_in_use_is_never_put_aside(tmp_path) -> None:
+def test_folder_in_use_is_never_archived(tmp_path) -> None:
     base = [f"results_dir={tmp_path}"]
     with open_run(composed(*base)) as folder:
         config = folder.config.read_bytes()
@@ -92,7 +92,7 @@ def test_folder_in_use_is_never_put_aside(tmp_path) -> None:
     assert not (tmp_path / "superseded").exists()
 
 
-def test_lock_of_a_folder_that_was_just_put_aside_does_not_count(tmp_path, monkeypatch) -> None:
+def test_lock_of_a_folder_that_was_just_archived_does_not_count(tmp_path, monkeypatch) -> None:
     """Between opening and locking, another process may move the folder away."""
     folder = RunFolder(tmp_path / "run")
     moved = []
@@ -104,9 +104,8 @@ def test_lock_of_a_folder_that_was_just_put_aside_does_not_count(tmp_path, monke
 
     original = fcntl.flock
     monkeypatch.setattr(fcntl, "flock", flock)
-    with run_folder._lock(folder) as lock:
-        assert os.path.samestat(os.fstat(lock.fileno()), os.stat(folder.path / run_folder.LOCK))
-        assert folder.in_use()
+    with run_folder._lock(folder):
+        assert folder.in_use() and not RunFolder(moved[0]).in_use()
 
 
 def test_sweeps_are_expanded_as_hydra_does() -> None:
