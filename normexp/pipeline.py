@@ -127,7 +127,7 @@ def evaluate_run(
     if corpus.kind == "translation":
         metrics = scores.evaluate_translation(loaded, corpus, settings, folder.hypotheses)
         return Evaluated(metrics, chosen, None)
-    sees_future = causality.dependence_on_future(loaded, settings["splits"][0]).sees_future
+    sees_future = causality.future_sensitivity(loaded, settings["splits"][0]).sees_future
     metrics = scores.evaluate_language_model(loaded, corpus, settings, not sees_future)
     return Evaluated(metrics, chosen, sees_future)
 

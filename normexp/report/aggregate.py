@@ -16,14 +16,6 @@ PRIMARY_METRIC = {"translation": "bleu_tokenised", "language_model": "perplexity
 HIGHER_IS_BETTER = ("bleu_tokenised", "sacrebleu")
 MIN_SEEDS_TO_JUDGE = 3
 
-# 97.5 % quantiles of Student's t for 1, 2, ... degrees of freedom.
-# fmt: off
-STUDENT_T = (
-    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228,
-    2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086,
-)
-# fmt: on
-
 
 @dataclass(frozen=True)
 class Sample:
@@ -48,13 +40,12 @@ class Sample:
 
     @property
     def interval(self) -> tuple[float, float] | None:
-        """95 % confidence interval of the mean by Student's t; None for one seed.
-
-        Beyond 21 seeds the last quantile of the table is kept, which makes it slightly too wide.
-        """
+        """95 % confidence interval of the mean by Student's t; None for one seed."""
         if self.sd is None:
             return None
-        half = STUDENT_T[min(self.n - 1, len(STUDENT_T)) - 1] * self.sd / self.n**0.5
+        from scipy.stats import t  # here, because it takes a second to load
+
+        half = float(t.ppf(0.975, self.n - 1)) * self.sd / self.n**0.5
         return self.mean - half, self.mean + half
 
 

@@ -9,7 +9,7 @@ from typing import ClassVar
 import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from normexp.errors import UserError
+from normexp.errors import UserError, invalid_fields
 from normexp.report.aggregate import Row
 
 _STRICT: ConfigDict = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
@@ -112,5 +112,4 @@ def load_paper(path: Path) -> Paper:
     except yaml.YAMLError as error:
         raise UserError(f"{path}: not YAML ({' '.join(str(error).split())})") from None
     except ValidationError as error:
-        first = error.errors()[0]
-        raise UserError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+        raise UserError(f"{path}: {invalid_fields(error)}") from None

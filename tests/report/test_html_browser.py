@@ -11,7 +11,7 @@ import pytest
 from normexp.report.aggregate import rows_by_task
 from normexp.report.html import report_html
 from normexp.report.paper import load_paper
-from normexp.runs.causality_record import Audit, load_audits
+from normexp.runs.causality_record import CausalityRecord, load_causality_records
 from normexp.runs.records import Record, load_records, record_path
 
 webdriver = pytest.importorskip("selenium.webdriver")
@@ -32,7 +32,9 @@ def browser(tmp_path_factory) -> Iterator:
     options.binary_location = programs["chromium"]
     profile = tmp_path_factory.mktemp("profile")
     # --no-sandbox: without it Chromium refuses to run as root
-    for option in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage"):
+    for option in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu"):
+        options.add_argument(option)
+    for option in ("--no-first-run", "--disable-background-networking", "--disable-quic"):
         options.add_argument(option)
     options.add_argument(f"--user-data-dir={profile}")
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
@@ -85,25 +87,25 @@ class Reader:
         return [entry["message"] for entry in self.driver.get_log("browser")]
 
     def requests(self) -> set[str]:
-        """What the browser asked for since the last call, but for blank pages."""
+        """What pages asked for since the last call; chrome:// is the browser's own first page."""
         entries = (json.loads(e["message"])["message"] for e in self.driver.get_log("performance"))
         urls = {
             entry["params"]["request"]["url"]
             for entry in entries
             if entry["method"] == "Network.requestWillBeSent"
         }
-        return {url for url in urls if url != "about:blank"}
+        return {url for url in urls if not url.startswith(("about:blank", "chrome:"))}
 
 
 @pytest.fixture(scope="module")
 def committed() -> str:
     """The page of the committed records."""
-    return page_of(load_records(RESULTS), load_audits(RESULTS))
+    return page_of(load_records(RESULTS), load_causality_records(RESULTS))
 
 
-def page_of(records: dict[Path, Record], audits: dict[Path, Audit]) -> str:
+def page_of(records: dict[Path, Record], causality: dict[Path, CausalityRecord]) -> str:
     paper = load_paper(RESULTS / "paper.yaml")
-    return report_html(rows_by_task(records), paper, audits, [], "2026-01-02T03:04:05+00:00")
+    return report_html(rows_by_task(records), paper, causality, [], "2026-01-02T03:04:05+00:00")
 
 
 @pytest.fixture

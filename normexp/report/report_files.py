@@ -12,7 +12,7 @@ from normexp.report.latex import results_tex
 from normexp.report.markdown import benchmarks_page, results_page
 from normexp.report.paper import Paper
 from normexp.report.tables import results_table
-from normexp.runs.causality_record import Audit
+from normexp.runs.causality_record import CausalityRecord
 
 
 def report_files(
@@ -20,7 +20,7 @@ def report_files(
     paper: Paper,
     page: Path,
     home: Path,
-    audits: Mapping[Path, Audit] | None = None,
+    causality: Mapping[Path, CausalityRecord] | None = None,
     benchmarks: Benchmarks | None = None,
 ) -> dict[Path, str]:
     """Content by path: the page, and beside it CSV and LaTeX in `tables/`, `figures/` and, where
@@ -40,7 +40,7 @@ def report_files(
     speed = _benchmark_files(benchmarks, page, home) if benchmarks and benchmarks.records else {}
     speed_page = next(iter(speed), None)
     files = {
-        page: results_page(rows_by_task, paper, page, home, figure_of, audits or {}, speed_page),
+        page: results_page(rows_by_task, paper, page, home, figure_of, causality or {}, speed_page),
         tables / "runs.csv": runs_csv(every_row, page.parent),
         **dict(curves.values()),
         **speed,
