@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from normexp.report import cells
-from normexp.report.cells import Cell, Link, Note, Number, Table
+from normexp.report import formatting
+from normexp.report.table import Cell, Link, Note, Number, Table
 from normexp.runs.causality_record import CausalityRecord
 
 CAUSALITY_TITLE = "Causality test"
@@ -25,9 +25,9 @@ def causality_table(task: str, causality: Mapping[Path, CausalityRecord]) -> Tab
                 str(record.seed),
                 "yes" if record.sees_future_tokens else "no",
                 Number(f"{100 * record.changed:.1f} %", record.changed),
-                cells.number(record.perplexity_visible, "perplexity"),
-                cells.number(record.perplexity_random, "perplexity"),
-                cells.number(record.perplexity_hidden, "perplexity"),
+                formatting.number(record.perplexity_visible, "perplexity"),
+                formatting.number(record.perplexity_random, "perplexity"),
+                formatting.number(record.perplexity_hidden, "perplexity"),
                 f"{record.split}, {record.blocks} blocks",
                 record.code_commit[:7],
                 [Link("record", path)],

@@ -21,13 +21,19 @@ import jinja2
 import yaml
 from markupsafe import Markup
 
-from normexp.report import cells
+from normexp.report import formatting
 from normexp.report.aggregate import PRIMARY_METRIC, Row, differences, row_name
 from normexp.report.causality_table import CAUSALITY_TITLE, causality_table
-from normexp.report.cells import ABOUT_THE_NUMBERS, MARKS, Link, Number, Table, metric_name
 from normexp.report.charts import Chart, chart
+from normexp.report.formatting import ABOUT_THE_NUMBERS, MARKS, metric_name
 from normexp.report.paper import Paper, Published, PublishedTask
-from normexp.report.tables import differences_table, published_table, results_table, runs_table
+from normexp.report.result_tables import (
+    differences_table,
+    published_table,
+    results_table,
+    runs_table,
+)
+from normexp.report.table import Cell, Link, Note, Number, Table
 from normexp.runs.causality_record import CausalityRecord
 from normexp.runs.records import Record
 
@@ -53,7 +59,7 @@ class Unfinished:
 class Line:
     """A line of a table: where its numbers lead, and what it is filtered by."""
 
-    cells: list[cells.Cell]
+    cells: list[Cell]
     href: str
     norm: str
     statuses: frozenset[str] = frozenset()
@@ -67,7 +73,7 @@ class Lines:
     title: str
     header: list[str]
     lines: list[Line]
-    notes: list[cells.Note]
+    notes: list[Note]
 
     @property
     def numeric(self) -> list[bool]:
@@ -141,7 +147,7 @@ def _template() -> jinja2.Template:
         lstrip_blocks=True,
     )
     environment.filters["yaml"] = _yaml
-    environment.globals |= {"cells": cells, "row_name": row_name}
+    environment.globals |= {"formatting": formatting, "row_name": row_name}
     return environment.get_template("report.html")
 
 
@@ -219,7 +225,7 @@ class _Content:
         value = run.metrics.get("test", {}).get(metric := PRIMARY_METRIC[run.kind])
         if not isinstance(value, int | float):
             return ""
-        return f"test {metric_name(metric)} {cells.number(value, metric)}"
+        return f"test {metric_name(metric)} {formatting.number(value, metric)}"
 
     def causality_of(self, task: str) -> dict[Path, CausalityRecord]:
         """The causality records of a task's runs."""
@@ -298,12 +304,12 @@ class _Content:
             for path, run in row.runs.items():
                 if run.status == "complete":
                     continue
-                line: list[cells.Cell] = [
+                line: list[Cell] = [
                     run.task,
                     row_name(row, self.rows_by_task[run.task]),
                     str(run.seed),
                     run.status,
-                    cells.count(run.diverged_at_update or run.num_updates),
+                    formatting.count(run.diverged_at_update or run.num_updates),
                     " ".join((run.reason or "").split()),
                     [Link("record", path)],
                 ]

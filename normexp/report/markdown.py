@@ -8,9 +8,15 @@ from pathlib import Path
 from normexp.report.aggregate import Row
 from normexp.report.benchmark_tables import TITLES, Benchmarks, authors_table, circumstances, tables
 from normexp.report.causality_table import CAUSALITY_TITLE, causality_table
-from normexp.report.cells import ABOUT_THE_NUMBERS, MARKS, Cell, Link, Table
+from normexp.report.formatting import ABOUT_THE_NUMBERS, MARKS
 from normexp.report.paper import Paper
-from normexp.report.tables import differences_table, published_table, results_table, runs_table
+from normexp.report.result_tables import (
+    differences_table,
+    published_table,
+    results_table,
+    runs_table,
+)
+from normexp.report.table import Cell, Link, Table
 from normexp.runs.causality_record import CausalityRecord
 
 HEAD = f"""# Results

@@ -11,7 +11,7 @@ from normexp.report.figures import curves_svg, digest_of, norms_svg, scaling_svg
 from normexp.report.latex import results_tex
 from normexp.report.markdown import benchmarks_page, results_page
 from normexp.report.paper import Paper
-from normexp.report.tables import results_table
+from normexp.report.result_tables import results_table
 from normexp.runs.causality_record import CausalityRecord
 
 
