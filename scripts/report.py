@@ -15,7 +15,7 @@ from rich.console import Console
 
 from normexp.errors import UserError
 from normexp.files import whole_file
-from normexp.paths import RESULTS
+from normexp.paths import REPOSITORY, RESULTS
 from normexp.report.aggregate import rows_by_task
 from normexp.report.benchmark_tables import load_benchmarks
 from normexp.report.console import print_results
@@ -59,8 +59,12 @@ def main() -> None:
     benchmarks = load_benchmarks(options.results)
     paper = load_paper(options.paper)
     page = options.output or options.results / "README.md"
+    # The README at the top shows the results of this repository, not those of another folder.
+    readme = REPOSITORY / "README.md" if page.resolve() == RESULTS / "README.md" else None
+    if not options.console_only:
+        files = report_files(rows, paper, page, options.paper.parent, causality, benchmarks, readme)
     if options.check:
-        check_files(report_files(rows, paper, page, options.paper.parent, causality, benchmarks))
+        check_files(files)
         return
     console = Console()
     if not sys.stdout.isatty():
@@ -69,7 +73,7 @@ def main() -> None:
     if not rows:
         console.print(f"no records below {options.results}/records yet")
     if not options.console_only:
-        write_files(report_files(rows, paper, page, options.paper.parent, causality, benchmarks))
+        write_files(files)
         console.print(f"written: {page} and {page.parent}/tables")
     if options.html:
         path = options.results / "report.html"
