@@ -1,14 +1,14 @@
 #!/usr/bin/env python
-"""Does a language model see the tokens that it predicts?
+"""Causality test: does a language model see the tokens that it predicts?
 
     python scripts/audit.py results/runs/ptb/PN-seed1            # a run of this project
     python scripts/audit.py checkpoint_best.pt --data data-bin   # any language model of fairseq's
 
-Changes the inputs after random positions and reports whether predictions before them answer, and
-the perplexity with the future visible, replaced at random, and hidden. A causal model answers
-with exactly 0, and its three perplexities are one number. Exit status 2 says that the model sees
-future tokens. The audit of a run leaves a record, results/audits/<task>/<label>-seed<k>.json, from
-which scripts/report.py makes a table.
+Changes the inputs after random positions and reports how much the predictions before them change,
+and the perplexity with the future tokens visible, replaced at random, and hidden. The predictions
+of a causal model do not change at all, and its three perplexities are equal. Exit status 2 says
+that the model sees future tokens. The test of a run writes a record,
+results/causality/<task>/<label>-seed<k>.json, from which scripts/report.py makes a table.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from normexp.errors import UserError
 
 
 def main() -> int:
-    """Parse the command line, audit, print; 2 where the model sees the future."""
+    """Parse the command line, test, print; return 2 if the model sees future tokens."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,4 +1,11 @@
-"""Make the tables from the records: `python scripts/report.py`; `html=true` adds a page."""
+#!/usr/bin/env python
+"""Make the tables of the results from the records of the runs.
+
+python scripts/report.py                 # results/README.md, tables/, figures/, printed too
+python scripts/report.py --html          # and results/report.html, one page for a browser
+python scripts/report.py --check         # fail if the committed files are out of date
+python scripts/report.py --console-only  # print, write nothing
+"""
 
 import argparse
 import sys
@@ -8,21 +15,23 @@ from rich.console import Console
 
 from normexp.errors import UserError
 from normexp.files import whole_file
-from normexp.paths import RESULTS
+from normexp.paths import REPOSITORY, RESULTS
 from normexp.report.aggregate import rows_by_task
 from normexp.report.benchmark_tables import load_benchmarks
 from normexp.report.console import print_results
-from normexp.report.files import check_files, report_files, write_files
 from normexp.report.html import report_html, unfinished_runs
 from normexp.report.paper import load_paper
-from normexp.runs.causality_record import load_audits
+from normexp.report.report_files import check_files, report_files, write_files
+from normexp.runs.causality_record import load_causality_records
 from normexp.runs.provenance import utc_now
 from normexp.runs.records import load_records
 
 
 def main() -> None:
-    """Write README.md and tables/ and print the tables."""
-    parser = argparse.ArgumentParser(description="Make the tables from the records of the runs.")
+    """Parse the command line, then write and print the tables, or check them."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument(
         "--results", type=Path, default=RESULTS, help="folder that holds records/ (%(default)s)"
     )
@@ -32,31 +41,31 @@ def main() -> None:
     parser.add_argument(
         "--paper", type=Path, default=RESULTS / "paper.yaml", help="published numbers (%(default)s)"
     )
-    parser.add_argument(
-        "html",
-        nargs="?",
-        metavar="html=true",
-        choices=("html=true", "html=false"),
-        default="html=false",
-        help="write also RESULTS/report.html, the same and more on one page for a browser",
-    )
     what = parser.add_mutually_exclusive_group()
+    what.add_argument(
+        "--html",
+        action="store_true",
+        help="also write RESULTS/report.html, the same and more on one page for a browser",
+    )
     what.add_argument("--console-only", action="store_true", help="print, write no file")
     what.add_argument("--check", action="store_true", help="fail if the files are out of date")
+    if any(argument.startswith("html=") for argument in sys.argv[1:]):
+        parser.error("html=true is now --html")
     options = parser.parse_args()
-    with_html = options.html == "html=true"
-    if with_html and (options.check or options.console_only):
-        parser.error("html=true writes a page: leave out --check or --console-only")
 
     if not options.results.is_dir():
-        raise UserError(f"no folder {options.results}; train something first, or mend --results")
+        raise UserError(f"no folder {options.results}; train something first, or correct --results")
     rows = rows_by_task(load_records(options.results))
-    audits = load_audits(options.results)
+    causality = load_causality_records(options.results)
     benchmarks = load_benchmarks(options.results)
     paper = load_paper(options.paper)
     page = options.output or options.results / "README.md"
+    # The README at the top shows the results of this repository, not those of another folder.
+    readme = REPOSITORY / "README.md" if page.resolve() == RESULTS / "README.md" else None
+    if not options.console_only:
+        files = report_files(rows, paper, page, options.paper.parent, causality, benchmarks, readme)
     if options.check:
-        check_files(report_files(rows, paper, page, options.paper.parent, audits, benchmarks))
+        check_files(files)
         return
     console = Console()
     if not sys.stdout.isatty():
@@ -65,11 +74,11 @@ def main() -> None:
     if not rows:
         console.print(f"no records below {options.results}/records yet")
     if not options.console_only:
-        write_files(report_files(rows, paper, page, options.paper.parent, audits, benchmarks))
+        write_files(files)
         console.print(f"written: {page} and {page.parent}/tables")
-    if with_html:
+    if options.html:
         path = options.results / "report.html"
-        text = report_html(rows, paper, audits, unfinished_runs(options.results), utc_now())
+        text = report_html(rows, paper, causality, unfinished_runs(options.results), utc_now())
         with whole_file(path) as file:
             file.write(text)
         console.print(f"written: {path} ({len(text.encode()) / 1e6:.2f} MB); open it in a browser")

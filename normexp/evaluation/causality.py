@@ -1,6 +1,7 @@
-"""Does a language model see the tokens that it predicts? Measured from outside, by perturbation.
+"""Causality test: does a language model see the tokens that it predicts?
 
-Works for any language model of fairseq's: nothing is assumed about its inside.
+The test perturbs the inputs and compares the outputs, so it works for any language model of
+fairseq.
 """
 
 import argparse
@@ -21,18 +22,21 @@ from normexp.errors import UserError
 from normexp.evaluation.scores import LoadedModel, load_evaluated, load_model
 from normexp.paths import REPOSITORY
 from normexp.runs import provenance, records
-from normexp.runs.causality_record import Audit, write_audit
+from normexp.runs.causality_record import CausalityRecord, write_causality_record
 from normexp.runs.folder import RunFolder
 
 _LOG_PROBS_AT_A_TIME = 2**26
 
 
 @dataclass(frozen=True)
-class Dependence:
-    """How log-probabilities at positions <= i answer to other tokens at positions > i.
+class FutureSensitivity:
+    """How much log-probabilities at positions <= i change with the tokens at positions > i.
 
-    Differences are in nats, over the whole vocabulary; `changed` is the share of positions at
-    which any log-probability differs at all.
+    Attributes:
+        positions: Number of positions compared.
+        largest: Largest change of any log-probability, in nats.
+        mean: Mean over the positions of the largest change at a position, in nats.
+        changed: Share of the positions, 0 to 1, at which any log-probability changed at all.
     """
 
     positions: int
@@ -42,28 +46,35 @@ class Dependence:
 
     @property
     def sees_future(self) -> bool:
-        """Whether any position answered at all; exactly zero is what causality means."""
+        """True if any log-probability changed; a causal model gives exactly zero."""
         return self.changed > 0
 
 
 @dataclass(frozen=True)
-class FutureUse:
-    """Perplexity per token of the same targets with what follows them seen, replaced, or hidden."""
+class PerplexityByFuture:
+    """Perplexity per token of the same targets under three treatments of the future tokens.
+
+    Attributes:
+        tokens: Number of targets.
+        visible: The inputs as they are.
+        random: All inputs after the predicting position replaced by random tokens.
+        hidden: All inputs after the predicting position replaced by padding.
+    """
 
     tokens: int
     visible: float
     random: float
-    masked: float
+    hidden: float
 
 
-def dependence_on_future(
+def future_sensitivity(
     loaded: LoadedModel, split: str, segments: int = 16, cuts: int = 4, seed: int = 0
-) -> Dependence:
-    """Change the inputs after a random position and look at the predictions up to it.
+) -> FutureSensitivity:
+    """Replace the inputs after random positions and compare the predictions up to them.
 
-    segments: number of blocks, drawn from the split; cuts: positions drawn per block. Input i + 1
-    is the token that position i predicts. Raises UserError where the split has no block of two
-    tokens.
+    segments: number of blocks drawn from the split; cuts: number of positions drawn per block.
+    Position i predicts the token that is input i + 1. Raises UserError if the split has no block
+    of two tokens.
     """
     generator = torch.Generator().manual_seed(seed)
     positions, largest, total, changed = 0, 0.0, 0.0, 0
@@ -79,45 +90,48 @@ def dependence_on_future(
                 largest = max(largest, float(difference.max()))
                 total += float(difference.sum())
                 changed += int((difference > 0).sum())
-    return Dependence(positions, largest, total / positions, changed / positions)
+    return FutureSensitivity(positions, largest, total / positions, changed / positions)
 
 
-def use_of_future(
+def perplexity_by_future(
     loaded: LoadedModel, split: str, segments: int = 16, seed: int = 0, progress: bool = False
-) -> FutureUse:
-    """Perplexity with the future visible, replaced by random tokens, and hidden as padding.
+) -> PerplexityByFuture:
+    """Perplexity with the future tokens visible, replaced at random, and hidden.
 
-    Every position of every drawn block is predicted three times: as the model is evaluated
-    otherwise, with all inputs after the position replaced, and with them made padding. For a
-    causal model the three are one number. segments: number of blocks, drawn from the split.
+    Every position of every drawn block is predicted three times: with the inputs of the ordinary
+    evaluation, with all inputs after the position replaced by random tokens, and with them
+    replaced by padding. The three perplexities of a causal model are equal. segments: number of
+    blocks drawn from the split. Raises UserError if the split has no block of two tokens.
     """
     generator = torch.Generator().manual_seed(seed)
-    sums, count = dict.fromkeys(("visible", "random", "masked"), 0.0), 0
+    sums, count = dict.fromkeys(("visible", "random", "hidden"), 0.0), 0
     with torch.inference_mode():
         for tokens, targets in tqdm(
             _segments(loaded, split, segments, generator),
-            "audit",
+            "causality test",
             total=segments,
             leave=False,
             disable=not progress or None,
         ):
             length = tokens.shape[1]
             at = torch.arange(length, device=tokens.device)
-            # Row i of these batches is the block with everything after position i taken away.
+            # Row i of these batches is the block with everything after position i replaced.
             later = at > at[:, None]
             rows = tokens.expand(length, -1)
             noise = _random_tokens(loaded, rows.shape, generator).to(tokens.device)
             padding = loaded.task.source_dictionary.pad()
-            wanted = targets[0, :, None]
-            sums["visible"] -= float(_log_probs(loaded, tokens)[0].gather(1, wanted).sum())
-            for treatment, replacement in (("random", noise), ("masked", padding)):
+            own_targets = targets[0, :, None]
+            sums["visible"] -= float(_log_probs(loaded, tokens)[0].gather(1, own_targets).sum())
+            for treatment, replacement in (("random", noise), ("hidden", padding)):
                 changed = torch.where(later, replacement, rows)
                 for block in at.split(_rows_at_a_time(loaded, length)):
                     log_probs = _log_probs(loaded, changed[block])
                     own = log_probs[torch.arange(len(block), device=at.device), block]
-                    sums[treatment] -= float(own.gather(1, wanted[block]).sum())
+                    sums[treatment] -= float(own.gather(1, own_targets[block]).sum())
             count += length
-    return FutureUse(count, **{name: math.exp(value / count) for name, value in sums.items()})
+    return PerplexityByFuture(
+        count, **{name: math.exp(value / count) for name, value in sums.items()}
+    )
 
 
 def main(
@@ -128,8 +142,12 @@ def main(
     segments: int,
     seed: int,
     cpu: bool,
-) -> Dependence:
-    """Audit a run folder, or a checkpoint with its binarized data, and print what was found."""
+) -> FutureSensitivity:
+    """Test a run folder, or a checkpoint with its binarized data, and print the result.
+
+    A finished run also gets a causality record. Raises UserError if the model is no language
+    model, its files are missing, or segments < 1.
+    """
     if segments < 1:
         raise UserError(f"--segments={segments} must be at least 1")
     folder = RunFolder(model.absolute()) if model.is_dir() else None
@@ -141,45 +159,47 @@ def main(
         loaded = _of_checkpoint(model, data, user_dir, cpu)
     if loaded.cfg.task._name not in FAIRSEQ_TASKS["language_model"]:
         raise UserError(f"{model} is no language model but a model for {loaded.cfg.task._name}")
-    dependence = dependence_on_future(loaded, split, segments, seed=seed)
-    use = use_of_future(loaded, split, segments, seed, progress=True)
+    sensitivity = future_sensitivity(loaded, split, segments, seed=seed)
+    perplexity = perplexity_by_future(loaded, split, segments, seed, progress=True)
     table = Table(title=f"{model}: {split}, {segments} blocks, seed {seed}", show_header=False)
     for name, value in (
-        ("sees future tokens", "yes" if dependence.sees_future else "no"),
-        ("positions that answered to later tokens", f"{100 * dependence.changed:.1f} %"),
-        ("largest answer of a log-probability", f"{dependence.largest:.3g} nats"),
-        ("mean of the largest at a position", f"{dependence.mean:.3g} nats"),
-        ("perplexity per token, future visible", f"{use.visible:.2f}"),
-        ("perplexity per token, future replaced at random", f"{use.random:.2f}"),
-        ("perplexity per token, future hidden", f"{use.masked:.2f}"),
+        ("sees future tokens", "yes" if sensitivity.sees_future else "no"),
+        ("positions affected by later tokens", f"{100 * sensitivity.changed:.1f} %"),
+        ("largest change of a log-probability", f"{sensitivity.largest:.3g} nats"),
+        ("mean largest change at a position", f"{sensitivity.mean:.3g} nats"),
+        ("perplexity per token, future visible", f"{perplexity.visible:.2f}"),
+        ("perplexity per token, future replaced at random", f"{perplexity.random:.2f}"),
+        ("perplexity per token, future hidden", f"{perplexity.hidden:.2f}"),
     ):
         table.add_row(name, value)
     Console().print(table)
     if folder and folder.record.is_file():
         options = f" --split {split} --segments {segments} --seed {seed}" + " --cpu" * cpu
         drawn = split, segments, seed, options
-        print("record:", _write_record(settings, folder, checkpoint, dependence, use, *drawn))
-    return dependence
+        print(
+            "record:", _write_record(settings, folder, checkpoint, sensitivity, perplexity, *drawn)
+        )
+    return sensitivity
 
 
 def _write_record(
     settings: RunSettings,
     folder: RunFolder,
     checkpoint: str,
-    dependence: Dependence,
-    use: FutureUse,
+    sensitivity: FutureSensitivity,
+    perplexity: PerplexityByFuture,
     split: str,
     segments: int,
     seed: int,
     options: str,
 ) -> Path:
-    """The audit's record, where the run's record is one; its path."""
+    """Write the causality record beside the run's record and return its path."""
     record = records.read_record(folder.record)
     results = settings.results_dir
     of_run = records.record_path(results, record)
-    path = results / "audits" / of_run.relative_to(results / "records")
+    path = results / "causality" / of_run.relative_to(results / "records")
     commit, dirty = provenance.code_version(REPOSITORY)
-    audit = Audit(
+    result = CausalityRecord(
         task=record.task,
         label=record.label,
         seed=record.seed,
@@ -188,19 +208,19 @@ def _write_record(
         split=split,
         blocks=segments,
         draw_seed=seed,
-        sees_future_tokens=dependence.sees_future,
-        changed=dependence.changed,
-        largest_nats=dependence.largest,
-        perplexity_visible=use.visible,
-        perplexity_random=use.random,
-        perplexity_hidden=use.masked,
+        sees_future_tokens=sensitivity.sees_future,
+        changed=sensitivity.changed,
+        largest_nats=sensitivity.largest,
+        perplexity_visible=perplexity.visible,
+        perplexity_random=perplexity.random,
+        perplexity_hidden=perplexity.hidden,
         code_commit=commit,
         code_dirty=dirty,
         versions=provenance.package_versions(),
         command=f"python scripts/audit.py results/runs/{record.task}/{of_run.stem}{options}",
         finished_at=provenance.utc_now(),
     )
-    write_audit(path, audit)
+    write_causality_record(path, result)
     return path
 
 

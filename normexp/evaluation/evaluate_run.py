@@ -38,6 +38,6 @@ def evaluate_run(
     if corpus.kind == "translation":
         metrics = scores.evaluate_translation(loaded, corpus, evaluation, folder.hypotheses)
         return Evaluated(metrics, checkpoint, None)
-    sees_future = causality.dependence_on_future(loaded, evaluation.splits[0]).sees_future
+    sees_future = causality.future_sensitivity(loaded, evaluation.splits[0]).sees_future
     metrics = scores.evaluate_language_model(loaded, corpus, evaluation, not sees_future)
     return Evaluated(metrics, checkpoint, sees_future)

@@ -1,1 +1,4 @@
-"""Tables from records: records -> rows (aggregate) -> cells (tables) -> text in five formats."""
+"""The report: records -> rows of runs (aggregate) -> tables (result_tables) -> text.
+
+The formats are Markdown, HTML, LaTeX, CSV and the terminal. Everything is computed from records.
+"""

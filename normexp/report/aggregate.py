@@ -1,4 +1,7 @@
-"""Rows of runs that may be averaged, their means, and differences paired by seed."""
+"""Rows of runs that may be averaged, their means, and differences paired by seed.
+
+The rules are those of results/PROTOCOL.md.
+"""
 
 import hashlib
 import json
@@ -15,14 +18,6 @@ BASELINE = "LN"
 PRIMARY_METRIC = {"translation": "bleu_tokenised", "language_model": "perplexity_per_word"}
 HIGHER_IS_BETTER = ("bleu_tokenised", "sacrebleu")
 MIN_SEEDS_TO_JUDGE = 3
-
-# 97.5 % quantiles of Student's t for 1, 2, ... degrees of freedom.
-# fmt: off
-STUDENT_T = (
-    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228,
-    2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086,
-)
-# fmt: on
 
 
 @dataclass(frozen=True)
@@ -48,25 +43,24 @@ class Sample:
 
     @property
     def interval(self) -> tuple[float, float] | None:
-        """95 % confidence interval of the mean by Student's t; None for one seed.
-
-        Beyond 21 seeds the last quantile of the table is kept, which makes it slightly too wide.
-        """
+        """95 % confidence interval of the mean by Student's t; None for one seed."""
         if self.sd is None:
             return None
-        half = STUDENT_T[min(self.n - 1, len(STUDENT_T)) - 1] * self.sd / self.n**0.5
+        from scipy.stats import t  # here, because it takes a second to load
+
+        half = float(t.ppf(0.975, self.n - 1)) * self.sd / self.n**0.5
         return self.mean - half, self.mean + half
 
 
 @dataclass(frozen=True)
 class Row:
-    """The runs of one label that were made alike: same configuration, same corpus."""
+    """The runs of one label with the same configuration, corpus and budget."""
 
     runs: Mapping[Path, Record]
 
     @property
     def first(self) -> Record:
-        """Any run of the row, for what all of them share."""
+        """One run of the row, for the values that all of them share."""
         return next(iter(self.runs.values()))
 
     @property
@@ -76,11 +70,11 @@ class Row:
 
     @property
     def setting(self) -> tuple[str, str, str]:
-        """What two rows must share to be compared: budget, sight of the future, corpus."""
+        """Budget, seeing of future tokens and corpus, which two compared rows must share."""
         return _setting(self.first)
 
     def sample(self, split: str, metric: str) -> Sample | None:
-        """The finite values of the complete runs; None if there are none."""
+        """Collect the finite values of the complete runs; None if there are none."""
         values = {
             run.seed: value
             for run in self.runs.values()
@@ -101,7 +95,7 @@ class Difference:
 
     @property
     def verdict(self) -> str:
-        """What the rule of PROTOCOL.md says of this difference."""
+        """The verdict by the rule of PROTOCOL.md."""
         if self.sample.n < MIN_SEEDS_TO_JUDGE:
             return f"not judged: fewer than {MIN_SEEDS_TO_JUDGE} seeds"
         low, high = self.sample.interval
@@ -112,10 +106,10 @@ class Difference:
 
 
 def rows_by_task(records: Mapping[Path, Record]) -> dict[str, list[Row]]:
-    """Group records into rows; runs of different configuration or corpus are kept apart."""
+    """Group records into rows; runs of different configuration, corpus or budget are separate."""
     groups: dict[tuple, dict[Path, Record]] = defaultdict(dict)
     for path, run in records.items():
-        groups[run.task, label_rank(run.label), run.config_hash, _setting(run)][path] = run
+        groups[run.task, label_sort_key(run.label), run.config_hash, _setting(run)][path] = run
     rows: dict[str, list[Row]] = defaultdict(list)
     for (task, *_), runs in sorted(groups.items(), key=lambda group: group[0]):
         rows[task].append(Row(runs))
@@ -123,12 +117,12 @@ def rows_by_task(records: Mapping[Path, Record]) -> dict[str, list[Row]]:
 
 
 def differences(rows: Iterable[Row]) -> list[Difference]:
-    """Every row against every baseline row made in the same setting, in the primary metric.
+    """Compare every row with every baseline row of the same setting, in the primary metric.
 
     "LN-causal" is the baseline of the other labels that end with "-causal".
     """
     rows = list(rows)
-    found = []
+    compared = []
     for baseline in (row for row in rows if row.label.split("-")[0] == BASELINE):
         suffix = baseline.label.removeprefix(BASELINE)
         for row in rows:
@@ -141,12 +135,12 @@ def differences(rows: Iterable[Row]) -> list[Difference]:
             shared = sorted(ours.values.keys() & theirs.values.keys()) if ours and theirs else []
             if shared:
                 paired = Sample({seed: ours.values[seed] - theirs.values[seed] for seed in shared})
-                found.append(Difference(row, baseline, metric, paired))
-    return found
+                compared.append(Difference(row, baseline, metric, paired))
+    return compared
 
 
 def row_name(row: Row, rows: Iterable[Row]) -> str:
-    """The label, with the hash of its configuration where `rows` have the label more than once."""
+    """Give the label, with the hash of the configuration if several of `rows` have the label."""
     namesakes = [other for other in rows if other.label == row.label]
     if len(namesakes) == 1:
         return row.label
@@ -156,8 +150,8 @@ def row_name(row: Row, rows: Iterable[Row]) -> str:
     return f"{row.label} [{tag}]"
 
 
-def label_rank(label: str) -> tuple[int, str]:
-    """Sort key: the paper's norms in the paper's order, then the others by name."""
+def label_sort_key(label: str) -> tuple[int, str]:
+    """Sort the paper's norms in the paper's order, then the others by name."""
     known = label in LABEL_ORDER
     return (LABEL_ORDER.index(label) if known else len(LABEL_ORDER), label)
 

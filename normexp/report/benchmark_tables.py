@@ -10,8 +10,8 @@ import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from normexp.errors import UserError
-from normexp.report import cells
-from normexp.report.cells import Cell, Note, Table
+from normexp.report import formatting
+from normexp.report.table import Cell, Note, Table
 
 Content = dict[str, Any]  # of a record
 _DISTURBED = "≈"
@@ -105,7 +105,7 @@ def circumstances(record: Content) -> str:
     changed = " with changes" if record["code_dirty"] else ""
     return "; ".join(
         [
-            cells.hardware(facts),
+            formatting.hardware(facts),
             f"{facts['num_threads']} thread{'s' * (facts['num_threads'] != 1)}",
             f"malloc {malloc or 'not recorded'}",
             f"Python {versions['python']}, torch {versions['torch']}, "
@@ -152,7 +152,7 @@ def _training(record: Content) -> list[tuple[str, Table]]:
         "configuration": lambda row: row["configuration"],
         "ms per update": lambda row: f"{row['milliseconds']:.1f}",
         "times faster than fairseq": lambda row: _ratio(row, "speedup_over_stock"),
-        "tokens per second": lambda row: cells.count(row["tokens_per_second"]),
+        "tokens per second": lambda row: formatting.count(row["tokens_per_second"]),
         "loss, nats per token": lambda row: f"{row['loss']:.4f}",
     }
     profile = {
@@ -173,8 +173,8 @@ def _inference(record: Content) -> list[tuple[str, Table]]:
     columns = {
         "beam search": lambda row: row["search"],
         "beam": lambda row: str(row["beam"]),
-        "sentences": lambda row: cells.count(row["sentences"]),
-        "unlike the other": lambda row: cells.count(row["different_hypotheses"]),
+        "sentences": lambda row: formatting.count(row["sentences"]),
+        "unlike the other": lambda row: formatting.count(row["different_hypotheses"]),
         "sentences per second": lambda row: f"{row['sentences_per_second']:.1f}",
         "time / fairseq's": lambda row: _ratio(row, "ratio_to_fairseq"),
     }
@@ -196,7 +196,7 @@ def _data(record: Content) -> list[tuple[str, Table]]:
         "part": lambda row: row["part"],
         "ms per batch": lambda row: _quartiles(row["milliseconds_per_batch"]),
         "batches per second": lambda row: f"{row['batches_per_second']:,.1f}",
-        "tokens per second": lambda row: cells.count(row["tokens_per_second"]),
+        "tokens per second": lambda row: formatting.count(row["tokens_per_second"]),
         "time / step's": lambda row: _ratio(row, "ratio_to_step", 4),
     }
     return [("", _listed(record["measured"], columns))]
@@ -247,13 +247,13 @@ def _preparation(record: Content) -> list[tuple[str, Table]]:
         [
             name,
             f"{stage['seconds']:.1f}",
-            cells.count(stage["pairs_per_second"]),
+            formatting.count(stage["pairs_per_second"]),
             f"{stage['peak_memory_bytes'] / 1e9:.2f}",
         ]
         for name, stage in record["stages"].items()
     ]
     steps: list[list[Cell]] = [
-        [step, language, cells.count(rate)]
+        [step, language, formatting.count(rate)]
         for step, rates in record["lines_per_second_of_one_process"].items()
         for language, rate in rates.items()
     ]

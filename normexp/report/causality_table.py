@@ -1,37 +1,43 @@
-"""The table of audits: what language models do without the tokens they predict."""
+"""The table of causality tests: what language models do without the tokens they predict."""
 
 from collections.abc import Mapping
 from pathlib import Path
 
-from normexp.report import cells
-from normexp.report.cells import Cell, Link, Note, Number, Table
-from normexp.runs.causality_record import Audit
+from normexp.report import formatting
+from normexp.report.table import Cell, Link, Note, Number, Table
+from normexp.runs.causality_record import CausalityRecord
+
+CAUSALITY_TITLE = "Causality test"
 
 
-def audits_table(task: str, audits: Mapping[Path, Audit]) -> Table:
-    """One line per audited run of a task."""
+def causality_table(task: str, causality: Mapping[Path, CausalityRecord]) -> Table:
+    """One line per tested run of a task.
+
+    causality: the records by path, of any task.
+    """
     lines: list[list[Cell]] = []
-    for path, audit in audits.items():
-        if audit.task != task:
+    for path, record in causality.items():
+        if record.task != task:
             continue
-        perplexities = (audit.perplexity_visible, audit.perplexity_random, audit.perplexity_hidden)
         lines.append(
             [
-                audit.label,
-                str(audit.seed),
-                "yes" if audit.sees_future_tokens else "no",
-                Number(f"{100 * audit.changed:.1f} %", audit.changed),
-                *(cells.number(value, "perplexity") for value in perplexities),
-                f"{audit.split}, {audit.blocks} blocks",
-                audit.code_commit[:7],
-                [Link("audit", path)],
+                record.label,
+                str(record.seed),
+                "yes" if record.sees_future_tokens else "no",
+                Number(f"{100 * record.changed:.1f} %", record.changed),
+                formatting.number(record.perplexity_visible, "perplexity"),
+                formatting.number(record.perplexity_random, "perplexity"),
+                formatting.number(record.perplexity_hidden, "perplexity"),
+                f"{record.split}, {record.blocks} blocks",
+                record.code_commit[:7],
+                [Link("record", path)],
             ]
         )
     header = [
         "label",
         "seed",
         "sees future tokens",
-        "positions that answer to them",
+        "positions affected",
         "PPL, future visible",
         "PPL, future random",
         "PPL, future hidden",
@@ -39,5 +45,8 @@ def audits_table(task: str, audits: Mapping[Path, Audit]) -> Table:
         "commit",
         "record",
     ]
-    note = "PPL per token over the blocks drawn; a causal model has one number three times."
+    note = (
+        "PPL per token over the blocks drawn, with the future tokens visible, replaced at random "
+        "and hidden; the three are equal for a causal model."
+    )
     return Table(header, lines, [Note(note)])

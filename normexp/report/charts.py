@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import fmean
 
 from normexp.report.aggregate import Row, row_name
-from normexp.report.cells import with_marks
+from normexp.report.formatting import with_marks
 from normexp.runs.records import Record
 
 MOST_TICKS = 6

@@ -8,9 +8,9 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from normexp.report.aggregate import Row
-from normexp.report.cells import Table
 from normexp.report.paper import Paper
-from normexp.report.tables import differences_table, results_table
+from normexp.report.result_tables import differences_table, results_table
+from normexp.report.table import Table
 
 
 def print_results(rows_by_task: dict[str, list[Row]], paper: Paper, console: Console) -> None:

@@ -1,4 +1,4 @@
-"""Tidy CSV files with full precision, for whoever wants to compute with the numbers."""
+"""Tidy CSV files with full precision, for further computation."""
 
 import csv
 import io
@@ -12,7 +12,7 @@ from normexp.report.paper import Paper
 
 RESULT_COLUMNS = (
     *("task", "label", "norm", "config_hash", "budget", "sees_future_tokens", "split", "metric"),
-    *("n", "mean", "sd", "seeds", "paper", "paper_verified", "ours_minus_paper"),
+    *("n", "mean", "sd", "seeds", "paper", "paper_layer", "paper_verified", "ours_minus_paper"),
     *("num_runs", "num_incomplete", "records"),
 )
 RUN_COLUMNS = (
@@ -24,12 +24,12 @@ RUN_COLUMNS = (
 
 
 def results_csv(rows: list[Row], paper: Paper, folder: Path) -> str:
-    """One line per row and metric; paths of records are relative to `folder`."""
+    """Write one line per row and metric; paths of records are relative to `folder`."""
     return _csv(RESULT_COLUMNS, result_lines(rows, paper, folder))
 
 
 def result_lines(rows: list[Row], paper: Paper, folder: Path) -> list[dict[str, Any]]:
-    """The lines of `results_csv`; a column without a value in a line is absent."""
+    """Give the lines of `results_csv`; a line has only the columns that have a value."""
     lines = []
     for row in rows:
         first = row.first
@@ -44,7 +44,11 @@ def result_lines(rows: list[Row], paper: Paper, folder: Path) -> list[dict[str, 
                 line |= {"n": sample.n, "mean": sample.mean, "sd": sample.sd, "seeds": seeds}
             entry = paper.value(first.task, row.label, metric) if split == "test" else None
             if entry is not None and entry.applies_to(row):
-                line |= {"paper": entry.value, "paper_verified": entry.verified}
+                line |= {
+                    "paper": entry.value,
+                    "paper_layer": entry.layer,
+                    "paper_verified": entry.verified,
+                }
                 if sample is not None:
                     line["ours_minus_paper"] = sample.mean - entry.value
             lines.append(line)
@@ -52,7 +56,7 @@ def result_lines(rows: list[Row], paper: Paper, folder: Path) -> list[dict[str, 
 
 
 def runs_csv(rows: Iterable[Row], folder: Path) -> str:
-    """One line per run and metric, and one for a run without metrics."""
+    """Write one line per run and metric, and one line for a run without metrics."""
     lines = []
     for row in rows:
         for path, run in row.runs.items():
@@ -68,14 +72,14 @@ def runs_csv(rows: Iterable[Row], folder: Path) -> str:
 
 
 def _numeric_metrics(row: Row) -> list[tuple[str, str]]:
-    found = {
+    present = {
         (split, metric)
         for run in row.runs.values()
         for split, metrics in run.metrics.items()
         for metric, value in metrics.items()
         if not isinstance(value, str)
     }
-    return sorted(found)
+    return sorted(present)
 
 
 def _csv(columns: tuple[str, ...], lines: list[dict[str, Any]]) -> str:

@@ -21,14 +21,20 @@ import jinja2
 import yaml
 from markupsafe import Markup
 
-from normexp.report import cells
+from normexp.report import formatting
 from normexp.report.aggregate import PRIMARY_METRIC, Row, differences, row_name
-from normexp.report.causality_table import audits_table
-from normexp.report.cells import ABOUT_THE_NUMBERS, MARKS, Link, Number, Table, metric_name
+from normexp.report.causality_table import CAUSALITY_TITLE, causality_table
 from normexp.report.charts import Chart, chart
+from normexp.report.formatting import ABOUT_THE_NUMBERS, MARKS, metric_name
 from normexp.report.paper import Paper, Published, PublishedTask
-from normexp.report.tables import differences_table, published_table, results_table, runs_table
-from normexp.runs.causality_record import Audit
+from normexp.report.result_tables import (
+    differences_table,
+    published_table,
+    results_table,
+    runs_table,
+)
+from normexp.report.table import Cell, Link, Note, Number, Table
+from normexp.runs.causality_record import CausalityRecord
 from normexp.runs.records import Record
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -53,7 +59,7 @@ class Unfinished:
 class Line:
     """A line of a table: where its numbers lead, and what it is filtered by."""
 
-    cells: list[cells.Cell]
+    cells: list[Cell]
     href: str
     norm: str
     statuses: frozenset[str] = frozenset()
@@ -67,7 +73,7 @@ class Lines:
     title: str
     header: list[str]
     lines: list[Line]
-    notes: list[cells.Note]
+    notes: list[Note]
 
     @property
     def numeric(self) -> list[bool]:
@@ -107,19 +113,19 @@ def unfinished_runs(results: Path) -> list[Unfinished]:
 def report_html(
     rows_by_task: dict[str, list[Row]],
     paper: Paper,
-    audits: Mapping[Path, Audit],
+    causality: Mapping[Path, CausalityRecord],
     unfinished: Iterable[Unfinished],
     made_at: str,
 ) -> str:
     """The whole page; made_at: as `utc_now()` gives it."""
     script = (TEMPLATES / "report.js").read_text(encoding="utf-8")
-    content = _Content(rows_by_task, paper, audits)
+    content = _Content(rows_by_task, paper, causality)
     return _template().render(
         page=content,
         sections=content.sections,
         runs=content.runs,
         statuses=Counter(run.status for run in content.runs.values()),
-        num_audits=len(audits),
+        num_causality=len(causality),
         unfinished=list(unfinished),
         made_at=made_at[:16].replace("T", " "),
         about=ABOUT_THE_NUMBERS.format(protocol="results/PROTOCOL.md"),
@@ -141,7 +147,7 @@ def _template() -> jinja2.Template:
         lstrip_blocks=True,
     )
     environment.filters["yaml"] = _yaml
-    environment.globals |= {"cells": cells, "row_name": row_name}
+    environment.globals |= {"formatting": formatting, "row_name": row_name}
     return environment.get_template("report.html")
 
 
@@ -149,10 +155,13 @@ class _Content:
     """What the template shows, and the ids by which it is linked."""
 
     def __init__(
-        self, rows_by_task: dict[str, list[Row]], paper: Paper, audits: Mapping[Path, Audit]
+        self,
+        rows_by_task: dict[str, list[Row]],
+        paper: Paper,
+        causality: Mapping[Path, CausalityRecord],
     ) -> None:
         self.paper = paper
-        self._audits = audits
+        self._causality = causality
         self._taken = {*FIXED_IDS, *SECTIONS}
         self.rows_by_task = rows_by_task
         every_row = [row for rows in rows_by_task.values() for row in rows]
@@ -160,7 +169,10 @@ class _Content:
         for row in every_row:
             self.runs |= row.runs
         self.ids = {path: self._new_id(run.task, path.stem) for path, run in self.runs.items()}
-        self.ids |= {path: self._new_id("audit", a.task, path.stem) for path, a in audits.items()}
+        self.ids |= {
+            path: self._new_id("causality", record.task, path.stem)
+            for path, record in causality.items()
+        }
         self._row_ids = {
             id(row): self._new_id("row", row.first.task, row_name(row, rows))
             for rows in rows_by_task.values()
@@ -213,14 +225,14 @@ class _Content:
         value = run.metrics.get("test", {}).get(metric := PRIMARY_METRIC[run.kind])
         if not isinstance(value, int | float):
             return ""
-        return f"test {metric_name(metric)} {cells.number(value, metric)}"
+        return f"test {metric_name(metric)} {formatting.number(value, metric)}"
 
-    def audits_of(self, task: str) -> dict[Path, Audit]:
-        """The audits of a task's runs."""
-        return {path: audit for path, audit in self._audits.items() if audit.task == task}
+    def causality_of(self, task: str) -> dict[Path, CausalityRecord]:
+        """The causality records of a task's runs."""
+        return {path: record for path, record in self._causality.items() if record.task == task}
 
     def _section(self, task: str) -> Section:
-        rows, own = self.rows_by_task.get(task, []), self.audits_of(task)
+        rows, own = self.rows_by_task.get(task, []), self.causality_of(task)
         tables = [self._of_rows("Results", results_table(task, rows, self.paper), rows)]
         compared = differences_table(task, rows, self.paper)
         if compared.rows:
@@ -228,7 +240,7 @@ class _Content:
         after = []
         if rows:
             if own:
-                after.append(self._of_audits(audits_table(task, own), own))
+                after.append(self._of_causality(causality_table(task, own), own))
             after.append(self._of_rows("Runs", runs_table(rows), rows))
         return Section(
             task=task,
@@ -271,12 +283,12 @@ class _Content:
         header = [*table.header, "records"]
         return Lines("Differences on the same seeds", header, lines, table.notes)
 
-    def _of_audits(self, table: Table, audits: Mapping[Path, Audit]) -> Lines:
+    def _of_causality(self, table: Table, causality: Mapping[Path, CausalityRecord]) -> Lines:
         lines = [
-            Line(line, f"#{self.ids[path]}", self.norm_of(audit.label))
-            for line, (path, audit) in zip(table.rows, audits.items(), strict=True)
+            Line(line, f"#{self.ids[path]}", self.norm_of(record.label))
+            for line, (path, record) in zip(table.rows, causality.items(), strict=True)
         ]
-        return Lines("Without the future tokens (audits)", table.header, lines, table.notes)
+        return Lines(CAUSALITY_TITLE, table.header, lines, table.notes)
 
     def _published(self, entries: Iterable[Published]) -> Lines:
         table = published_table(self.paper)
@@ -292,12 +304,12 @@ class _Content:
             for path, run in row.runs.items():
                 if run.status == "complete":
                     continue
-                line: list[cells.Cell] = [
+                line: list[Cell] = [
                     run.task,
                     row_name(row, self.rows_by_task[run.task]),
                     str(run.seed),
                     run.status,
-                    cells.count(run.diverged_at_update or run.num_updates),
+                    formatting.count(run.diverged_at_update or run.num_updates),
                     " ".join((run.reason or "").split()),
                     [Link("record", path)],
                 ]

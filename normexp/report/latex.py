@@ -2,7 +2,7 @@ r"""Tables for a paper: `\input{tables/iwslt14.tex}` needs the package booktabs 
 
 import re
 
-from normexp.report.cells import Table
+from normexp.report.table import Table
 
 _SPECIAL = {
     "\\": r"\textbackslash{}",
@@ -14,6 +14,7 @@ _SPECIAL = {
     "±": r"$\pm$",
     "−": r"$-$",
     "×": r"$\times$",
+    "≈": r"$\approx$",
     "—": "---",
     "†": r"$^\dagger$",
     "‡": r"$^\ddagger$",
@@ -23,7 +24,7 @@ _SPECIAL = {
 
 
 def results_tex(content: Table, caption: str, label: str) -> str:
-    """A floating table with its notes below it; the column of record links is left out."""
+    """Write a floating table with its notes below it, without the column of record links."""
     shown = [i for i, name in enumerate(content.header) if name != "records"]
     lines = [
         "% Made by scripts/report.py from the records; do not edit.",
@@ -45,4 +46,4 @@ def results_tex(content: Table, caption: str, label: str) -> str:
 
 
 def _escape(text: str) -> str:
-    return re.sub("|".join(map(re.escape, _SPECIAL)), lambda found: _SPECIAL[found[0]], text)
+    return re.sub("|".join(map(re.escape, _SPECIAL)), lambda match: _SPECIAL[match[0]], text)

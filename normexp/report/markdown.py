@@ -7,11 +7,17 @@ from pathlib import Path
 
 from normexp.report.aggregate import Row
 from normexp.report.benchmark_tables import TITLES, Benchmarks, authors_table, circumstances, tables
-from normexp.report.causality_table import audits_table
-from normexp.report.cells import ABOUT_THE_NUMBERS, MARKS, Cell, Link, Table
+from normexp.report.causality_table import CAUSALITY_TITLE, causality_table
+from normexp.report.formatting import ABOUT_THE_NUMBERS, MARKS
 from normexp.report.paper import Paper
-from normexp.report.tables import differences_table, published_table, results_table, runs_table
-from normexp.runs.causality_record import Audit
+from normexp.report.result_tables import (
+    differences_table,
+    published_table,
+    results_table,
+    runs_table,
+)
+from normexp.report.table import Cell, Link, Table
+from normexp.runs.causality_record import CausalityRecord
 
 HEAD = f"""# Results
 
@@ -36,7 +42,7 @@ def results_page(
     page: Path,
     home: Path,
     figures: Mapping[str, Path],
-    audits: Mapping[Path, Audit],
+    causality: Mapping[Path, CausalityRecord],
     benchmarks: Path | None,
 ) -> str:
     """The whole page; links are relative to the folder of `page`, PROTOCOL.md is in `home`.
@@ -66,9 +72,9 @@ def results_page(
         if task in figures:
             link = _relative(figures[task], folder)
             parts.append(f"![Validation perplexity over updates]({link})\n")
-        audited = audits_table(task, audits)
-        if audited.rows:
-            parts.append("Without the future tokens:\n\n" + table(audited, folder))
+        tested = causality_table(task, causality)
+        if tested.rows:
+            parts.append(f"{CAUSALITY_TITLE}:\n\n" + table(tested, folder))
         parts.append("Runs:\n\n" + table(runs_table(rows), folder))
     parts.append("## Published numbers\n")
     parts.append(table(published_table(paper), folder))

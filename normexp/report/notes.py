@@ -1,19 +1,21 @@
-"""What must be said below a table of results so that nobody misreads it."""
+"""The notes below a table of results."""
 
 from collections.abc import Iterator
 
-from normexp.report.aggregate import Row, label_rank, row_name
-from normexp.report.cells import BUDGET, FUTURE, UNVERIFIED, Link, Note, metric_name, status
+from normexp.report import formatting
+from normexp.report.aggregate import Row, label_sort_key, row_name
+from normexp.report.formatting import BUDGET, FUTURE, UNVERIFIED, metric_name, status
 from normexp.report.paper import Published
+from normexp.report.table import Link, Note
 
 
 def notes(rows: list[Row], published: list[Published]) -> list[Note]:
-    """Runs that are not in the means, rows kept apart, budgets, marks and BLEU signatures."""
-    found = [note for row in rows for note in _left_out(row, row_name(row, rows))]
-    for label in sorted({row.label for row in rows}, key=label_rank):
+    """Explain runs left out of the means, separate rows, budgets, marks and BLEU signatures."""
+    shown = [note for row in rows for note in _left_out(row, row_name(row, rows))]
+    for label in sorted({row.label for row in rows}, key=label_sort_key):
         names = [row_name(row, rows) for row in rows if row.label == label]
         if len(names) > 1:
-            found.append(
+            shown.append(
                 Note(
                     f"{', '.join(names)} differ in configuration, corpus or budget "
                     "and are therefore not averaged."
@@ -21,16 +23,28 @@ def notes(rows: list[Row], published: list[Published]) -> list[Note]:
             )
     for budget in sorted({row.first.budget for row in rows if row.first.budget}):
         names = [row_name(row, rows) for row in rows if row.first.budget == budget]
-        found.append(Note(f"{BUDGET} {', '.join(names)}: {budget.rstrip('.')}."))
+        shown.append(Note(f"{BUDGET} {', '.join(names)}: {budget.rstrip('.')}."))
     if any(row.first.sees_future_tokens for row in rows):
         text = "the model sees the tokens it predicts: not the perplexity of a language model."
-        found.append(Note(f"{FUTURE} {text}"))
+        shown.append(Note(f"{FUTURE} {text}"))
     if any(not entry.verified for entry in published):
-        found.append(Note(f"{UNVERIFIED} published number, not verified at its source."))
-    own = [f"{entry.norm} {entry.value} ({entry.setting})" for entry in published if entry.setting]
-    if own:
-        found.append(Note(f"Published in another setting, not compared: {', '.join(own)}."))
-    return found + list(_signatures(rows))
+        shown.append(Note(f"{UNVERIFIED} published number, not verified at its source."))
+    layers = [
+        f"{entry.norm} {formatting.published(entry)}: {entry.layer}"
+        for entry in published
+        if entry.layer
+    ]
+    if layers:
+        shown.append(Note(f"Which layer a published number is of: {'; '.join(layers)}."))
+    in_setting: dict[str, list[str]] = {}
+    for entry in published:
+        if entry.setting:
+            number = f"{entry.norm} {formatting.published(entry)}"
+            in_setting.setdefault(entry.setting, []).append(number)
+    if in_setting:
+        groups = [f"{', '.join(own)} ({setting})" for setting, own in in_setting.items()]
+        shown.append(Note(f"Published in another setting, not compared: {'; '.join(groups)}."))
+    return shown + list(_signatures(rows))
 
 
 def _left_out(row: Row, name: str) -> Iterator[Note]:

@@ -9,7 +9,7 @@ from typing import ClassVar
 import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from normexp.errors import UserError
+from normexp.errors import UserError, invalid_fields
 from normexp.report.aggregate import Row
 
 _STRICT: ConfigDict = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
@@ -17,33 +17,51 @@ _STRICT: ConfigDict = ConfigDict(extra="forbid", strict=True, allow_inf_nan=Fals
 
 @dataclass(frozen=True, kw_only=True)
 class Published:
-    """One published number: a value of `norm`, or, with `minus`, a difference of two norms."""
+    """One published number: a value of `norm`, or, with `minus`, a difference of two norms.
+
+    Attributes:
+        task: Task of the published number.
+        norm: Our label of the layer that was measured; a name with its source in parentheses if
+            the number is not compared with ours.
+        layer: Which layer a published "PN" means, with or without group scaling.
+        compare_with: Labels of our rows that the number is set beside.
+        sd: Published standard deviation over seeds.
+        approximate: The source says "around".
+        verified: The number was read at its source.
+        setting: The published setting if it is not the task's.
+        sees_future_tokens: Of a language model; only equal ones are compared.
+    """
 
     __pydantic_config__: ClassVar[ConfigDict] = _STRICT
 
     task: str
     norm: str
     minus: str | None = None
+    layer: str | None = None
     compare_with: list[str]
     metric: str
     value: float
+    sd: float | None = None
+    approximate: bool = False
     verified: bool
     source: str
     setting: str | None = None
     sees_future_tokens: bool | None = None
 
     def applies_to(self, row: Row) -> bool:
-        """Whether the row was made in the published setting, so that numbers can be subtracted."""
-        same_sight = row.first.sees_future_tokens == self.sees_future_tokens
-        return row.first.budget is None and same_sight
+        """Say if the row has the published setting, so that the numbers can be subtracted."""
+        run = row.first
+        return run.budget is None and run.sees_future_tokens == self.sees_future_tokens
 
 
 @dataclass(frozen=True, kw_only=True)
 class PublishedTask:
-    """What is said of a task above its table.
+    """The text above the table of a task.
 
-    setting: how the published numbers were obtained, None where there are none; meaning: what a
-    reader must know of the numbers; also: tasks of ours that share the published ones.
+    Attributes:
+        setting: How the published numbers were obtained; None if there are none.
+        meaning: What a reader must know about the numbers.
+        also: Our tasks that share the published numbers.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = _STRICT
@@ -56,7 +74,7 @@ class PublishedTask:
 
 @dataclass(frozen=True, kw_only=True)
 class Paper:
-    """All published numbers; tasks in the order of the file."""
+    """All published numbers; tasks are in the order of the file."""
 
     __pydantic_config__: ClassVar[ConfigDict] = _STRICT
 
@@ -65,33 +83,33 @@ class Paper:
     differences: list[Published]
 
     def task(self, name: str) -> PublishedTask | None:
-        """What the paper says of the setting of our task."""
+        """Find the published task of our task; None if the paper has no counterpart."""
         return self.tasks.get(self._published_name(name))
 
     def in_order(self, tasks: Collection[str]) -> list[str]:
-        """The paper's tasks, each followed by those of ours that share its numbers; the others."""
-        found = []
+        """Order tasks: the paper's, each followed by ours that share its numbers, then others."""
+        ordered = []
         for name, published in self.tasks.items():
-            found += [name, *(task for task in published.also if task in tasks)]
-        return found + sorted(set(tasks) - set(found))
+            ordered += [name, *(task for task in published.also if task in tasks)]
+        return ordered + sorted(set(tasks) - set(ordered))
 
     def values_of(self, task: str) -> list[Published]:
-        """The published values of our task."""
+        """List the published values for our task."""
         return [entry for entry in self.values if entry.task == self._published_name(task)]
 
     def value(self, task: str, label: str, metric: str) -> Published | None:
-        """The number that our row `label` is set beside."""
+        """Find the published number for our row `label`."""
         for entry in self.values_of(task):
             if entry.metric == metric and label in entry.compare_with:
                 return entry
         return None
 
     def difference(self, task: str, label: str, minus: str, metric: str) -> Published | None:
-        """The published difference between what our rows `label` and `minus` stand for."""
+        """Find the published difference for our rows `label` and `minus`."""
         # A baseline can have a suffix, as LN-published.
-        sought = (self._published_name(task), minus.split("-")[0], metric)
+        key = (self._published_name(task), minus.split("-")[0], metric)
         for entry in self.differences:
-            if (entry.task, entry.minus, entry.metric) == sought and label in entry.compare_with:
+            if (entry.task, entry.minus, entry.metric) == key and label in entry.compare_with:
                 return entry
         return None
 
@@ -103,7 +121,7 @@ class Paper:
 
 
 def load_paper(path: Path) -> Paper:
-    """Read and check the file; UserError names the entry that is wrong."""
+    """Read and check the file; raises UserError that names the invalid entry."""
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
         return TypeAdapter(Paper).validate_json(json.dumps(content))
@@ -112,5 +130,4 @@ def load_paper(path: Path) -> Paper:
     except yaml.YAMLError as error:
         raise UserError(f"{path}: not YAML ({' '.join(str(error).split())})") from None
     except ValidationError as error:
-        first = error.errors()[0]
-        raise UserError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+        raise UserError(f"{path}: {invalid_fields(error)}") from None

@@ -1,6 +1,6 @@
-"""The record of an audit: what a trained language model does without the tokens it predicts.
+"""The record of a causality test: how a trained language model predicts without future tokens.
 
-One JSON file per audited run, `audits/<task>/<label>-seed<k>.json` beside the runs' records.
+One JSON file per tested run, `causality/<task>/<label>-seed<k>.json` beside the runs' records.
 """
 
 from dataclasses import asdict, dataclass
@@ -9,24 +9,25 @@ from typing import ClassVar, Literal
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from normexp.errors import UserError
+from normexp.errors import UserError, invalid_fields
 from normexp.files import write_json
 
 SCHEMA_VERSION = 1
 
 
 @dataclass(frozen=True, kw_only=True)
-class Audit:
-    """What `scripts/audit.py` found.
+class CausalityRecord:
+    """The result of `scripts/audit.py` for one run.
 
     Attributes:
-        config_hash: Of the audited run, as in its record.
-        checkpoint: Which one, such as "best".
+        config_hash: Of the tested run, as in its record.
+        checkpoint: Which one was tested, such as "best".
         blocks: Number of blocks drawn from the split with draw_seed.
-        changed: Share of positions whose prediction answered to later tokens.
-        largest_nats: Largest answer of a log-probability.
-        perplexity_visible, perplexity_random, perplexity_hidden: Per token over the blocks, with
-            later tokens as they are, replaced at random, and made padding.
+        changed: Share of the positions, 0 to 1, whose prediction depends on later tokens.
+        largest_nats: Largest change of a log-probability when later tokens change, in nats.
+        perplexity_visible: Per token over the blocks, with later tokens as they are.
+        perplexity_random: The same with later tokens replaced at random.
+        perplexity_hidden: The same with later tokens replaced by padding.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(
@@ -55,23 +56,26 @@ class Audit:
     finished_at: str
 
 
-_AUDIT = TypeAdapter(Audit)
+_CAUSALITY_RECORD = TypeAdapter(CausalityRecord)
 
 
-def write_audit(path: Path, audit: Audit) -> None:
-    """Write, whole or not at all."""
+def write_causality_record(path: Path, record: CausalityRecord) -> None:
+    """Write the record atomically; missing folders are created."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, asdict(audit))
+    write_json(path, asdict(record))
 
 
-def load_audits(results_dir: Path) -> dict[Path, Audit]:
-    """All audits below `results_dir`, in the order of their paths; UserError for a bad file."""
-    audits = {}
-    for path in sorted((results_dir / "audits").rglob("*.json")):
+def load_causality_records(results_dir: Path) -> dict[Path, CausalityRecord]:
+    """Read all causality records below `results_dir`, in the order of their paths.
+
+    Raises UserError that names the first invalid file.
+    """
+    records = {}
+    for path in sorted((results_dir / "causality").rglob("*.json")):
         try:
-            audits[path] = _AUDIT.validate_json(path.read_bytes())
+            records[path] = _CAUSALITY_RECORD.validate_json(path.read_bytes())
         except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(map(str, first["loc"]))
-            raise UserError(f"{path}: {where}: {first['msg']}; audit again or restore it") from None
-    return audits
+            raise UserError(
+                f"{path}: {invalid_fields(error)}; restore it or test the run again"
+            ) from None
+    return records

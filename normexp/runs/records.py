@@ -14,7 +14,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import ConfigDict, StringConstraints, TypeAdapter, ValidationError
 
-from normexp.errors import UserError
+from normexp.errors import UserError, invalid_fields
 from normexp.files import whole_file
 
 SCHEMA_VERSION = 1
@@ -155,7 +155,7 @@ def write_record(path: Path, record: Record) -> None:
     try:
         _RECORD.validate_json(json.dumps(content, allow_nan=False))
     except ValidationError as error:
-        raise ValueError(f"not a valid record: {_complaints(error)}") from error
+        raise ValueError(f"not a valid record: {invalid_fields(error)}") from error
     text = json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(path) as file:
@@ -196,7 +196,7 @@ def read_record(path: Path) -> Record:
     try:
         return _RECORD.validate_json(json.dumps(content))
     except ValidationError as error:
-        raise UserError(f"{path}: {_complaints(error)}") from None
+        raise UserError(f"{path}: {invalid_fields(error)}") from None
 
 
 def load_records(results_dir: Path) -> dict[Path, Record]:
@@ -229,10 +229,3 @@ def _storable(value: Any, folders: Mapping[str, str]) -> Any:
             if folder != "/":
                 value = re.sub(rf"(?<![\w/.~-]){re.escape(folder)}(?![\w-]|\.\w)", name, value)
     return value
-
-
-def _complaints(error: ValidationError) -> str:
-    found = [
-        f"field '{'.'.join(map(str, detail['loc']))}': {detail['msg']}" for detail in error.errors()
-    ]
-    return "; ".join(found[:3])

@@ -1,4 +1,4 @@
-"""The audit finds a model that sees the future, and nothing in one that does not."""
+"""The causality test finds a model that sees future tokens and clears one that does not."""
 
 import json
 import math
@@ -15,7 +15,7 @@ from normexp.corpora import prepare
 from normexp.errors import UserError
 from normexp.evaluation import causality
 from normexp.evaluation.scores import LoadedModel, load_model
-from normexp.runs.causality_record import load_audits
+from normexp.runs.causality_record import load_causality_records
 
 WORDS = 8
 
@@ -82,19 +82,19 @@ def _loaded(model: nn.Module, lengths: list[int]) -> LoadedModel:
 def test_a_model_that_reads_the_answer_is_found_out() -> None:
     """It gives 0.9 to the very target, which is its input one place on."""
     loaded = _loaded(_Model(offset=1, probability=0.9), [6] * 10 + [3])
-    dependence = causality.dependence_on_future(loaded, "test", segments=10)
-    assert dependence.sees_future
+    sensitivity = causality.future_sensitivity(loaded, "test", segments=10)
+    assert sensitivity.sees_future
     # only the position before the cut can answer, and does unless the random token is the same
-    assert 0 < dependence.changed < 0.5
-    assert dependence.largest == pytest.approx(math.log(0.9 / (0.1 / 11)), rel=1e-5)
-    use = causality.use_of_future(loaded, "test", segments=10)
-    assert use.tokens == 60  # whole blocks only
+    assert 0 < sensitivity.changed < 0.5
+    assert sensitivity.largest == pytest.approx(math.log(0.9 / (0.1 / 11)), rel=1e-5)
+    perplexity = causality.perplexity_by_future(loaded, "test", segments=10)
+    assert perplexity.tokens == 60  # whole blocks only
     per_block = 5 * -math.log(0.9) + math.log(12)
-    assert use.visible == pytest.approx(math.exp(per_block / 6), rel=1e-5)
-    assert use.masked == pytest.approx(
+    assert perplexity.visible == pytest.approx(math.exp(per_block / 6), rel=1e-5)
+    assert perplexity.hidden == pytest.approx(
         math.exp((5 * -math.log(0.1 / 11) + math.log(12)) / 6), rel=1e-5
     )
-    assert use.visible < 2 < use.random < use.masked
+    assert perplexity.visible < 2 < perplexity.random < perplexity.hidden
 
 
 def test_tokens_are_replaced_within_the_bands_of_an_adaptive_input() -> None:
@@ -108,7 +108,7 @@ def test_tokens_are_replaced_within_the_bands_of_an_adaptive_input() -> None:
             seen.append(tokens)
             return super().forward(tokens, src_lengths)
 
-    causality.dependence_on_future(_loaded(Recording(0, 0.9), [40]), "test", cuts=50)
+    causality.future_sensitivity(_loaded(Recording(0, 0.9), [40]), "test", cuts=50)
     before, *changed = (torch.bucketize(tokens, torch.tensor([6, 8])) for tokens in seen)
     assert len(changed) == 50 and before.unique().tolist() == [0, 1, 2]
     assert all(torch.equal(before, other) for other in changed)
@@ -118,23 +118,25 @@ def test_tokens_are_replaced_within_the_bands_of_an_adaptive_input() -> None:
 
 def test_a_model_that_looks_back_is_cleared() -> None:
     loaded = _loaded(_Model(offset=-1, probability=0.9), [6] * 10)
-    dependence = causality.dependence_on_future(loaded, "test")
+    sensitivity = causality.future_sensitivity(loaded, "test")
     # roll wraps round: position 0 sees the last one, as an off-by-one in a mask would have it
-    assert dependence.sees_future
+    assert sensitivity.sees_future
     loaded = _loaded(_Model(offset=0, probability=0.9), [6] * 10)
-    dependence = causality.dependence_on_future(loaded, "test")
-    assert (dependence.largest, dependence.mean, dependence.changed) == (0, 0, 0)
-    use = causality.use_of_future(loaded, "test")
-    assert use.visible == pytest.approx(use.random) == pytest.approx(use.masked)
+    sensitivity = causality.future_sensitivity(loaded, "test")
+    assert (sensitivity.largest, sensitivity.mean, sensitivity.changed) == (0, 0, 0)
+    perplexity = causality.perplexity_by_future(loaded, "test")
+    assert (
+        perplexity.visible == pytest.approx(perplexity.random) == pytest.approx(perplexity.hidden)
+    )
 
 
 def test_blocks_of_one_token_are_refused() -> None:
     with pytest.raises(UserError, match="no block of two tokens"):
-        causality.dependence_on_future(_loaded(_Model(0, 0.9), [1, 1]), "test")
+        causality.future_sensitivity(_loaded(_Model(0, 0.9), [1, 1]), "test")
 
 
 @pytest.mark.parametrize("attention", ["published", "causal"])
-def test_a_trained_models_sight_is_measured_and_recorded(
+def test_whether_a_trained_model_sees_future_tokens_is_measured_and_recorded(
     attention: str, overrides, tmp_path: Path, data_dir: Path
 ) -> None:
     """From training to the record, and the command on the run and on the bare checkpoint."""
@@ -153,24 +155,26 @@ def test_a_trained_models_sight_is_measured_and_recorded(
 
     corpus = prepare("toy_language_model", data_dir)
     checkpoint = sorted((folder / "checkpoints").glob("*.pt"))[-1]
-    use = causality.use_of_future(load_model(checkpoint, corpus.data_bin, cpu=True), "valid", 8)
+    perplexity = causality.perplexity_by_future(
+        load_model(checkpoint, corpus.data_bin, cpu=True), "valid", 8
+    )
     if published:
-        assert abs(use.visible - use.masked) > 1e-3 * use.visible
+        assert abs(perplexity.visible - perplexity.hidden) > 1e-3 * perplexity.visible
     else:
-        assert use.visible == pytest.approx(use.random, rel=1e-5)
-        assert use.visible == pytest.approx(use.masked, rel=1e-5)
+        assert perplexity.visible == pytest.approx(perplexity.random, rel=1e-5)
+        assert perplexity.visible == pytest.approx(perplexity.hidden, rel=1e-5)
 
     shown = run_script("audit.py", str(folder), "--segments", "4", "--cpu")
     assert shown.returncode == (2 if published else 0), shown.stderr
     assert f"sees future tokens                              │ {'yes' if published else 'no'}" in (
         shown.stdout
     )
-    (path,) = load_audits(tmp_path / "results")
-    assert path == tmp_path / "results/audits/toy_language_model/PN-seed1.json"
-    audit_record = load_audits(tmp_path / "results")[path]
-    assert audit_record.sees_future_tokens is published
-    assert (audit_record.config_hash, audit_record.blocks) == (record.config_hash, 4)
-    assert audit_record.command == (
+    (path,) = load_causality_records(tmp_path / "results")
+    assert path == tmp_path / "results/causality/toy_language_model/PN-seed1.json"
+    causality_record = load_causality_records(tmp_path / "results")[path]
+    assert causality_record.sees_future_tokens is published
+    assert (causality_record.config_hash, causality_record.blocks) == (record.config_hash, 4)
+    assert causality_record.command == (
         "python scripts/audit.py results/runs/toy_language_model/PN-seed1 "
         "--split test --segments 4 --seed 0 --cpu"
     )
@@ -180,7 +184,7 @@ def test_a_trained_models_sight_is_measured_and_recorded(
     assert shown.returncode == (2 if published else 0), shown.stderr
 
 
-def test_audit_says_what_it_needs(tmp_path: Path) -> None:
+def test_the_script_says_what_it_needs(tmp_path: Path) -> None:
     shown = run_script("audit.py", str(tmp_path / "no.pt"))
     assert shown.returncode == 1 and "needs --data" in shown.stderr
     shown = run_script("audit.py", str(tmp_path / "no.pt"), "--data", str(tmp_path))

@@ -11,8 +11,8 @@ import pytest
 from normexp.errors import UserError
 from normexp.report.benchmark_tables import authors_table, load_benchmarks
 from normexp.report.figures import digest_of, norms_svg, scaling_svg
-from normexp.report.files import check_files, report_files, write_files
 from normexp.report.paper import Paper
+from normexp.report.report_files import check_files, report_files, write_files
 
 NO_PAPER = Paper(tasks={}, values=[], differences=[])
 SOURCE = {

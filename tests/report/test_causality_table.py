@@ -1,4 +1,4 @@
-"""Audits survive writing and reading and make a table beside the runs they speak of."""
+"""Causality records survive writing and reading and make a table beside their runs."""
 
 import dataclasses
 import json
@@ -8,12 +8,16 @@ import pytest
 
 from normexp.errors import UserError
 from normexp.report.aggregate import rows_by_task
-from normexp.report.files import report_files
 from normexp.report.paper import Paper
-from normexp.runs.causality_record import Audit, load_audits, write_audit
+from normexp.report.report_files import report_files
+from normexp.runs.causality_record import (
+    CausalityRecord,
+    load_causality_records,
+    write_causality_record,
+)
 from normexp.runs.records import record_path
 
-AUDIT = Audit(
+CAUSALITY = CausalityRecord(
     task="ptb",
     label="LN-published",
     seed=1,
@@ -37,11 +41,11 @@ AUDIT = Audit(
 
 
 def test_what_is_written_is_read(tmp_path: Path) -> None:
-    paths = [tmp_path / "audits" / "ptb" / f"{name}-seed1.json" for name in ("LN", "PN")]
+    paths = [tmp_path / "causality" / "ptb" / f"{name}-seed1.json" for name in ("LN", "PN")]
     for path in paths:
-        write_audit(path, AUDIT)
-    assert load_audits(tmp_path) == dict.fromkeys(paths, AUDIT)
-    assert load_audits(tmp_path / "nowhere") == {}
+        write_causality_record(path, CAUSALITY)
+    assert load_causality_records(tmp_path) == dict.fromkeys(paths, CAUSALITY)
+    assert load_causality_records(tmp_path / "nowhere") == {}
 
 
 @pytest.mark.parametrize(
@@ -53,29 +57,31 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     ],
 )
 def test_a_bad_file_is_named_with_its_fault(tmp_path: Path, change, cause: str) -> None:
-    path = tmp_path / "audits" / "ptb" / "LN-seed1.json"
+    path = tmp_path / "causality" / "ptb" / "LN-seed1.json"
     path.parent.mkdir(parents=True)
-    path.write_text(json.dumps(dataclasses.asdict(AUDIT) | change), encoding="utf-8")
+    path.write_text(json.dumps(dataclasses.asdict(CAUSALITY) | change), encoding="utf-8")
     with pytest.raises(UserError) as error:
-        load_audits(tmp_path)
+        load_causality_records(tmp_path)
     assert str(path) in str(error.value) and cause in str(error.value)
     path.write_text("{", encoding="utf-8")
     with pytest.raises(UserError, match=r"LN-seed1\.json"):
-        load_audits(tmp_path)
+        load_causality_records(tmp_path)
 
 
-def test_the_page_has_a_line_for_each_audit_of_the_task(make_record, tmp_path: Path) -> None:
+def test_the_page_has_a_line_for_each_tested_run_of_the_task(make_record, tmp_path: Path) -> None:
     run = make_record(task="ptb", kind="language_model", label="LN-published")
     rows = rows_by_task({record_path(tmp_path, run): run})
-    audits = {
-        tmp_path / "audits" / "ptb" / "LN-published-seed1.json": AUDIT,
-        tmp_path / "audits" / "other" / "PN-seed1.json": dataclasses.replace(AUDIT, task="other"),
+    causality = {
+        tmp_path / "causality" / "ptb" / "LN-published-seed1.json": CAUSALITY,
+        tmp_path / "causality" / "other" / "PN-seed1.json": dataclasses.replace(
+            CAUSALITY, task="other"
+        ),
     }
     page = tmp_path / "README.md"
     paper = Paper(tasks={}, values=[], differences=[])
-    text = report_files(rows, paper, page, tmp_path, audits)[page]
-    assert text.count("Without the future tokens:") == 1
+    text = report_files(rows, paper, page, tmp_path, causality)[page]
+    assert text.count("Causality test:") == 1
     assert (
         "| LN-published | 1 | yes | 99.9 % | 134.87 | 1034.11 | 527.24 | test, 32 blocks | 0123456 "
-        "| [audit](audits/ptb/LN-published-seed1.json) |"
+        "| [record](causality/ptb/LN-published-seed1.json) |"
     ) in text

@@ -10,8 +10,8 @@ import pytest
 from normexp.errors import UserError
 from normexp.report.aggregate import rows_by_task
 from normexp.report.figures import curves_svg, digest_of
-from normexp.report.files import check_files, report_files, write_files
 from normexp.report.paper import Paper
+from normexp.report.report_files import check_files, report_files, write_files
 from normexp.runs.records import record_path, write_record
 
 SVG = "{http://www.w3.org/2000/svg}"

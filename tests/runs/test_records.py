@@ -134,10 +134,13 @@ def broken(**changes):
         (lambda content: json.dumps(content | {"num_epochs": math.nan}), "NaN is not a JSON"),
         (lambda content: json.dumps([content]), "schema None is unknown"),
         (broken(schema_version=2), "schema 2 is unknown; this version reads 1"),
-        (lambda content: json.dumps({k: v for k, v in content.items() if k != "seed"}), "'seed'"),
-        (broken(sed=1), "'sed'"),
-        (broken(seed="1"), "'seed': Input should be a valid integer"),
-        (broken(status="done"), "'status': Input should be 'complete'"),
+        (
+            lambda content: json.dumps({k: v for k, v in content.items() if k != "seed"}),
+            " seed: Field required",
+        ),
+        (broken(sed=1), " sed: Unexpected keyword"),
+        (broken(seed="1"), " seed: Input should be a valid integer"),
+        (broken(status="done"), " status: Input should be 'complete'"),
         (broken(metrics={"test": {"sacrebleu": [1.0]}}), "metrics.test.sacrebleu"),
         (broken(finished_at="yesterday"), "finished_at"),
     ],
@@ -154,7 +157,7 @@ def test_a_bad_record_is_named_with_its_fault(tmp_path, make_record, spoil, caus
 
 def test_a_record_of_wrong_types_is_not_written(tmp_path, make_record):
     path = tmp_path / "record.json"
-    with pytest.raises(ValueError, match="'num_updates'"):
+    with pytest.raises(ValueError, match=": num_updates: "):
         write_record(path, make_record(num_updates=1.5))
     assert not path.exists()
 

@@ -1,4 +1,4 @@
-"""The files of the report, and whether those on disk are up to date."""
+"""The files of the report: their content, writing them, and checking those on disk."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,8 +11,9 @@ from normexp.report.figures import curves_svg, digest_of, norms_svg, scaling_svg
 from normexp.report.latex import results_tex
 from normexp.report.markdown import benchmarks_page, results_page
 from normexp.report.paper import Paper
-from normexp.report.tables import results_table
-from normexp.runs.causality_record import Audit
+from normexp.report.readme import readme_with_results
+from normexp.report.result_tables import results_table
+from normexp.runs.causality_record import CausalityRecord
 
 
 def report_files(
@@ -20,14 +21,17 @@ def report_files(
     paper: Paper,
     page: Path,
     home: Path,
-    audits: Mapping[Path, Audit] | None = None,
+    causality: Mapping[Path, CausalityRecord] | None = None,
     benchmarks: Benchmarks | None = None,
+    readme: Path | None = None,
 ) -> dict[Path, str]:
-    """Content by path: the page, and beside it CSV and LaTeX in `tables/`, `figures/` and, where
-    there are records of benchmarks, `benchmarks/README.md`.
+    """Give the content of every file by its path.
 
-    The same records give the same bytes on every machine, figures apart. `home` is the folder of
-    PROTOCOL.md and of the records of benchmarks, `benchmarks/`.
+    The files are `page`, and beside it CSV and LaTeX in `tables/`, `figures/` and, if there are
+    records of benchmarks, `benchmarks/README.md`; with `readme` also that file with its block of
+    results renewed. The same records give the same bytes on every machine, except for figures.
+
+    home: the folder of PROTOCOL.md and of `benchmarks/`, the records of benchmarks.
     """
     tables, figures = page.parent / "tables", page.parent / "figures"
     every_row = [row for rows in rows_by_task.values() for row in rows]
@@ -40,11 +44,13 @@ def report_files(
     speed = _benchmark_files(benchmarks, page, home) if benchmarks and benchmarks.records else {}
     speed_page = next(iter(speed), None)
     files = {
-        page: results_page(rows_by_task, paper, page, home, figure_of, audits or {}, speed_page),
+        page: results_page(rows_by_task, paper, page, home, figure_of, causality or {}, speed_page),
         tables / "runs.csv": runs_csv(every_row, page.parent),
         **dict(curves.values()),
         **speed,
     }
+    if readme is not None:
+        files[readme] = readme_with_results(readme, rows_by_task, paper, page)
     for task, rows in rows_by_task.items():
         published = paper.task(task)
         title = published.title if published else task
@@ -55,7 +61,7 @@ def report_files(
 
 
 def _benchmark_files(benchmarks: Benchmarks, page: Path, home: Path) -> dict[Path, str]:
-    """The page of the benchmarks first, then its figures."""
+    """Give the page of the benchmarks first, then its figures."""
     drawn = {
         name: (page.parent / "figures" / f"benchmark_{name}.svg", draw(record["measured"]))
         for name, draw in (("norms", norms_svg), ("scaling", scaling_svg))
@@ -68,14 +74,14 @@ def _benchmark_files(benchmarks: Benchmarks, page: Path, home: Path) -> dict[Pat
 
 
 def write_files(files: dict[Path, str]) -> None:
-    """Write them, with the same line ends everywhere."""
+    """Write the files with the same line ends on every system."""
     for path, text in files.items():
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8", newline="\n")
 
 
 def check_files(files: dict[Path, str]) -> None:
-    """Raise UserError naming the files that differ from the records or belong to none."""
+    """Raise UserError that names the files that differ from the records or belong to none."""
     stale = [path for path, text in files.items() if not path.is_file() or not _same(path, text)]
     if stale:
         names = ", ".join(map(str, stale))

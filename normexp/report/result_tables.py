@@ -1,10 +1,11 @@
-"""The tables of the report, as cells that every output format writes in its own way."""
+"""The tables of results, differences, runs and published numbers."""
 
-from normexp.report import cells
-from normexp.report.aggregate import PRIMARY_METRIC, Row, differences, label_rank, row_name
-from normexp.report.cells import Cell, Link, Number, Table, metric_name, with_marks
+from normexp.report import formatting
+from normexp.report.aggregate import PRIMARY_METRIC, Row, differences, label_sort_key, row_name
+from normexp.report.formatting import metric_name, with_marks
 from normexp.report.notes import notes
 from normexp.report.paper import Paper, Published
+from normexp.report.table import Cell, Link, Number, Table
 
 SHOWN = (
     ("test", "bleu_tokenised"),
@@ -20,9 +21,9 @@ SHOWN = (
 
 
 def results_table(task: str, rows: list[Row], paper: Paper) -> Table:
-    """Norms by metrics: ours, the paper's, and their difference where the settings are equal.
+    """Norms by metrics: ours, the published number, and the difference if the settings are equal.
 
-    A norm that only the paper has is a row as well.
+    A norm with a published number and without runs has a row of its own.
     """
     published = paper.values_of(task)
     metrics = _shown_metrics(rows, published)
@@ -39,12 +40,12 @@ def results_table(task: str, rows: list[Row], paper: Paper) -> Table:
         for split, metric in metrics:
             line.append(_ours(row, split, metric))
             if _has_paper(published, split, metric):
-                line += _beside(row, paper.value(task, row.label, metric))
+                line += _published_and_difference(row, paper.value(task, row.label, metric))
         num_complete = sum(run.status == "complete" for run in row.runs.values())
         by_seed = sorted(row.runs.items(), key=lambda item: item[1].seed)
         line.append(f"{num_complete} of {len(row.runs)} complete")
         line.append([Link(f"seed {run.seed}", path) for path, run in by_seed])
-        lines.append((label_rank(row.label), line))
+        lines.append((label_sort_key(row.label), line))
     for entry in published:
         if any(paper.value(task, row.label, entry.metric) == entry for row in rows):
             continue
@@ -52,8 +53,8 @@ def results_table(task: str, rows: list[Row], paper: Paper) -> Table:
         for split, metric in metrics:
             line.append("—")
             if _has_paper(published, split, metric):
-                line += [cells.published(entry) if metric == entry.metric else "", ""]
-        lines.append((label_rank(entry.norm), [*line, "no runs", []]))
+                line += [formatting.published(entry) if metric == entry.metric else "", ""]
+        lines.append((label_sort_key(entry.norm), [*line, "no runs", []]))
     lines.sort(key=lambda ranked: ranked[0])  # stable: rows of one label stay in their order
     return Table(header, [line for _, line in lines], notes(rows, published))
 
@@ -61,23 +62,22 @@ def results_table(task: str, rows: list[Row], paper: Paper) -> Table:
 def differences_table(task: str, rows: list[Row], paper: Paper) -> Table:
     """Differences to the baseline, paired by seed, with the verdict of the rule in PROTOCOL.md."""
     lines: list[list[Cell]] = []
-    for found in differences(rows):
-        metric, interval = found.metric, found.sample.interval
-        entry = paper.difference(task, found.row.label, found.baseline.label, metric)
+    for difference in differences(rows):
+        row, baseline, metric = difference.row, difference.baseline, difference.metric
+        interval: Cell = ""
+        if (ends := difference.sample.interval) is not None:
+            low, high = (formatting.number(end, metric, signed=True) for end in ends)
+            interval = Number(f"{low} to {high}", ends[0])
         theirs = ""
-        if entry is not None:
-            theirs = cells.published(entry) if entry.applies_to(found.row) else "not comparable"
-        names = f"{row_name(found.row, rows)} − {row_name(found.baseline, rows)}"
-        ends = (
-            [] if interval is None else [cells.number(end, metric, signed=True) for end in interval]
-        )
+        if (entry := paper.difference(task, row.label, baseline.label, metric)) is not None:
+            theirs = formatting.published(entry) if entry.applies_to(row) else "not comparable"
         lines.append(
             [
-                with_marks(names, found.row),
+                with_marks(f"{row_name(row, rows)} − {row_name(baseline, rows)}", row),
                 f"test {metric_name(metric)}",
-                cells.mean(found.sample, metric, signed=True),
-                Number(" to ".join(ends), interval[0]) if ends else "",
-                found.verdict,
+                formatting.mean(difference.sample, metric, signed=True),
+                interval,
+                difference.verdict,
                 theirs,
             ]
         )
@@ -86,7 +86,7 @@ def differences_table(task: str, rows: list[Row], paper: Paper) -> Table:
 
 
 def runs_table(rows: list[Row]) -> Table:
-    """One line per run: how it ended, what it cost, where and with which code it was made."""
+    """One line per run: its status, its cost, its hardware and the version of the code."""
     lines: list[list[Cell]] = []
     for row in rows:
         for path, run in sorted(row.runs.items(), key=lambda item: item[1].seed):
@@ -95,14 +95,14 @@ def runs_table(rows: list[Row]) -> Table:
                 [
                     with_marks(row_name(row, rows), row),
                     str(run.seed),
-                    cells.status(run),
-                    cells.count(run.num_updates),
+                    formatting.status(run),
+                    formatting.count(run.num_updates),
                     "" if epochs is None else Number(f"{epochs:g}", epochs),
-                    cells.count(run.num_parameters),
+                    formatting.count(run.num_parameters),
                     "" if speed is None else Number(f"{speed:,.0f}", speed),
-                    cells.memory(run.peak_memory_bytes),
-                    cells.duration(run.wall_time_seconds),
-                    cells.hardware(run.hardware),
+                    formatting.memory(run.peak_memory_bytes),
+                    formatting.duration(run.wall_time_seconds),
+                    formatting.hardware(run.hardware),
                     run.code_commit[:7] + (" (modified)" if run.code_dirty else ""),
                     run.config_hash[:8],
                     run.finished_at[:10],
@@ -121,25 +121,26 @@ def published_table(paper: Paper) -> Table:
             entry.task,
             entry.norm if entry.minus is None else f"{entry.norm} − {entry.minus}",
             metric_name(entry.metric),
-            cells.published(entry),
+            formatting.published(entry),
             "yes" if entry.verified else "no",
+            entry.layer or "",
             entry.source,
             entry.setting or paper.tasks[entry.task].setting or "",
         ]
         for entry in [*paper.values, *paper.differences]
     ]
-    header = ["task", "norm", "metric", "value", "verified", "source", "setting"]
+    header = ["task", "norm", "metric", "value", "verified", "layer", "source", "setting"]
     return Table(header, lines)
 
 
 def _shown_metrics(rows: list[Row], published: list[Published]) -> list[tuple[str, str]]:
-    """(split, metric) of the columns; the CSV files have all metrics."""
-    found = {("test", entry.metric) for entry in published}
-    found |= {("test", PRIMARY_METRIC[row.first.kind]) for row in rows}
+    """Give (split, metric) of the columns; the CSV files have all metrics."""
+    present = {("test", entry.metric) for entry in published}
+    present |= {("test", PRIMARY_METRIC[row.first.kind]) for row in rows}
     for row in rows:
         for run in row.runs.values():
-            found |= {(split, name) for split, metrics in run.metrics.items() for name in metrics}
-    return [column for column in SHOWN if column in found]
+            present |= {(split, name) for split, metrics in run.metrics.items() for name in metrics}
+    return [column for column in SHOWN if column in present]
 
 
 def _has_paper(published: list[Published], split: str, metric: str) -> bool:
@@ -148,12 +149,12 @@ def _has_paper(published: list[Published], split: str, metric: str) -> bool:
 
 def _ours(row: Row, split: str, metric: str) -> str:
     if (sample := row.sample(split, metric)) is not None:
-        return cells.mean(sample, metric)
+        return formatting.mean(sample, metric)
     ends = {run.status for run in row.runs.values()} - {"complete"}
     return "/".join(sorted(ends)) or "—"
 
 
-def _beside(row: Row, entry: Published | None) -> list[Cell]:
+def _published_and_difference(row: Row, entry: Published | None) -> list[Cell]:
     if entry is None:
         return ["", ""]
     if not entry.applies_to(row):
@@ -163,5 +164,5 @@ def _beside(row: Row, entry: Published | None) -> list[Cell]:
     ours: Cell = ""
     if sample is not None:
         difference = sample.mean - entry.value
-        ours = Number(cells.minus(f"{difference:+.1f}"), difference)
-    return [cells.published(entry), ours]
+        ours = Number(formatting.minus(f"{difference:+.1f}"), difference)
+    return [formatting.published(entry), ours]

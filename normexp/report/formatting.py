@@ -1,12 +1,11 @@
-"""What a table is, and how numbers are written in one."""
+"""How names, marks and numbers are written in tables."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from normexp.report.aggregate import Row, Sample
 from normexp.report.paper import Published
+from normexp.report.table import Number
 from normexp.runs.records import Record
 
 UNVERIFIED, BUDGET, FUTURE = "†", "‡", "§"
@@ -32,77 +31,37 @@ METRIC_NAMES = {
 }
 
 
-@dataclass(frozen=True)
-class Link:
-    """A link to a record file."""
-
-    text: str
-    target: Path
-
-
-class Number(str):
-    """A number as it is written, which knows what it is sorted by.
-
-    published: the entry of results/paper.yaml that it is; None for one of ours.
-    """
-
-    value: float
-    published: Published | None
-
-    def __new__(cls, text: str, value: float, published: Published | None = None) -> "Number":
-        number = super().__new__(cls, text)
-        number.value, number.published = value, published
-        return number
-
-
-Cell = str | list[Link]  # a Number is a str
-
-
-@dataclass(frozen=True)
-class Note:
-    """A line below a table, with the record it speaks of if it speaks of one."""
-
-    text: str
-    link: Link | None = None
-
-
-@dataclass(frozen=True)
-class Table:
-    """As many cells in every row as in the header."""
-
-    header: list[str]
-    rows: list[list[Cell]]
-    notes: list[Note] = field(default_factory=list)
-
-
 def metric_name(metric: str) -> str:
-    """How a metric is called in a heading."""
+    """Give the name of a metric in a heading."""
     return METRIC_NAMES.get(metric, metric)
 
 
 def with_marks(name: str, row: Row) -> str:
-    """The row's name with the marks for a small budget and for sight of the future."""
+    """Add the marks for a small budget and for a model that sees future tokens."""
     marks = BUDGET * bool(row.first.budget) + FUTURE * bool(row.first.sees_future_tokens)
     return f"{name} {marks}" if marks else name
 
 
 def mean(sample: Sample, metric: str, signed: bool = False) -> Number:
-    """Mean, standard deviation and number of seeds, as in "35.81 ± 0.05 (n = 3)"."""
+    """Format mean, standard deviation and number of seeds, as in "35.81 ± 0.05 (n = 3)"."""
     sd = "" if sample.sd is None else f" ± {sample.sd:.{_decimals(metric)}f}"
     text = f"{number(sample.mean, metric, signed)}{sd} (n = {sample.n})"
     return Number(text, sample.mean)
 
 
 def number(value: float, metric: str, signed: bool = False) -> Number:
-    """A value of a metric with the decimals the metric deserves."""
+    """Format a value with the number of decimals of its metric."""
     return Number(minus(f"{value:{'+' if signed else ''}.{_decimals(metric)}f}"), value)
 
 
 def published(entry: Published) -> Number:
-    """A published number as it was published, a difference with its sign."""
+    """Format a number as it was published; a difference has its sign."""
     value = str(entry.value) if entry.minus is None else f"{entry.value:+}"
+    if entry.sd is not None:
+        value = f"{entry.value:.2f} ± {entry.sd:.2f}"
+    about = "≈ " * entry.approximate
     mark = "" if entry.verified else f" {UNVERIFIED}"
-    return Number(minus(value) + mark, entry.value, published=entry)
+    return Number(about + minus(value) + mark, entry.value, published=entry)
 
 
 def minus(text: str) -> str:
@@ -111,24 +70,24 @@ def minus(text: str) -> str:
 
 
 def status(run: Record) -> str:
-    """How a run ended, on one line, as in "diverged at update 1,200: the loss is NaN"."""
+    """Describe the end of a run, as in "diverged at update 1,200: the loss is NaN"."""
     reason = " ".join((run.reason or "").split())
     at = "" if run.diverged_at_update is None else f" at update {run.diverged_at_update:,}"
     return f"{run.status}{at}" + (f": {reason}" if reason else "")
 
 
 def count(value: int | None) -> str:
-    """A count with separators; empty if unknown."""
+    """Format a count with separators; empty if unknown."""
     return "" if value is None else Number(f"{value:,}", value)
 
 
 def memory(num_bytes: int | None) -> str:
-    """A size in GiB; empty if unknown."""
+    """Format a size in GiB; empty if unknown."""
     return "" if num_bytes is None else Number(f"{num_bytes / 2**30:.2f} GiB", num_bytes)
 
 
 def duration(seconds: float | None) -> str:
-    """A duration in seconds, or in hours and minutes; empty if unknown."""
+    """Format a duration as seconds, or as hours and minutes; empty if unknown."""
     if seconds is None:
         return ""
     if seconds < 59.5:
@@ -138,7 +97,7 @@ def duration(seconds: float | None) -> str:
 
 
 def hardware(facts: Mapping[str, Any]) -> str:
-    """The GPUs, or else the processor, of `hardware_facts()`."""
+    """Name the GPUs of `hardware_facts()`, or the processor if there are none."""
     gpus = facts.get("gpus") or []
     if gpus:
         return ", ".join(f"{gpus.count(name)} × {name}" for name in sorted(set(gpus)))
