@@ -136,6 +136,6 @@ def test_norm_without_reference_fails_with_advice(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setitem(_NORMS, "forgotten", _NORMS["none"])
     assert "forgotten" in available_norms()
     with pytest.raises(
-        LookupError, match=r"'forgotten' has no reference: write one in tests/norms"
+        LookupError, match=r"'forgotten' has no reference: write one in normexp/norms/reference/"
     ):
         build_reference("forgotten", C)

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from normexp.norms.reference import Reference, build_reference
-from normexp.norms.reference.power import Power, PowerReleased
+from normexp.norms.reference.power import Power
+from normexp.norms.reference.power_released import PowerReleased
 from normexp.norms.reference.unified import Unified
 from support.batches import Batch
 

@@ -1,4 +1,4 @@
-"""What the references share: their interface, the loops over tokens, complex-step derivatives."""
+"""What the references share: their interface, loops over tokens, complex-step derivatives."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -34,7 +34,7 @@ class Reference:
 
     Subclasses take num_features and the options of the layer, with the same defaults; `parameters`
     and `state` hold arrays under the layer's names. padding_takes_part says whether padded
-    positions are treated like others; where not, y is open there and nothing is taken from them.
+    positions are treated like others; where not, y is undefined there and influences nothing.
     """
 
     padding_takes_part = False
@@ -70,7 +70,7 @@ class ExactReference(Reference):
     def train_step(self, x: Array, pad: Array, gy: Array) -> Step:
         def loss(x: Array, parameters: dict[str, Array]) -> complex:
             y, penalty = self.normalize(x, pad, parameters, training=True)
-            counted = positions(pad) if self.padding_takes_part else real_positions(pad)
+            counted = positions(pad) if self.padding_takes_part else token_positions(pad)
             return sum((gy[t, b] * y[t, b]).sum() for t, b in counted) + penalty
 
         y, penalty = self.normalize(x, pad, self.parameters, training=True)
@@ -84,6 +84,22 @@ class ExactReference(Reference):
 
     def infer(self, x: Array, pad: Array) -> Array:
         return self.normalize(x, pad, self.parameters, training=False)[0]
+
+
+class TokenReference(ExactReference):
+    """A normalization that treats every token by itself; padding has no meaning for it."""
+
+    padding_takes_part = True
+
+    def token(self, x: Array, p: dict[str, Array]) -> Array:
+        """y (C,) of one token x (C,), p its parameters."""
+        raise NotImplementedError
+
+    def normalize(self, x, pad, parameters, training):
+        y = np.zeros(x.shape, dtype=np.result_type(x, *parameters.values()))
+        for t, b in positions(pad):
+            y[t, b] = self.token(x[t, b], parameters)
+        return y, 0.0
 
 
 def derivative(function: Callable[[Array], complex], at: Array) -> Array:
@@ -108,7 +124,7 @@ def positions(pad: Array) -> Iterator[tuple[int, int]]:
             yield t, b
 
 
-def real_positions(pad: Array) -> list[tuple[int, int]]:
+def token_positions(pad: Array) -> list[tuple[int, int]]:
     """(t, b) of every real token."""
     return [(t, b) for t, b in positions(pad) if not pad[b, t]]
 
@@ -119,3 +135,28 @@ def mean_over(values: Array, where: list[tuple[int, int]]) -> Array:
     for t, b in where:
         total = total + values[t, b]
     return total / len(where)
+
+
+def standardize(x: Array, eps: float) -> Array:
+    """(x - mean) / sqrt(var + eps) over the entries of x, biased variance."""
+    mean = sum(x) / len(x)
+    var = sum((entry - mean) ** 2 for entry in x) / len(x)
+    return (x - mean) / np.sqrt(var + eps)
+
+
+def affine(x_hat: Array, parameters: dict[str, Array]) -> Array:
+    """w x_hat + b at every position."""
+    y = np.zeros_like(x_hat)
+    for t in range(x_hat.shape[0]):
+        for b in range(x_hat.shape[1]):
+            y[t, b] = parameters["weight"] * x_hat[t, b] + parameters["bias"]
+    return y
+
+
+def affine_gradients(gy: Array, x_hat: Array, where: list[tuple[int, int]]) -> dict[str, Array]:
+    """Gradients of w and b, summed over the given positions."""
+    weight, bias = np.zeros(gy.shape[-1]), np.zeros(gy.shape[-1])
+    for t, b in where:
+        weight = weight + gy[t, b] * x_hat[t, b]
+        bias = bias + gy[t, b]
+    return {"weight": weight, "bias": bias}

@@ -1,4 +1,4 @@
-"""Instance normalization: each sentence and channel over the sentence's real tokens."""
+"""IN, token by token in numpy."""
 
 import numpy as np
 
@@ -16,11 +16,11 @@ class Instance(ExactReference):
     def normalize(self, x, pad, parameters, training):
         y = np.zeros(x.shape, dtype=np.result_type(x, *parameters.values()))
         for b in range(x.shape[1]):
-            real = [(t, b) for t in range(x.shape[0]) if not pad[b, t]]
-            if not real:
+            tokens = [(t, b) for t in range(x.shape[0]) if not pad[b, t]]
+            if not tokens:
                 continue
-            mean = mean_over(x, real)
-            var = mean_over((x - mean) ** 2, real)
+            mean = mean_over(x, tokens)
+            var = mean_over((x - mean) ** 2, tokens)
             for t in range(x.shape[0]):
                 x_hat = (x[t, b] - mean) / np.sqrt(var + self.eps)
                 y[t, b] = parameters["weight"] * x_hat + parameters["bias"]

@@ -1,16 +1,17 @@
-"""Unified Normalization."""
+"""UN, token by token in numpy."""
 
 import numpy as np
 
 from normexp.norms.reference.base import (
     Reference,
     Step,
+    affine,
+    affine_gradients,
     mean_over,
     positions,
-    real_positions,
     reference_of,
+    token_positions,
 )
-from normexp.norms.reference.power import affine, affine_gradients
 
 
 @reference_of("unified")
@@ -58,12 +59,12 @@ class Unified(Reference):
         return False
 
     def train_step(self, x, pad, gy):
-        everywhere, real = list(positions(pad)), real_positions(pad)
+        everywhere, tokens = list(positions(pad)), token_positions(pad)
         m, keep, state = self.window_size, self.momentum, self.state
         state["step"] = step = state["step"] + 1
         slot = step % m
         running = state["running_psi2"]
-        psi2_batch = mean_over(x**2, real)
+        psi2_batch = mean_over(x**2, tokens)
 
         before = state["psi2_window"].copy()
         state["psi2_window"][slot] = psi2_batch
@@ -89,9 +90,9 @@ class Unified(Reference):
         state["running_psi2"] = keep * running + (1 - keep) * v
 
         g = r * self.parameters["weight"] * gy
-        lam = mean_over(g * x_hat, everywhere)
-        state["lambda_window"][slot] = state["e"] if skip else lam
-        smoothed = lam if by_batch or skip else sum(state["lambda_window"]) / m
+        lambda_ = mean_over(g * x_hat, everywhere)
+        state["lambda_window"][slot] = state["e"] if skip else lambda_
+        smoothed = lambda_ if by_batch or skip else sum(state["lambda_window"]) / m
         state["e"] = keep * state["e"] + (1 - keep) * smoothed
         gx = np.zeros_like(x)
         for t, b in everywhere:
