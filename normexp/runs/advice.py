@@ -43,7 +43,7 @@ def about_files(error: BaseException, folder: Path) -> str | None:
 def _full(folder: Path) -> str:
     return (
         f"no space left on the disk of {folder}; free some and give the same command again, which "
-        "goes on from the last checkpoint"
+        "resumes from the last checkpoint"
     )
 
 

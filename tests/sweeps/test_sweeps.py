@@ -46,7 +46,7 @@ def test_changed_configuration_runs_again_and_loses_nothing(settings, results, c
     (old_record,) = aside.glob("*.json")
     assert (old_folder / "checkpoints/checkpoint_last.pt").read_bytes() == checkpoint
     assert old_record.read_bytes() == record
-    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("put aside")]
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("archived")]
     assert [str(old_folder) in said[0], str(old_record) in said[1]] == [True, True]
     assert "evaluation.beam: 5 -> 3, fairseq.optimization.lr: [0.004] -> [0.001]" in said[0]
 
