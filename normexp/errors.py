@@ -1,7 +1,10 @@
-"""The one exception whose message is meant for the person at the keyboard."""
+"""UserError, the exception whose message is for the user, and what prints it."""
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -14,6 +17,15 @@ class UserError(Exception):
     The scripts print it as one line on standard error and exit with status 1; anything else
     that escapes is a defect of this project and keeps its traceback.
     """
+
+
+@contextmanager
+def exit_on_user_error() -> Iterator[None]:
+    """Print a UserError as one line on standard error and exit with status 1."""
+    try:
+        yield
+    except UserError as error:
+        sys.exit(f"error: {error}")
 
 
 def invalid_fields(error: ValidationError, most: int = 3) -> str:

@@ -1,4 +1,4 @@
-"""Where the parts of the repository lie."""
+"""Paths of the repository's parts."""
 
 from pathlib import Path
 

@@ -86,7 +86,7 @@ def _run_in_folder(settings: RunSettings, valid: ValidRun, ranks: Ranks) -> Reco
         if earlier is not None:
             return earlier
         _check_records_writable(settings.results_dir / "records" / settings.task.name)
-        # The corpus comes before the log: its progress and its errors belong on the console.
+        # The corpus is prepared before the log opens: its progress belongs on the console.
         corpus = prepare(settings.task.corpus, settings.data.dir, settings.data.local)
         if corpus.kind != settings.task.kind:
             raise UserError(
@@ -216,8 +216,10 @@ def _train(
 
 
 def _curve(folder: RunFolder) -> list[tuple[int, float]]:
-    """(update, validation loss per token in nats). fairseq logs bits, and apart from a smoothed
-    loss the likelihood."""
+    """Return (update, validation loss per token in nats) pairs.
+
+    fairseq logs bits, and the likelihood apart from a smoothed loss.
+    """
     from normexp.runs.metrics_file import MetricsFile
 
     with MetricsFile(folder.metrics) as metrics:
@@ -226,7 +228,7 @@ def _curve(folder: RunFolder) -> list[tuple[int, float]]:
 
 
 def _finished_training(folder: RunFolder) -> "TrainingResult | None":
-    """The result that training left when it ended; None where it has not, as far as is readable."""
+    """Read the result that training left when it ended; None where it has not or is unreadable."""
     from normexp.training.loop import TrainingResult
 
     try:
@@ -240,7 +242,7 @@ def _finished_training(folder: RunFolder) -> "TrainingResult | None":
 
 
 def _asked(settings: RunSettings, sites: Sites, corpus: PreparedCorpus) -> Asked:
-    """The part of the record that is known before the run starts."""
+    """Collect the part of the record that is known before the run starts."""
     commit, dirty = provenance.code_version(REPOSITORY)
     parallel = settings.distributed
     return Asked(
@@ -287,7 +289,7 @@ def _publish(record: Record, results_dir: Path) -> None:
 
 
 def _complete_record(folder: RunFolder, results_dir: Path) -> Record | None:
-    """The record of a run that needs nothing more; diverged counts, failed is tried again."""
+    """Return the record of a run that needs nothing more; a failed one is tried again."""
     if not folder.record.is_file():
         return None
     try:
@@ -303,21 +305,21 @@ def _complete_record(folder: RunFolder, results_dir: Path) -> Record | None:
 
 
 def _check_records_writable(folder: Path) -> None:
-    """Before any work, because records may lie on another disk than the run. Raises OSError."""
+    """Raise OSError before any work: records may lie on another disk than the run."""
     folder.mkdir(parents=True, exist_ok=True)
     if not os.access(folder, os.W_OK):
         raise PermissionError(errno.EROFS, os.strerror(errno.EROFS), str(folder))
 
 
 def _command() -> str:
-    """The command line without folders, which say nothing to anybody else."""
+    """Return the command line without folders, which are of this machine only."""
     given = provenance.command_of_this_run()[1:]
     arguments = [argument for argument in given if "/" not in argument and "=~" not in argument]
     return " ".join(["python", "scripts/train.py", *arguments])
 
 
 def _for_the_dashboard(settings: RunSettings, asked: Asked) -> dict[str, Any]:
-    """W&B's config: what one filters and groups by on top, the complete settings below."""
+    """Return W&B's config: on top what one filters and groups by, below the complete settings."""
     handles = ("task", "kind", "norm", "label", "seed", "config_hash", "budget", "corpus")
     origin = ("code_commit", "code_dirty", "command", "hardware", "versions", "sites")
     return {name: getattr(asked, name) for name in (*handles, *origin)} | {
@@ -339,7 +341,7 @@ def _flat(record: Record) -> dict[str, Any]:
 
 
 def _peak_memory() -> int:
-    """Bytes: of the GPU's memory allocated to tensors, or of the process on the CPU."""
+    """Return the peak in bytes: of tensors on the GPU, or of the process on the CPU."""
     if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
         return torch.cuda.max_memory_allocated()
     unit = 1 if sys.platform == "darwin" else 1024
@@ -361,11 +363,14 @@ def _print(line: str) -> None:
 
 @contextmanager
 def _warnings_on_console(wanted: bool) -> Iterator[None]:
-    """Also keeps fairseq, which finds the root logger taken, from logging to standard output."""
+    """Print warnings on standard error.
+
+    A handler of the root logger also keeps fairseq from logging to standard output.
+    """
     console = logging.StreamHandler(sys.stderr) if wanted else logging.NullHandler()
     console.setLevel(logging.WARNING)
     console.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
-    # Python warnings are torch's and fairseq's talk about each other: for the log.
+    # Python warnings are of torch and fairseq about each other: they go to the log.
     console.addFilter(lambda entry: entry.name != "py.warnings")
     logging.captureWarnings(True)
     try:

@@ -1,4 +1,4 @@
-"""Which normalization stands at which site of a Transformer.
+"""The normalization at each site of a Transformer.
 
 Needs neither fairseq nor a model, so a configuration can be checked before any work and its
 resolved sites can go into a record. The same function decides what the models are built with.
@@ -88,7 +88,7 @@ def resolve_sites(kind: str, model: Mapping[str, Any]) -> dict[str, dict[str, An
 
 
 def site_of(path: str) -> str | None:
-    """Site and layer of a module: "encoder.layers.0.final_layer_norm" -> "encoder_ffn/0".
+    """Return site and layer of a module: "encoder.layers.0.final_layer_norm" -> "encoder_ffn/0".
 
     The norm after a stack has no layer: "encoder_final". None for what is no norm of a site.
     """
@@ -110,7 +110,7 @@ def _refuse_future(site: str, name: str) -> None:
 
 
 def _channels(kind: str, model: Mapping[str, Any]) -> dict[str, int]:
-    """Sites that the model has, with their numbers of channels."""
+    """Return the sites that the model has, with their numbers of channels."""
     if kind == "translation":
         encoder, decoder = model.get("encoder", {}), model.get("decoder", {})
     else:  # fairseq's language models have a flat configuration

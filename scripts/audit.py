@@ -15,7 +15,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from normexp.errors import UserError
+from normexp.errors import exit_on_user_error
 
 
 def main() -> int:
@@ -40,7 +40,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    try:
+    with exit_on_user_error():
         sys.exit(main())
-    except UserError as error:
-        sys.exit(f"error: {error}")

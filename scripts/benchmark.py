@@ -15,7 +15,7 @@ from typing import Any
 
 from normexp.benchmarks import suite
 from normexp.config.command_grammar import Parser
-from normexp.errors import UserError
+from normexp.errors import exit_on_user_error
 from normexp.paths import RESULTS
 
 RECORDS = RESULTS / "benchmarks"
@@ -64,7 +64,5 @@ def _show(benchmark: str, record: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with exit_on_user_error():
         main()
-    except UserError as error:
-        sys.exit(f"error: {error}")

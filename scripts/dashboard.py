@@ -10,10 +10,9 @@ account or no network.
 
 import argparse
 import logging
-import sys
 from pathlib import Path
 
-from normexp.errors import UserError
+from normexp.errors import exit_on_user_error
 from normexp.paths import RESULTS
 
 
@@ -45,7 +44,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with exit_on_user_error():
         main()
-    except UserError as error:
-        sys.exit(f"error: {error}")

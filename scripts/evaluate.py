@@ -10,10 +10,9 @@ or `data.dir` and `data.local`. Nothing but the translations in hypotheses/ is w
 """
 
 import argparse
-import sys
 from pathlib import Path
 
-from normexp.errors import UserError
+from normexp.errors import exit_on_user_error
 
 
 def main() -> None:
@@ -41,7 +40,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with exit_on_user_error():
         main()
-    except UserError as error:
-        sys.exit(f"error: {error}")

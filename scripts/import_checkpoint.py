@@ -13,10 +13,9 @@ on where they were, the optimizer starts anew.
 """
 
 import argparse
-import sys
 from pathlib import Path
 
-from normexp.errors import UserError
+from normexp.errors import exit_on_user_error
 
 
 def main() -> None:
@@ -35,7 +34,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with exit_on_user_error():
         main()
-    except UserError as error:
-        sys.exit(f"error: {error}")

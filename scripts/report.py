@@ -13,7 +13,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from normexp.errors import UserError
+from normexp.errors import UserError, exit_on_user_error
 from normexp.files import whole_file
 from normexp.paths import REPOSITORY, RESULTS
 from normexp.report.aggregate import rows_by_task
@@ -85,7 +85,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with exit_on_user_error():
         main()
-    except UserError as error:
-        sys.exit(f"error: {error}")

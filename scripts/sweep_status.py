@@ -1,11 +1,11 @@
 #!/usr/bin/env python
-"""How the runs of a sweep stand, at a glance.
+"""Print the status of every run of a sweep.
 
     python scripts/sweep_status.py +experiment=table1_iwslt14 norm=layer,power seed=1,2,3
     python scripts/sweep_status.py                      # every run found below results/runs/
     python scripts/sweep_status.py results_dir=/scratch/results
 
-Takes what `scripts/train.py -m` takes, and looks only: nothing is started or changed.
+Takes the overrides of `scripts/train.py -m`; nothing is started or changed.
 
   done         its record is there, made with this configuration
   diverged     likewise: a loss was not finite, which is a result and is not repeated
@@ -22,7 +22,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from normexp.errors import UserError
+from normexp.errors import exit_on_user_error
 from normexp.sweeps import slurm_queue
 from normexp.sweeps.run_status import status_of
 from normexp.sweeps.status_table import print_statuses
@@ -54,7 +54,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    try:
+    with exit_on_user_error():
         sys.exit(main())
-    except UserError as error:
-        sys.exit(f"error: {error}")

@@ -11,7 +11,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from normexp.errors import UserError
+from normexp.errors import UserError, exit_on_user_error
 from normexp.paths import RESULTS
 from normexp.tracking.offline import UploadError, check_connection, find_offline_runs, upload
 
@@ -61,7 +61,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with exit_on_user_error():
         main()
-    except UserError as error:
-        sys.exit(f"error: {error}")

@@ -18,7 +18,7 @@ failures = []
 
 @hydra.main(config_path="../configs", config_name="train", version_base="1.3")
 def main(cfg: DictConfig) -> str | None:
-    """Do one run and return why it failed; in a sweep the other runs go on when one cannot."""
+    """Do one run and return why it failed; the other runs of a sweep continue."""
     try:
         process = this_process()
         settings = _settings(cfg, process)

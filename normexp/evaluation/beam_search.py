@@ -1,4 +1,4 @@
-"""fairseq's beam search without the work that no hypothesis depends on."""
+"""fairseq's beam search with less work and the same hypotheses."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,20 +9,20 @@ from torch import Tensor, nn
 
 
 class LeanEnsemble(EnsembleModel):
-    """Takes the place of the models in fairseq's SequenceGenerator; hypotheses have no alignment.
+    """Replaces the models in fairseq's SequenceGenerator; its hypotheses have no alignment.
 
     fairseq records the attention of every step, and rearranges encoder outputs with the beams,
     although the beams of a sentence share theirs.
     """
 
     def forward_decoder(self, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
-        """As in fairseq, without the attention."""
+        """Return the log-probabilities as fairseq does, without the attention."""
         return super().forward_decoder(*args, **kwargs)[0], None
 
     def reorder_encoder_out(
         self, encoder_outs: list[dict[str, list[Tensor]]], new_order: Tensor
     ) -> list[dict[str, list[Tensor]]]:
-        """As in fairseq, where a sentence has left the batch or beams are made of sentences."""
+        """Reorder as fairseq does, but only where sentences have left the batch or become beams."""
         if encoder_outs[0]["encoder_padding_mask"][0].size(0) == new_order.numel():
             return encoder_outs
         return super().reorder_encoder_out(encoder_outs, new_order)
@@ -32,7 +32,7 @@ class LeanEnsemble(EnsembleModel):
 def beams_share_encoder_states(model: nn.Module, beam: int) -> Iterator[None]:
     """Within this context the decoder attends to one copy of each sentence's encoder states.
 
-    For beam search only, with as many rows per sentence as `beam`: scoring would go wrong.
+    Use it for beam search only, with `beam` rows per sentence; scores would be wrong.
     """
     attentions = [m for m in model.modules() if getattr(m, "encoder_decoder_attention", False)]
     try:

@@ -12,7 +12,7 @@ from normexp.corpora.tokenization import tokenize
 
 
 def tokenised_bleu(hypotheses: list[str], references: list[str]) -> float:
-    """fairseq's BLEU of tokenised text: multi-bleu's, but an empty hypothesis counts as one word.
+    """Return fairseq's BLEU of tokenised text: multi-bleu's, but an empty line counts as a word.
 
     Words are split at blanks; case counts; no smoothing; one reference.
     """
@@ -30,7 +30,7 @@ def tokenised_bleu(hypotheses: list[str], references: list[str]) -> float:
 
 
 def compound_split_bleu(hypotheses: list[str], references: list[str], language: str) -> float:
-    """tokenised_bleu after both sides were tokenised anew and their compounds split.
+    """Return `tokenised_bleu` of plain text, tokenised here, with compounds split.
 
     hypotheses and references are plain text. It has to be tokenised anew because fairseq's WMT
     recipes tokenise with -a, which makes " @-@ " of the hyphens that the split looks for: splitting
@@ -45,7 +45,7 @@ def compound_split_bleu(hypotheses: list[str], references: list[str], language: 
 
 
 def split_compounds(line: str) -> str:
-    """Every hyphen between two characters that are no blanks becomes a word of its own.
+    """Make every hyphen between two characters that are no blanks a word of its own.
 
     Left to right without overlap, neighbours included, as in the scripts of tensor2tensor and
     fairseq: of "a-b-c" only the first hyphen is split.
@@ -54,7 +54,7 @@ def split_compounds(line: str) -> str:
 
 
 def sacre_bleu(hypotheses: list[str], references: list[str], lowercase: bool) -> tuple[float, str]:
-    """sacreBLEU of plain text and its signature."""
+    """Return sacreBLEU of plain text and its signature."""
     metric = BLEU(lowercase=lowercase)
     value = metric.corpus_score(hypotheses, [references]).score
     return value, metric.get_signature().format()

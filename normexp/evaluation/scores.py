@@ -71,7 +71,7 @@ def load_evaluated(
 
 
 def folded(loaded: LoadedModel) -> LoadedModel:
-    """The model with its norms merged into linear layers; UserError where that is impossible."""
+    """Merge the norms of a model into linear layers. Raises UserError if that is impossible."""
     from normexp.fairseq_plugin.folding import fold_norms
 
     try:
@@ -82,7 +82,7 @@ def folded(loaded: LoadedModel) -> LoadedModel:
 
 @torch.inference_mode()
 def score(loaded: LoadedModel, split: str, max_tokens: int, progress: bool) -> tuple[float, int]:
-    """Negative log-likelihood of a split in nats, and the number of target tokens in it.
+    """Return the negative log-likelihood of a split in nats and its number of target tokens.
 
     Sentence ends count as tokens. Language models see the preceding tokens of the same block of
     tokens_per_sample only. Raises UserError when the tokens scored are not those of the split.
@@ -100,7 +100,7 @@ def score_stream(
     max_tokens: int,
     progress: bool,
 ) -> tuple[float, int]:
-    """Like `score`, for a causal language model, with context carried over from block to block.
+    """Score a causal language model as `score` does, with context carried over between blocks.
 
     Every token is predicted from at least context_window earlier ones, as far as there are any, in
     windows that move on by `stride` tokens (None: as far as the model's tokens_per_sample allows).
@@ -146,7 +146,7 @@ def translate(
     max_tokens: int,
     progress: bool,
 ) -> list[torch.Tensor]:
-    """Best hypothesis of every sentence of a split, by beam search, in the order of the corpus.
+    """Translate a split by beam search; one hypothesis per sentence, in the corpus's order.
 
     Returns one tensor of target token ids per sentence, end of sentence included. Raises UserError
     when a sentence is missing.
@@ -171,7 +171,7 @@ def translate(
 
 
 def to_text(loaded: LoadedModel, tokens: torch.Tensor, bpe: str | None, reference: bool) -> str:
-    """Token ids to tokenised text without BPE; in a reference, unknown words never match."""
+    """Return tokenised text without BPE; in a reference, unknown words never match."""
     dictionary = loaded.task.target_dictionary
     return dictionary.string(tokens.int(), bpe, escape_unk=reference)
 
@@ -183,7 +183,7 @@ def evaluate_translation(
     hypotheses_dir: Path,
     progress: bool = True,
 ) -> dict[str, dict[str, float | str]]:
-    """BLEU, both kinds, and perplexity per token of every split asked for.
+    """Return BLEU, tokenised and sacreBLEU, and perplexity per token of settings.splits.
 
     The detokenised translations are written to hypotheses_dir/<split>.txt.
     """
@@ -236,11 +236,11 @@ def evaluate_language_model(
     causal: bool,
     progress: bool = True,
 ) -> dict[str, dict[str, float | str]]:
-    """Perplexity per token and per word of every split asked for.
+    """Return perplexity per token and per word of settings.splits.
 
     A token is a unit of the dictionary, a word a unit of the text before BPE; the end of every
-    line counts as one of each. With a context_window also `streamed_*`, the same with context
-    carried over (`score_stream`), unless the model is not causal: it then means nothing.
+    line counts as one of each. With a context_window there is also `streamed_*`, the same
+    with context carried over (`score_stream`), unless the model is not causal.
     """
     streamed = settings.context_window > 0
     if streamed and not causal:

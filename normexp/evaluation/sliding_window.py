@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 
 def split_into_windows(length: int, context_window: int, stride: int) -> Iterator[range]:
-    """Positions that each window reads; the last `stride` (at the end fewer) are predicted there.
+    """Yield the positions that each window reads; it predicts the last `stride` of them or fewer.
 
     Window n predicts positions n stride to (n + 1) stride - 1 and reads from context_window
     positions before them on, or from the beginning of the text.
@@ -26,7 +26,7 @@ def split_into_windows(length: int, context_window: int, stride: int) -> Iterato
 def stream_batches(
     dataset: Any, pad: int, context_window: int, stride: int, max_tokens: int
 ) -> Iterator[dict[str, Any]]:
-    """Batches as fairseq's criterions take them; targets that are context only are padding.
+    """Yield batches for fairseq's criterions; targets that are context only are padding.
 
     dataset: a split of fairseq's language_modeling; however it is cut into blocks, the text is the
     same. A window is never longer than context_window + stride, and a batch of them has at most

@@ -1,1 +1,1 @@
-"""What a run leaves on disk: its folder, its record, and what was there before."""
+"""Files of a run: its folder, its record, and the archive of earlier ones."""

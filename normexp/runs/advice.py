@@ -1,4 +1,4 @@
-"""What a user can do about an error that is the machine's and not the program's."""
+"""Advice on errors of the machine: full disks, refused writes, too little memory."""
 
 import errno
 import shutil
@@ -16,7 +16,7 @@ _REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 def about_files(error: BaseException, folder: Path) -> str | None:
-    """Cause and cure where a file of a run could not be written; None for another error."""
+    """Return cause and cure of an error of writing files below `folder`; None for another error."""
     for cause in _causes(error):
         if isinstance(cause, OSError) and cause.errno in _FULL:
             return _full(folder)
@@ -34,7 +34,7 @@ def about_files(error: BaseException, folder: Path) -> str | None:
                 )
             if cause.errno in _REFUSED:
                 return f"cannot write {path} ({cause.strerror}); set results_dir=..."
-    # torch and others may say nothing of the disk, so its present state has to tell.
+    # torch's errors may not mention the disk, so look at its present state.
     if folder.exists() and shutil.disk_usage(folder).free < FULL_DISK_BYTES:
         return _full(folder)
     return None
@@ -48,7 +48,7 @@ def _full(folder: Path) -> str:
 
 
 def about_memory(error: BaseException, settings: ExperimentSettings, trained: bool) -> str | None:
-    """Cause and cure where memory did not suffice; None for another error.
+    """Return cause and cure of an error of memory; None for another error.
 
     trained: whether it happened after the training.
     """

@@ -71,7 +71,7 @@ class RunFolder:
         return self.path / "record.json"
 
     def in_use(self) -> bool:
-        """Whether a process holds the folder at this moment."""
+        """Return whether a process holds the folder at this moment."""
         # By hand, because filelock needs permission to write, which others' folders may refuse.
         try:
             lock = open(self.path / LOCK, "rb")  # noqa: SIM115
@@ -85,7 +85,7 @@ class RunFolder:
         return False
 
     def read_settings(self) -> RunSettings:
-        """The settings of the run. Raises UserError where there are none, or damaged ones."""
+        """Read the settings of the run. Raises UserError where there are none, or damaged ones."""
         if not self.config.is_file():
             raise UserError(
                 f"{self.path} is no run folder: it has no config.yaml (run folders lie under "

@@ -1,4 +1,4 @@
-"""The record that a run with these settings has left, looked up without torch."""
+"""Look up the record that a run with given settings has left; imports no torch."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from normexp.runs.records import Record, path_of_run, read_record
 
 
 def find_record(settings: RunSettings) -> tuple[Path, Record] | None:
-    """The record of this run among the results, however it ended, and where it lies.
+    """Find the record of this run among the results and its path, however the run ended.
 
     None where there is none, where it is of another identity, and where it cannot be read.
     """
@@ -27,6 +27,6 @@ def find_record(settings: RunSettings) -> tuple[Path, Record] | None:
 
 
 def find_finished(settings: RunSettings) -> tuple[Path, Record] | None:
-    """`find_record` where the run needs nothing more: it is complete or has diverged."""
+    """Find the record of this run if it needs nothing more: it is complete or has diverged."""
     found = find_record(settings)
     return found if found and found[1].status != "failed" else None

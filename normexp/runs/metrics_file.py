@@ -22,7 +22,7 @@ class MetricsFile:
     `step` counts updates, `time` is seconds since 1970 (UTC). NaN and infinities, which JSON does
     not have, become null. Each line is on disk when the call returns, so a killed run keeps what
     it had logged. A line half-written by a killed process is removed on opening. Other lines that
-    are none of ours are removed too, with a warning, and the file as it was stays beside it as
+    are not metrics are removed too, with a warning, and the file as it was stays beside it as
     `metrics.jsonl.damaged`. A full disk costs lines, with a warning, and not the run.
     """
 
@@ -32,7 +32,7 @@ class MetricsFile:
         # Unbuffered: a line must not wait in a buffer that a kill throws away.
         self._file = open(path, "a+b", buffering=0)  # noqa: SIM115
         self._repair_last_line()
-        self._put_damage_aside()
+        self._move_damaged_lines()
 
     def __call__(self, tag: str, step: int, values: Mapping[str, float]) -> None:
         finite = {name: float(x) if math.isfinite(x) else None for name, x in values.items()}
@@ -57,7 +57,7 @@ class MetricsFile:
         self._file = open(self._path, "a+b", buffering=0)  # noqa: SIM115
 
     def values(self, tag: str, name: str) -> dict[int, float]:
-        """By step, in order, what was logged under a tag and a name so far; finite values only."""
+        """Return the finite values logged under a tag and a name so far, by step and in order."""
         entries = (entry for _, entry in self._lines())
         found = {entry["step"]: entry.get(name) for entry in entries if entry["tag"] == tag}
         return {step: value for step, value in found.items() if value is not None}
@@ -84,19 +84,19 @@ class MetricsFile:
         else:  # an editor stripped the final newline
             self._file.write(b"\n")
 
-    def _put_damage_aside(self) -> None:
+    def _move_damaged_lines(self) -> None:
         lines = self._path.read_bytes().splitlines(keepends=True)
         if damaged := len(lines) - len(good := self._lines()):
-            aside = self._path.with_name(self._path.name + ".damaged")
-            shutil.copyfile(self._path, aside)
+            copy = self._path.with_name(self._path.name + ".damaged")
+            shutil.copyfile(self._path, copy)
             logger.warning(
-                "%s: %d lines are not lines of metrics and were left out; the file as it was is %s",
-                *(self._path, damaged, aside),
+                "%s: %d lines are not metrics and were removed; %s is the file before",
+                *(self._path, damaged, copy),
             )
             self._replace([line for line, _ in good])
 
     def _lines(self) -> list[tuple[bytes, dict[str, Any]]]:
-        """The lines that are metrics, as they stand there and as values."""
+        """Return each line that is of metrics, as bytes and parsed."""
         found = []
         for line in self._path.read_bytes().splitlines(keepends=True):
             try:

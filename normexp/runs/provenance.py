@@ -1,4 +1,4 @@
-"""Where a result comes from: machine, package versions, code version, command line, time."""
+"""The origin of a result: machine, package versions, code version, command line, time."""
 
 import importlib.metadata
 import os
@@ -15,14 +15,14 @@ from hydra.types import RunMode
 
 
 def command_of_this_run() -> list[str]:
-    """Script and arguments; of a run in a sweep those for this run alone."""
+    """Return script and arguments; for a run of a sweep, the arguments of this run alone."""
     if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
         return ["scripts/train.py", *HydraConfig.get().overrides.task]
     return sys.argv
 
 
 def hardware_facts() -> dict[str, Any]:
-    """Processor, usable cores, memory and GPUs of this machine, without any name of it."""
+    """Return processor, usable cores, memory (bytes) and GPUs of this machine, not its name."""
     import torch  # here, because reports read records without it
 
     processor = platform.processor() or platform.machine()
@@ -43,7 +43,7 @@ def hardware_facts() -> dict[str, Any]:
 
 
 def package_versions() -> dict[str, str]:
-    """Versions of Python and of the packages that can change a number."""
+    """Return the versions of Python and of the packages that can change a number."""
     versions = {"python": platform.python_version()}
     for package in (
         "torch",
@@ -63,7 +63,7 @@ def package_versions() -> dict[str, str]:
 
 
 def code_version(repository: Path) -> tuple[str, bool | None]:
-    """Commit of the repository and whether its files differ from it; ("unknown", None) without git.
+    """Return the commit and whether files differ from it; ("unknown", None) without git.
 
     `results/` does not count: there each run leaves its record.
     """
@@ -79,7 +79,7 @@ def code_version(repository: Path) -> tuple[str, bool | None]:
 
 
 def utc_now() -> str:
-    """The time as records store it."""
+    """Return the current time as records store it: ISO 8601, UTC, in seconds."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 

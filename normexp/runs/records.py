@@ -24,7 +24,7 @@ Metrics = dict[str, float | str | None]
 
 @dataclass(frozen=True, kw_only=True)
 class Asked:
-    """What was asked of a run and where it was made, known before it starts.
+    """The part of a record that is known before the run starts: settings, corpus, machine, code.
 
     Attributes:
         task: Name of the task's configuration, such as "iwslt14".
@@ -62,15 +62,15 @@ class Asked:
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What came out of a run, known when it has ended.
+    """The part of a record that is known when the run has ended: status, metrics, cost.
 
     Attributes:
         status: "complete", "diverged" (see `diverged_at_update`) or "failed"; the last two have a
             `reason`.
         diverged_site: Site and layer ("encoder_ffn/0") at which running statistics, or what was to
             be averaged into them, were first not finite in the failed update
-            (`training.divergence.StatisticsWatch` says what that tells of the cause). None without
-            divergence, without such norms, and where all of it was finite.
+            (`training.divergence.StatisticsWatch` explains what that says of the cause). None
+            without divergence, without such norms, and where all of it was finite.
         metrics: By split ("valid", "test"), then by name. A name says which convention it follows.
         curve: (update, validation loss per token in nats) at every validation while training.
         sees_future_tokens: Whether a language model's output depends on the tokens it predicts;
@@ -99,7 +99,7 @@ class Outcome:
 
     @classmethod
     def without_result(cls, status: str, reason: str, **known: Any) -> "Outcome":
-        """The outcome of a run that failed or diverged; what is not `known` is None."""
+        """Return the outcome of a run that failed or diverged; fields not in `known` are None."""
         unknown = dict.fromkeys(one.name for one in fields(cls) if one.default is MISSING)
         return cls(**{**unknown, "metrics": {}, "status": status, "reason": reason, **known})
 
@@ -125,7 +125,7 @@ class Record(Asked, Outcome):
 
     @classmethod
     def of(cls, asked: Asked, outcome: Outcome, finished_at: str) -> "Record":
-        """Join the two parts."""
+        """Join the two parts into a record."""
         return cls(**vars(asked), **vars(outcome), finished_at=finished_at)
 
 
@@ -133,12 +133,12 @@ _RECORD = TypeAdapter(Record)
 
 
 def record_path(results_dir: Path, record: Record) -> Path:
-    """Where a record belongs: "PN (released)" with seed 3 gives `PN-released-seed3.json`."""
+    """Return the path of a record: "PN (released)" with seed 3 gives `PN-released-seed3.json`."""
     return path_of_run(results_dir, record.task, record.label, record.seed)
 
 
 def path_of_run(results_dir: Path, task: str, label: str, seed: int) -> Path:
-    """Where the record of a run belongs, whether it exists or not."""
+    """Return the path of a run's record, whether it exists or not."""
     name = re.sub(r"[^A-Za-z0-9.+_=]+", "-", label).strip("-")
     return results_dir / "records" / task / f"{name}-seed{seed}.json"
 
@@ -163,7 +163,7 @@ def write_record(path: Path, record: Record) -> None:
 
 
 def describe(record: Record) -> str:
-    """One line with what a reader wants to know first."""
+    """Return one line with the status and the main test metrics."""
     head = f"{record.task} {record.label} seed {record.seed}: "
     if record.status != "complete":
         return head + f"{record.status}, {record.reason}"
@@ -181,7 +181,7 @@ def describe(record: Record) -> str:
 
 
 def read_record(path: Path) -> Record:
-    """Read a record; UserError names the file and what is wrong with it."""
+    """Read a record. Raises UserError naming the file and its first invalid fields."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse)
     except OSError as error:
@@ -200,7 +200,7 @@ def read_record(path: Path) -> Record:
 
 
 def load_records(results_dir: Path) -> dict[Path, Record]:
-    """All records below `results_dir`, by path and in the order of their paths.
+    """Read all records below `results_dir`; returns them by path, in the order of their paths.
 
     Raises UserError for the first that cannot be read, or that lies elsewhere than `record_path`
     says: a copied file would count twice.

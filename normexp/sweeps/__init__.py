@@ -1,1 +1,1 @@
-"""Many runs: which a sweep consists of, how they stand, and as jobs of a SLURM cluster."""
+"""Sweeps: their runs, the status of each run, and their jobs on a SLURM cluster."""

@@ -1,4 +1,4 @@
-"""How a run stands, found out from what lies on the disk and from SLURM's queue.
+"""The status of a run, from its files and from SLURM's queue.
 
 Imports neither torch nor fairseq: looking takes no longer than reading a few files.
 """
@@ -23,7 +23,7 @@ TAIL_BYTES = 65536
 
 @dataclass(frozen=True)
 class RunStatus:
-    """One run: where it belongs, how it stands, and what there is to say about it."""
+    """The status of one run; `detail` says more in a few words."""
 
     task: str
     label: str
@@ -33,12 +33,12 @@ class RunStatus:
 
     @property
     def finished(self) -> bool:
-        """Whether there is nothing left to do; divergence is a result."""
+        """Whether the run needs nothing more; divergence is a result."""
         return self.state in FINISHED
 
 
 def status_of(settings: RunSettings, jobs: Mapping[Path, Job]) -> RunStatus:
-    """How the run of these settings stands. jobs: what slurm_queue.jobs() returns."""
+    """Return the status of the run of these settings. jobs: what slurm_queue.jobs() returns."""
     state, detail = _state(settings, jobs)
     return RunStatus(settings.task.name, settings.label, settings.seed, state, detail)
 
@@ -69,12 +69,12 @@ def _state(settings: RunSettings, jobs: Mapping[Path, Job]) -> tuple[State, str]
 
 
 def _other_configuration(settings: RunSettings, folder: RunFolder) -> str:
-    """What differs in the folder's settings; empty where nothing does, or there are none."""
+    """Return how the folder's settings differ; "" if they do not, or the folder has none."""
     return differences(folder.read_settings(), settings) if folder.config.is_file() else ""
 
 
 def _progress(folder: RunFolder) -> str:
-    """The last update and how long ago it was logged."""
+    """Return the last update and how long ago it was logged."""
     try:
         with open(folder.metrics, "rb") as file:
             file.seek(0, 2)

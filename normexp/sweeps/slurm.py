@@ -1,4 +1,4 @@
-"""Sweeps on a SLURM cluster: hydra-submitit-launcher, taught what this project knows of its runs.
+"""Sweeps on a SLURM cluster: hydra-submitit-launcher, extended by the status of runs.
 
 Only what is missing is submitted, as one job array. The command waits for its jobs and ends with a
 list of how every run stands. A job whose run fails ends with a status other than 0.
@@ -53,7 +53,7 @@ class SlurmLauncher(submitit_launcher.SlurmLauncher):
     failures: ClassVar[list[Any]] = []
 
     def __call__(self, *args: Any) -> JobReturn:
-        """One run, in its job. Hydra has caught whatever happened, and SLURM must get to know."""
+        """Do one run in its job; exit with status 1 if it failed: Hydra catches its errors."""
         if self.params.get("gpus_per_node"):
             _check_gpu()
         returned = super().__call__(*args)
@@ -62,10 +62,10 @@ class SlurmLauncher(submitit_launcher.SlurmLauncher):
         return returned
 
     def checkpoint(self, *args: Any) -> Any:
-        """What a requeued job is to do: the same. Called by submitit on SLURM's signal.
+        """Return what a requeued job does: the same again. Called by submitit on SLURM's signal.
 
-        Read back, because the arguments at hand share state with Hydra, where fairseq has left its
-        own configurations by now.
+        The submission is read back from its file, because the arguments here share state with
+        Hydra, where fairseq has left its own configurations by now.
         """
         import submitit
 
@@ -76,7 +76,7 @@ class SlurmLauncher(submitit_launcher.SlurmLauncher):
     def launch(
         self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
     ) -> Sequence[JobReturn]:
-        """Submit what is missing, wait, and say how all of it stands."""
+        """Submit the missing runs, wait for them, and print the status of all."""
         try:
             return self._launch(job_overrides, initial_job_idx)
         except UserError as error:
@@ -143,7 +143,7 @@ class SlurmLauncher(submitit_launcher.SlurmLauncher):
         return jobs
 
     def _wait_for(self, jobs: dict[Path, Job]) -> None:
-        """Until none of them is in the queue. A SLURM that does not answer is asked again."""
+        """Wait until no job is in the queue; ask again if SLURM does not answer."""
         pause, last = POLL_SECONDS
         ids = {job.id for job in jobs.values()}
         try:
@@ -152,7 +152,7 @@ class SlurmLauncher(submitit_launcher.SlurmLauncher):
                 pause = min(last, 1.1 * pause)
         except KeyboardInterrupt:
             arrays = sorted({job.split("_")[0] for job in ids})
-            say(f"the jobs go on without this command; `scancel {' '.join(arrays)}` ends them")
+            say(f"the jobs continue without this command; `scancel {' '.join(arrays)}` ends them")
             raise
 
 
@@ -168,5 +168,5 @@ def _check_gpu() -> None:
 
 
 def say(line: str) -> None:
-    """One line on standard output, at once."""
+    """Print one line on standard output, unbuffered."""
     print(line, flush=True)

@@ -1,4 +1,4 @@
-"""Which SLURM jobs belong to which runs, and how they stand in the queue.
+"""The SLURM jobs of runs and their states in the queue.
 
 Each sweep leaves results/sweeps/<time>/jobs.json: run folder -> job and where its output is.
 """
@@ -24,7 +24,7 @@ class Job:
     reason: str = ""
 
     def last_words(self) -> str:
-        """The last line of its standard error that says something; empty where there is none."""
+        """Return the last line of its standard error that is not srun's; "" where there is none."""
         try:
             lines = self.errors.read_text(encoding="utf-8", errors="replace").split("\n")
         except OSError:
@@ -35,7 +35,7 @@ class Job:
 
 
 def remember(sweep_dir: Path, jobs: dict[Path, Job]) -> None:
-    """Write down which job does which run, by run folder."""
+    """Write the job of every run folder to the sweep's jobs.json."""
     write_json(
         sweep_dir / JOBS,
         {str(path): {"job": job.id, "errors": str(job.errors)} for path, job in jobs.items()},
@@ -43,7 +43,7 @@ def remember(sweep_dir: Path, jobs: dict[Path, Job]) -> None:
 
 
 def jobs(results_dir: Path) -> dict[Path, Job]:
-    """The newest job of every run that a sweep ever submitted, by run folder."""
+    """Return the newest job of every run that a sweep ever submitted, by run folder."""
     known: dict[Path, Job] = {}
     for path in sorted((results_dir / "sweeps").glob(f"*/{JOBS}")):
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -56,7 +56,7 @@ def jobs(results_dir: Path) -> dict[Path, Job]:
 
 
 def in_queue() -> dict[str, tuple[str, str]] | None:
-    """State and reason of every job of this user by its id; None where squeue does not answer."""
+    """Return state and reason of this user's jobs by id; None if squeue does not answer."""
     if shutil.which("squeue") is None:
         return None
     asked = ["squeue", "--me", "--array", "--noheader", "--format=%i|%T|%r"]

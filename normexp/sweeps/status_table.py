@@ -1,4 +1,4 @@
-"""How the runs of a sweep stand, as a table."""
+"""The status of a sweep's runs as a table."""
 
 import sys
 from collections import Counter
@@ -24,7 +24,7 @@ COLOURS: dict[State, str] = {
 
 
 def print_statuses(statuses: Sequence[RunStatus]) -> None:
-    """One line per run on standard output, and how many there are of each kind."""
+    """Print one line per run on standard output, and the number of runs in each state."""
     console = Console()
     if not sys.stdout.isatty():
         console = Console(width=200)  # a file or a pipe has no width that tables must fit

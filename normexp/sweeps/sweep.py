@@ -1,4 +1,4 @@
-"""What runs a sweep consists of, by Hydra's own rules."""
+"""The runs of a sweep, expanded by Hydra's own rules."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from normexp.runs.folder import RunFolder
 
 
 def runs_of_sweep(overrides: list[str]) -> list[RunSettings]:
-    """The settings of every run that `train.py -m` with these overrides consists of.
+    """Return the settings of every run that `train.py -m` with these overrides consists of.
 
     Raises UserError for overrides that Hydra does not understand.
     """
@@ -36,7 +36,7 @@ def runs_of_sweep(overrides: list[str]) -> list[RunSettings]:
 
 
 def runs_found(results_dir: Path) -> list[RunSettings]:
-    """The settings of every run folder below results/runs/, moved here or not.
+    """Return the settings of every run folder below results/runs/, moved here or not.
 
     Raises UserError where there is none.
     """
