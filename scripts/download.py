@@ -12,9 +12,8 @@ prepared is only reported. Ends with a table of the counts obtained beside those
 import argparse
 import logging
 import sys
-from pathlib import Path
 
-from normexp.errors import UserError
+from normexp.errors import UserError, exit_on_user_error
 from normexp.paths import CONFIGS
 
 
@@ -24,6 +23,7 @@ def main() -> None:
     from hydra.errors import HydraException
     from rich.console import Console
 
+    from normexp.config.settings import parse
     from normexp.corpora import prepare
     from normexp.corpora.catalogue import load_catalogue
     from normexp.corpora.summary import print_summary
@@ -48,21 +48,20 @@ def main() -> None:
     task = [] if name in corpora else [arguments.task]
     try:
         with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-            cfg = compose("train", [*task, *arguments.overrides])
+            settings = parse(compose("train", [*task, *arguments.overrides]))
     except HydraException as error:
         raise UserError(" ".join(str(error).split())) from error
     corpus = prepare(
-        name if name in corpora else cfg.task.corpus,
-        Path(cfg.data.dir),
-        local=Path(cfg.data.local) if cfg.data.local else None,
+        name if name in corpora else settings.task.corpus,
+        settings.data.dir,
+        settings.data.local,
     )
     print_summary(catalogue[corpus.name], corpus, Console())
 
 
 if __name__ == "__main__":
     try:
-        main()
-    except UserError as error:
-        sys.exit(f"error: {error}")
+        with exit_on_user_error():
+            main()
     except KeyboardInterrupt:
-        sys.exit("interrupted; the same command goes on behind the last finished stage")
+        sys.exit("interrupted; the same command resumes after the last finished stage")
