@@ -100,7 +100,9 @@ class Outcome:
     @classmethod
     def without_result(cls, status: str, reason: str, **known: Any) -> "Outcome":
         """Return the outcome of a run that failed or diverged; fields not in `known` are None."""
-        unknown = dict.fromkeys(one.name for one in fields(cls) if one.default is MISSING)
+        unknown = dict.fromkeys(
+            one.name for one in fields(cls) if one.default is one.default_factory is MISSING
+        )
         return cls(**{**unknown, "metrics": {}, "status": status, "reason": reason, **known})
 
 
