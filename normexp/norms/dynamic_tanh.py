@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from normexp.norms.core import option_checks
 from normexp.norms.core.masking import flatten_tokens
+from normexp.norms.core.option_checks import check_positive
 from normexp.norms.registry import register_norm
 
 
@@ -17,14 +17,14 @@ class DynamicTanh(nn.Module):
 
     def __init__(self, num_features: int, alpha: float = 0.5):
         super().__init__()
-        option_checks.positive(alpha=alpha)
+        check_positive(alpha=alpha)
         self.num_features, self.alpha = num_features, alpha
         self.a = nn.Parameter(torch.tensor(float(alpha)))
         self.weight = nn.Parameter(torch.ones(num_features))
         self.bias = nn.Parameter(torch.zeros(num_features))
 
     def forward(self, x: Tensor, padding_mask: Tensor | None = None) -> Tensor:
-        """x (T, B, C) or (N, C) -> y like x. Raises ValueError on unfit shapes or masks."""
+        """x (T, B, C) or (N, C) -> y like x. Raises ValueError on invalid shapes or masks."""
         tokens, _ = flatten_tokens(x, padding_mask, self.num_features)
         y = torch.tanh(self.a * tokens) * self.weight + self.bias
         return y.to(x.dtype).reshape(x.shape)

@@ -15,7 +15,7 @@ class NoNorm(nn.Module):
         self.num_features = num_features
 
     def forward(self, x: Tensor, padding_mask: Tensor | None = None) -> Tensor:
-        """x (T, B, C) or (N, C) -> x itself. Raises ValueError on unfit shapes or masks."""
+        """x (T, B, C) or (N, C) -> x itself. Raises ValueError on invalid shapes or masks."""
         check_input(x, padding_mask, self.num_features)
         return x
 

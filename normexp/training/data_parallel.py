@@ -18,7 +18,7 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from normexp.errors import UserError
-from normexp.norms import pool_statistics
+from normexp.norms import average_statistics
 from normexp.norms.running_norm import RunningNorm
 from normexp.training.process_group import COLLECTIVE_TIMEOUT, Ranks
 
@@ -159,7 +159,7 @@ def trainer_on(ranks: Ranks, trainer: type) -> type:
 
 def _pool_state(model: nn.Module) -> None:
     """The same state of the norms on all ranks, so that a checkpoint of one is that of all."""
-    pool_statistics(model)
+    average_statistics(model)
     counters = [
         value
         for norm in model.modules()

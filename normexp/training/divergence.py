@@ -14,7 +14,7 @@ class StatisticsWatch:
     """Tells after a failed update at which site statistics were first not finite.
 
     A layer with running statistics counts the passes whose statistics were not finite
-    (`RunningNorm.rejected`). Here that count is noted before and after each forward pass of an
+    (`RunningNorm.num_rejected`). Here that count is noted before and after each forward pass of an
     update, because afterwards NaN has spread to all sites in one direction or the other. Costs two
     copies of as many integers as there are such layers, and no waiting for the device.
     """
@@ -77,4 +77,4 @@ class StatisticsWatch:
             self._counts.append(self._current())
 
     def _current(self) -> Tensor:
-        return torch.stack([norm.rejected for norm in self._norms.values()])
+        return torch.stack([norm.num_rejected for norm in self._norms.values()])

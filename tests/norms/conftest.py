@@ -4,7 +4,6 @@ from collections.abc import Iterator
 
 import pytest
 
-from normexp.norms import running_norm
 from normexp.norms.kernels import native
 from normexp.norms.kernels.choice import chosen_kernels, use_kernels
 
@@ -30,7 +29,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def kernels(request: pytest.FixtureRequest) -> Iterator[str]:
     """Which implementation the test is about; elsewhere what a user would get."""
     before, wanted = chosen_kernels(), getattr(request, "param", "auto")
-    if wanted == "native" and not native.load(running_norm.NATIVE_SOURCES / "power.cpp"):
+    if wanted == "native" and not native.load(native.NATIVE_SOURCES / "power.cpp"):
         pytest.skip("no compiled kernels here: see the line that kernels.native has logged")
     use_kernels(wanted)
     yield wanted

@@ -34,7 +34,7 @@ every_name = pytest.mark.parametrize("name", WITH_STATE)
 
 def equal_to_reference(norm: nn.Module, reference: object, when: str = "") -> None:
     """State of the layer and of its reference, rejected batches excepted."""
-    assert norm.rejected == 0
+    assert norm.num_rejected == 0
     for what, expected in reference.state.items():
         obtained = getattr(norm, what).numpy()
         np.testing.assert_allclose(
@@ -938,7 +938,7 @@ def test_state_dict_is_strict_both_ways(case: str) -> None:
     saved = norm.state_dict()
     assert {"weight", "bias", "step"} < set(saved)
     assert set(norm.statistics()) and all(v.shape == (C,) for v in norm.statistics().values())
-    assert "rejected" not in norm.statistics()
+    assert "num_rejected" not in norm.statistics()
     for key in saved:
         fewer = {other: value for other, value in saved.items() if other != key}
         with pytest.raises(RuntimeError, match=rf"Missing key.*{key}"):

@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from normexp.norms import build_norm, norm_options, pool_statistics
+from normexp.norms import average_statistics, build_norm, norm_options
 from normexp.norms.kernels.choice import use_kernels
 from support.batches import Batch, C, random_batch
 from support.stateful import CASES, forward, penalized, state
@@ -134,7 +134,7 @@ def private(rank: int, world: int) -> dict[str, object]:
     counted = Collectives()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        pool_statistics(model)
+        average_statistics(model)
     counted.stop()
     return {
         "told": [str(warning.message) for warning in told],
