@@ -15,6 +15,10 @@ class AdaNorm(nn.Module):
     Xu et al., "Understanding and Improving Layer Normalization" (2019), equation 6. No gradient
     flows through the factor (1 - k x_hat), as in the paper, and there are no parameters.
     padding_mask has no effect.
+
+    Reference: normexp/norms/reference/adaptive.py
+    Proof: pytest tests/norms/test_references.py -k "adaptive]"
+    Number: no training run of it is recorded
     """
 
     def __init__(self, num_features: int, eps: float = 1e-5, k: float = 0.1, scale: float = 1.0):

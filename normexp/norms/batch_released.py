@@ -13,8 +13,9 @@ from normexp.norms.running_norm import RunningNorm
 
 @register_norm("batch_released")
 class BatchNormReleased(RunningNorm):
-    """BN as released; equal to recorded outputs of the authors' layer to 1e-9 in float64.
+    """BN as in the authors' released code.
 
+    Equal to recorded outputs of their layer to 1e-9 in float64 (tests/norms/test_golden.py).
     It departs from masked batch normalization (`batch`) in two ways:
     1. Each token is first divided by sqrt(mean_C(x^2) + eps), in training and inference.
     2. Padded positions are replaced by the mean of the real tokens (also in inference, where
@@ -23,6 +24,10 @@ class BatchNormReleased(RunningNorm):
        T*B / (T*B - 1)).
 
     Statistics are each worker's own. RunningNorm lists the rules of the state.
+
+    Reference: normexp/norms/reference/batch_released.py
+    Proof: pytest tests/norms/test_references.py -k "batch_released]"
+    Number: no training run of it is recorded
     """
 
     def __init__(self, num_features: int, eps: float = 1e-5, momentum: float = 0.05):

@@ -13,6 +13,10 @@ class DynamicTanh(nn.Module):
     """DyT: y = w tanh(a x) + b, with a learned scalar a that starts at `alpha`.
 
     Zhu et al., "Transformers without Normalization" (2025), equation 1. padding_mask has no effect.
+
+    Reference: normexp/norms/reference/dynamic_tanh.py
+    Proof: pytest tests/norms/test_references.py -k "dynamic_tanh]"
+    Number: no training run of it is recorded
     """
 
     def __init__(self, num_features: int, alpha: float = 0.5):

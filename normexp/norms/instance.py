@@ -18,6 +18,10 @@ class InstanceNorm(nn.Module):
     an image. A list of tokens (N, C) counts as one sentence. Padded positions are zeros in x and y
     and influence nothing, nor do gradients there. Every position sees the others of its sentence,
     later ones included, so the layer fits encoders only.
+
+    Reference: normexp/norms/reference/instance.py
+    Proof: pytest tests/norms/test_references.py -k "instance]"
+    Number: no training run of it is recorded
     """
 
     mixes_positions = True

@@ -8,7 +8,12 @@ from normexp.norms.registry import register_norm
 
 @register_norm("none")
 class NoNorm(nn.Module):
-    """Identity: y = x, the control without normalization. No parameters."""
+    """Identity: y = x, the control without normalization. No parameters.
+
+    Reference: normexp/norms/reference/none.py
+    Proof: pytest tests/norms/test_references.py -k "none]"
+    Number: no training run of it is recorded
+    """
 
     def __init__(self, num_features: int):
         super().__init__()

@@ -50,6 +50,10 @@ class PowerNorm(QuadraticNorm):
     p = min(1 - alpha_bwd, 1 / Gamma) per channel instead: the same as Algorithm 2 while
     (1 - alpha_bwd) Gamma <= 1; beyond, nu_t = Lambda / Gamma. Then nu_t is always a weighted mean
     of nu_(t-1) and Lambda / Gamma, so |nu_t| <= max(|nu_(t-1)|, sqrt(mean_N(g^2) / Gamma)).
+
+    Reference: normexp/norms/reference/power.py
+    Proof: pytest tests/norms/test_references.py -k "power]"
+    Number: results/README.md: multi30k, ptb (PN)
     """
 
     native_source = NATIVE_SOURCES / "power.cpp"

@@ -18,8 +18,9 @@ from normexp.norms.running_norm import RunningNorm
 
 @register_norm("power_released")
 class PowerNormReleased(RunningNorm):
-    """PN as released; equal to recorded outputs of the authors' layer to 1e-9 in float64.
+    """PN as in the authors' released code.
 
+    Equal to recorded outputs of their layer to 1e-9 in float64 (tests/norms/test_golden.py).
     It departs from Algorithm 2 (`power`) as follows; s is the step, counted from 1:
     1. Group scaling first: x <- x / sqrt(mean(x^2 over the C/G channels of its group) + eps) per
        token and group, in training and inference; the gradient flows through it.
@@ -34,6 +35,10 @@ class PowerNormReleased(RunningNorm):
 
     Because of 4 padded positions influence e, and parameter gradients count them, so training
     depends on how batches are padded. RunningNorm lists the rules of the state.
+
+    Reference: normexp/norms/reference/power_released.py
+    Proof: pytest tests/norms/test_references.py -k "power_released]"
+    Number: no training run of it is recorded
     """
 
     native_source = NATIVE_SOURCES / "power_released.cpp"

@@ -94,6 +94,10 @@ class PowerNormV(QuadraticNorm):
 
     In training, padded positions are zeros in x and y and influence nothing, nor do gradients
     there. RunningNorm lists the rules of the state.
+
+    Reference: normexp/norms/reference/power_v.py
+    Proof: pytest tests/norms/test_references.py -k "power_v]"
+    Number: results/README.md: multi30k, ptb (PN-V)
     """
 
     native_source = NATIVE_SOURCES / "power.cpp"

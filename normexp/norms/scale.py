@@ -15,6 +15,10 @@ class ScaleNorm(nn.Module):
     """ScaleNorm: y = g x / max(||x||_2, eps), with one learned scalar g, sqrt(C) at the start.
 
     Nguyen, Salazar, "Transformers without Tears" (2019), equation 3. padding_mask has no effect.
+
+    Reference: normexp/norms/reference/scale.py
+    Proof: pytest tests/norms/test_references.py -k "scale]"
+    Number: no training run of it is recorded
     """
 
     def __init__(self, num_features: int, eps: float = 1e-5):

@@ -43,6 +43,10 @@ class UnifiedNorm(RunningNorm):
 
     Because of the means over all positions, training depends on how batches are padded.
     Double differentiation is refused. RunningNorm lists the rules of the state.
+
+    Reference: normexp/norms/reference/unified.py
+    Proof: pytest tests/norms/test_references.py -k "unified]"
+    Number: no training run of it is recorded
     """
 
     averages_of_gradients = ("e", "lambda_window")
