@@ -8,8 +8,10 @@ One file per layer, named like the layer: power.py is `build_norm("power", ...)`
 reference/power.py the same equations token by token. To read PN: power.py, power_v.py,
 running_norm.py.
 
-Every file of this folder that registers a layer is found by itself: a new normalization is one
-file here, and nothing else is edited. Dimension letters: T time, B batch, C channels, N real
+Every file of this folder that registers a layer is imported: a new normalization is one file here
+and its reference in reference/, and nothing else is edited. The layer's docstring ends with three
+lines, which a test checks: its reference, its proof (a pytest command) and its number (where a
+result made with it is recorded). Dimension letters: T time, B batch, C channels, N real
 tokens, G groups.
 """
 

@@ -1,4 +1,4 @@
-"""Dynamic tanh: squashing in the place of normalization."""
+"""Dynamic tanh: squashing instead of normalization."""
 
 import torch
 from torch import Tensor, nn

@@ -15,7 +15,7 @@ class GroupNorm(nn.Module):
 
         x_hat = (x - mean_group) / sqrt(var_group + eps),  y = w x_hat + b
 
-    Wu, He, "Group Normalization" (2018), with a token in the place of an image; num_groups=1 is
+    Wu, He, "Group Normalization" (2018), with a token instead of an image; num_groups=1 is
     LN. padding_mask has no effect.
 
     Reference: normexp/norms/reference/group.py

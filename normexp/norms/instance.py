@@ -14,8 +14,8 @@ class InstanceNorm(nn.Module):
 
         x_hat = (x - mean_T) / sqrt(var_T + eps),  y = w x_hat + b, in training and inference
 
-    Ulyanov, Vedaldi, Lempitsky, "Instance Normalization" (2016), with a sentence in the place of
-    an image. A list of tokens (N, C) counts as one sentence. Padded positions are zeros in x and y
+    Ulyanov, Vedaldi, Lempitsky, "Instance Normalization" (2016), with a sentence instead of an
+    image. A list of tokens (N, C) counts as one sentence. Padded positions are zeros in x and y
     and influence nothing, nor do gradients there. Every position sees the others of its sentence,
     later ones included, so the layer fits encoders only.
 

@@ -34,7 +34,7 @@ class UnifiedNorm(RunningNorm):
     into the slot of the second window (e instead, if skipped).
         Lambda = lambda while s <= M or s < warmup_steps or skipped, else the window's mean
         e <- m e + (1 - m) Lambda
-        dL/dx = (g - e x_hat) / sqrt(V + eps), with Lambda in the place of e if skipped
+        dL/dx = (g - e x_hat) / sqrt(V + eps), with Lambda instead of e if skipped
         dL/dw = sum r x_hat dL/dy over all positions
     inference: y = w x / sqrt(psi2 + eps) + b.
     outlier_filtration (off for text): after warm-up a batch is skipped when in any channel the

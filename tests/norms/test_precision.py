@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.batches import few_examples, quick_options, random_batch
 from support.norm_steps import penalty_of
+from support.thorough import default_cases
 
 from normexp.norms import available_norms, build_norm
 from normexp.norms.reference import build_reference
@@ -38,7 +39,7 @@ def representable(values: np.ndarray, dtype: torch.dtype) -> np.ndarray:
 
 
 @pytest.mark.parametrize("converted", [False, True], ids=["autocast", "whole-model"])
-@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("dtype", default_cases(HALF, {torch.bfloat16}), ids=str)
 @pytest.mark.parametrize("name", available_norms())
 @settings(few_examples, max_examples=3)
 @given(seed=st.integers(0, 10**6))

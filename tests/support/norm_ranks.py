@@ -120,8 +120,8 @@ def training(rank: int, world: int) -> dict[str, object]:
 
 
 def private(rank: int, world: int) -> dict[str, object]:
-    """Without sync: the warnings, the state of each rank, and what pooling makes of it."""
-    with warnings.catch_warnings(record=True) as told:
+    """Without sync: the warnings, and the state of each rank before and after averaging."""
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         model = nn.ModuleList([CASES[case].build(sync=False) for case in SYNC_CASES])
         model.append(CASES["batch_released"].build())
@@ -137,7 +137,7 @@ def private(rank: int, world: int) -> dict[str, object]:
         average_statistics(model)
     counted.stop()
     return {
-        "told": [str(warning.message) for warning in told],
+        "warnings": [str(warning.message) for warning in caught],
         "before": before,
         "after": state(model),
         "collectives": counted.since(),
