@@ -10,7 +10,7 @@ from fairseq.modules.transformer_layer import (
 )
 from torch import Tensor, nn
 
-from normexp.norms.replace import fill_slot, padding_mask_for
+from normexp.norms.replace import padding_mask_for, replace_norm
 
 Norms = dict[str, dict[str, Any]]  # what normexp.sites.resolve_sites returns
 
@@ -20,8 +20,8 @@ class NormEncoderLayer(TransformerEncoderLayerBase):
 
     def __init__(self, cfg: Any, return_fc: bool = False, *, norms: Norms):
         super().__init__(cfg, return_fc=return_fc)
-        fill_slot(self, "self_attn_layer_norm", norms["encoder_attention"])
-        fill_slot(self, "final_layer_norm", norms["encoder_ffn"])
+        replace_norm(self, "self_attn_layer_norm", norms["encoder_attention"])
+        replace_norm(self, "final_layer_norm", norms["encoder_ffn"])
 
     def forward(
         self, x: Tensor, encoder_padding_mask: Tensor | None, attn_mask: Tensor | None = None
@@ -40,10 +40,10 @@ class NormDecoderLayer(TransformerDecoderLayerBase):
 
     def __init__(self, cfg: Any, no_encoder_attn: bool = False, *, norms: Norms):
         super().__init__(cfg, no_encoder_attn)
-        fill_slot(self, "self_attn_layer_norm", norms["decoder_attention"])
+        replace_norm(self, "self_attn_layer_norm", norms["decoder_attention"])
         if not no_encoder_attn:
-            fill_slot(self, "encoder_attn_layer_norm", norms["decoder_cross"])
-        fill_slot(self, "final_layer_norm", norms["decoder_ffn"])
+            replace_norm(self, "encoder_attn_layer_norm", norms["decoder_cross"])
+        replace_norm(self, "final_layer_norm", norms["decoder_ffn"])
 
     def forward(
         self, x: Tensor, *args: Any, self_attn_padding_mask: Tensor | None = None, **kwargs: Any

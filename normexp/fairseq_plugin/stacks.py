@@ -10,7 +10,7 @@ from fairseq.models.transformer import (
 from torch import Tensor, nn
 
 from normexp.fairseq_plugin.layers import NormDecoderLayer, NormEncoderLayer, Norms, wrap_layer
-from normexp.norms.replace import fill_slot, padding_mask_for
+from normexp.norms.replace import padding_mask_for, replace_norm
 
 
 class NormEncoder(TransformerEncoderBase):
@@ -20,7 +20,7 @@ class NormEncoder(TransformerEncoderBase):
         self.norms = norms  # the stock constructor calls build_encoder_layer
         super().__init__(cfg, dictionary, embed_tokens)
         if self.layer_norm is not None:
-            fill_slot(self, "layer_norm", norms["encoder_final"])
+            replace_norm(self, "layer_norm", norms["encoder_final"])
 
     def build_encoder_layer(self, cfg: Any) -> nn.Module:
         """Build one layer."""
@@ -40,7 +40,7 @@ class _DecoderNorms:
         self.norms = norms  # the stock constructor calls build_decoder_layer
         super().__init__(*args, **kwargs)
         if self.layer_norm is not None:
-            fill_slot(self, "layer_norm", norms["decoder_final"])
+            replace_norm(self, "layer_norm", norms["decoder_final"])
 
     def build_decoder_layer(self, cfg: Any, no_encoder_attn: bool = False) -> nn.Module:
         """Build one layer."""

@@ -4,15 +4,22 @@
     norm = build_norm("power", num_features=512, warmup_steps=8000)
     y = norm(x, padding_mask)   # x (T, B, C) or (N, C); padding_mask (B, T) or (N,), True = padding
 
-Every file of this folder that registers a layer is found by itself: a new normalization is one
-file here, and nothing else is edited. Dimension letters: T time, B batch, C channels, N real
+One file per layer, named like the layer: power.py is `build_norm("power", ...)`, and
+reference/power.py the same equations token by token. To read PN: power.py, power_v.py,
+running_norm.py.
+
+Every file of this folder that registers a layer is imported: a new normalization is one file here
+and its reference in reference/, and nothing else is edited. The layer's docstring ends with three
+lines, which a test checks: its reference, its proof (a pytest command) and its number (where a
+result made with it is recorded). Dimension letters: T time, B batch, C channels, N real
 tokens, G groups.
 """
 
 import importlib
 import pkgutil
 
-from normexp.norms.average_statistics import pool_statistics
+from normexp.norms.average_over_ranks import average_statistics
+from normexp.norms.kernels.choice import use_kernels
 from normexp.norms.loss_scale import follow_loss_scale
 from normexp.norms.registry import (
     available_norms,
@@ -21,6 +28,7 @@ from normexp.norms.registry import (
     norm_options,
     register_norm,
 )
+from normexp.norms.replace import padding_mask_for, replace_layer_norms
 
 for _module in pkgutil.iter_modules(__path__):
     if _module.ispkg:  # parts of layers; whoever needs one imports it
@@ -29,10 +37,13 @@ for _module in pkgutil.iter_modules(__path__):
 
 __all__ = [
     "available_norms",
+    "average_statistics",
     "build_norm",
     "follow_loss_scale",
     "norm_class",
     "norm_options",
-    "pool_statistics",
+    "padding_mask_for",
     "register_norm",
+    "replace_layer_norms",
+    "use_kernels",
 ]

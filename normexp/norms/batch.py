@@ -5,13 +5,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from normexp.norms.core import option_checks
 from normexp.norms.core.averaging import average_
-from normexp.norms.core.masking import num_real, only_real, zero_padding_
-from normexp.norms.core.replay_cache import recomputing
+from normexp.norms.core.masking import mask_padding_, num_tokens
+from normexp.norms.core.option_checks import check_share
+from normexp.norms.core.replay_cache import in_recomputation
+from normexp.norms.core.second_order import batch_gradients
 from normexp.norms.distributed.collectives import pooled_moments, sum_over_ranks
+from normexp.norms.kernels.native import NATIVE_SOURCES
 from normexp.norms.registry import register_norm
-from normexp.norms.running_norm import NATIVE_SOURCES, RunningNorm
+from normexp.norms.running_norm import RunningNorm
 
 
 @register_norm("batch")
@@ -23,46 +25,49 @@ class BatchNorm(RunningNorm):
         x_hat = (x - mu_B) / sqrt(var_B + eps),  y = w x_hat + b
         running_mean <- (1 - momentum) running_mean + momentum mu_B
         running_var  <- (1 - momentum) running_var  + momentum var_B N / (N - 1)
-    with the exact gradient. Inference: the running values take the place
-    of the batch's. Without padding this is torch's BatchNorm1d over the tokens, gradient and
-    running values included.
+    with the exact gradient. Inference: the running values replace the batch's. Without padding
+    this is torch's BatchNorm1d over the tokens, gradient and running values included.
 
     In training, padded positions are zeros in x and y and influence nothing, nor do gradients
-    there. With a single real token var_B is 0 and y = b. RunningNorm tells the rules of the state.
+    there. With a single real token var_B is 0 and y = b. RunningNorm lists the rules of the state.
+
+    Reference: normexp/norms/reference/batch.py
+    Proof: pytest tests/norms/test_references.py -k "batch] and not regularized"
+    Number: results/README.md: multi30k, ptb (BN)
     """
 
     native_source = NATIVE_SOURCES / "batch.cpp"
-    _regularized = False  # for the native kernel: the two lines of RegularizedBatchNorm's formula
+    _regularized = False  # for the kernels: the two lines of RegularizedBatchNorm's formula
 
     def __init__(
         self, num_features: int, eps: float = 1e-5, momentum: float = 0.05, sync: bool = False
     ):
         super().__init__(num_features, eps, sync)
-        option_checks.share(momentum=momentum)
+        check_share(momentum=momentum)
         self.momentum = momentum
         self.register_buffer("running_mean", torch.zeros(num_features))
         self.register_buffer("running_var", torch.ones(num_features))
 
-    def _kernel_step(self, operators: Any, x: Tensor, padding_mask: Tensor | None) -> Tensor:
-        y, *statistics = operators.batch(
-            x,
-            padding_mask,
-            *(self.weight, self.bias, self.running_mean, self.running_var),
-            *(self.step, self.rejected),
-            *(recomputing(), self.eps, self.momentum, self._regularized),
-        )
-        self._after_step(*statistics)
-        return y
-
-    def _normalize(self, tokens: Tensor, real: Tensor | None) -> Tensor:
-        y, mean, var, n = _Standardize.apply(tokens, self.weight, self.bias, real, self)
-        if not recomputing():
-            usable = self._usable(n, mean, var)
+    def _train_torch(self, tokens: Tensor, token_mask: Tensor | None) -> Tensor:
+        y, mean, var, n = BatchNormFunction.apply(tokens, self.weight, self.bias, token_mask, self)
+        if not in_recomputation():
+            usable = self._is_finite_batch(n, mean, var)
             average_(self.running_mean, mean.detach(), self.momentum, usable)
             new_var = self._var_to_average(var.detach(), n)
             average_(self.running_var, new_var, self.momentum, usable)
             self.step += usable
         self._after_step(mean, var, n)
+        return y
+
+    def _train_kernel(self, operators: Any, x: Tensor, padding_mask: Tensor | None) -> Tensor:
+        y, *statistics = operators.batch(
+            x,
+            padding_mask,
+            *(self.weight, self.bias, self.running_mean, self.running_var),
+            *(self.step, self.num_rejected),
+            *(in_recomputation(), self.eps, self.momentum, self._regularized),
+        )
+        self._after_step(*statistics)
         return y
 
     def inference_affine(self) -> tuple[Tensor, Tensor]:
@@ -71,12 +76,14 @@ class BatchNorm(RunningNorm):
         return scale, self.bias - self.running_mean.clone() * scale
 
     def _after_step(self, mean: Tensor, var: Tensor, n: Tensor) -> None:
-        """For subclasses: the batch's statistics, with their gradient, after the state moved on."""
+        """For subclasses: mu_B, var_B (C,), differentiable, and N, after the state has changed."""
 
     def _var_to_average(self, var: Tensor, n: Tensor) -> Tensor:
+        """What running_var averages, from the biased variance (C,) of n real tokens."""
         return var * n / (n - 1).clamp(min=1)
 
     def _inverse_std(self, var: Tensor) -> Tensor:
+        """The factor (C,) of x - mean, from the variance (C,)."""
         return torch.rsqrt(var + self.eps)
 
     def _inverse_std_slope(self, var: Tensor) -> Tensor:
@@ -86,11 +93,11 @@ class BatchNorm(RunningNorm):
     def statistics(self) -> dict[str, Tensor]:
         return {"mean": self.running_mean, "var": self.running_var}
 
-    def retained(self, first: Tensor, last: Tensor) -> Tensor:
+    def decay_over(self, first: Tensor, last: Tensor) -> Tensor:
         return (1 - self.momentum) ** (last - first)
 
 
-class _Standardize(torch.autograd.Function):
+class BatchNormFunction(torch.autograd.Function):
     """x -> y, mu_B, var_B, N; of all ranks where the layer is synchronized.
 
     Written out because autograd would make and keep a dozen tensors as large as x.
@@ -102,62 +109,49 @@ class _Standardize(torch.autograd.Function):
         tokens: Tensor,
         weight: Tensor,
         bias: Tensor,
-        real: Tensor | None,
+        token_mask: Tensor | None,
         norm: BatchNorm,
     ) -> tuple[Tensor, ...]:
-        n = num_real(tokens, real)
+        n = num_tokens(tokens, token_mask)
         centered = tokens.clone()
-        mean = zero_padding_(centered, real).sum(0) / n.clamp(min=1)
-        zero_padding_(centered.sub_(mean), real)
-        local_mean, squares = mean, centered.square()
-        n, mean, var = pooled_moments(n, mean, squares.sum(0), norm.sync)
+        mean = mask_padding_(centered, token_mask).sum(0) / n.clamp(min=1)
+        mask_padding_(centered.sub_(mean), token_mask)
+        local_mean, buf = mean, centered.square()
+        n, mean, var = pooled_moments(n, mean, buf.sum(0), norm.sync)
         if norm.sync:
-            zero_padding_(centered.add_(local_mean - mean), real)
+            mask_padding_(centered.add_(local_mean - mean), token_mask)
         scale = norm._inverse_std(var) * weight
-        y = torch.addcmul(bias.to(tokens.dtype), centered, scale, out=squares)
-        ctx.save_for_backward(tokens, centered, weight, real, var, n)
+        y = torch.addcmul(bias.to(tokens.dtype), centered, scale, out=buf)
+        ctx.save_for_backward(tokens, centered, weight, token_mask, var, n)
         ctx.norm = norm
         ctx.mark_non_differentiable(n)
-        return zero_padding_(y, real), mean, var, n
+        return mask_padding_(y, token_mask), mean, var, n
 
     @staticmethod
     def backward(
         ctx: Any, gradient: Tensor, d_mean: Tensor, d_var: Tensor, _: Tensor
     ) -> tuple[Tensor | None, ...]:
-        tokens, centered, weight, real, var, n = ctx.saved_tensors
+        tokens, centered, weight, token_mask, var, n = ctx.saved_tensors
         norm = ctx.norm
         if torch.is_grad_enabled():  # this gradient is to be differentiated in turn
-            outputs = _standardize(tokens, weight, real, norm)
-            gradients = only_real(gradient, real), d_mean, d_var
-            d_tokens, d_weight = torch.autograd.grad(
-                outputs, (tokens, weight), gradients, create_graph=True
+            gradients = batch_gradients(
+                *(tokens, weight, (gradient, d_mean, d_var), tokens, token_mask),
+                inverse_std=norm._inverse_std,
+                moments=lambda n, mean, m2: pooled_moments(n, mean, m2, norm.sync)[1:],
             )
-            return d_tokens, d_weight, gradients[0].sum(0), None, None
-        if real is not None:
-            gradient = zero_padding_(gradient.clone(), real)
+            return *gradients, None, None
+        if token_mask is not None:
+            gradient = mask_padding_(gradient.clone(), token_mask)
         inverse, d_bias = norm._inverse_std(var), gradient.sum(0)
-        values = gradient * centered
-        products = values.sum(0)
+        buf = gradient * centered
+        products = buf.sum(0)
         # What reaches mu_B and var_B, from the tokens of all ranks.
         d_var = d_var + products * weight * norm._inverse_std_slope(var)
         d_mean = d_mean - d_bias * weight * inverse
-        sums = sum_over_ranks(torch.cat([d_mean, d_var]), norm.sync) / n.clamp(min=1)
-        d_mean, d_var = sums.chunk(2)
-        torch.addcmul(d_mean, centered, 2 * d_var, out=values)
-        values.addcmul_(gradient, weight * inverse)
-        d_tokens = zero_padding_(values, real)
+        total = sum_over_ranks(torch.cat([d_mean, d_var]), norm.sync) / n.clamp(min=1)
+        d_mean, d_var = total.chunk(2)
+        torch.addcmul(d_mean, centered, 2 * d_var, out=buf)
+        buf.addcmul_(gradient, weight * inverse)
+        d_tokens = mask_padding_(buf, token_mask)
         d_weight = products * inverse
         return d_tokens, d_weight.to(weight.dtype), d_bias.to(weight.dtype), None, None
-
-
-def _standardize(
-    tokens: Tensor, weight: Tensor, real: Tensor | None, norm: BatchNorm
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The same in operations that autograd knows, less the bias: y, mu_B, var_B."""
-    tokens = only_real(tokens, real)
-    n = num_real(tokens, real)
-    mean = tokens.sum(0) / n.clamp(min=1)
-    m2 = only_real(tokens - mean, real).square().sum(0)
-    _, mean, var = pooled_moments(n, mean, m2, norm.sync)
-    scale = norm._inverse_std(var) * weight
-    return only_real((tokens - mean) * scale, real), mean, var

@@ -4,55 +4,62 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from normexp.norms.core import option_checks
-from normexp.norms.core.masking import num_real, real_mean
-from normexp.norms.core.replay_cache import recomputing
+from normexp.norms.core.masking import masked_mean, num_tokens
+from normexp.norms.core.option_checks import check_share
+from normexp.norms.core.replay_cache import in_recomputation
 from normexp.norms.registry import register_norm
 from normexp.norms.running_norm import RunningNorm
 
 
 @register_norm("batch_released")
 class BatchNormReleased(RunningNorm):
-    """BN as released; equal to recorded outputs of the authors' layer to 1e-9 in float64.
+    """BN as in the authors' released code.
 
+    Equal to recorded outputs of their layer to 1e-9 in float64 (tests/norms/test_golden.py).
     It departs from masked batch normalization (`batch`) in two ways:
     1. Each token is first divided by sqrt(mean_C(x^2) + eps), in training and inference.
     2. Padded positions are replaced by the mean of the real tokens (also in inference, where
-       only their own output changes by it), and then all T*B positions take part, so the
+       it changes only their own output), and then all T*B positions count, so the
        variance is diluted by the share of padding (and the running variance is unbiased by
        T*B / (T*B - 1)).
 
-    Statistics are each worker's own. RunningNorm tells the rules of the state.
+    Statistics are each worker's own. RunningNorm lists the rules of the state.
+
+    Reference: normexp/norms/reference/batch_released.py
+    Proof: pytest tests/norms/test_references.py -k "batch_released]"
+    Number: no training run of it is recorded
     """
 
     def __init__(self, num_features: int, eps: float = 1e-5, momentum: float = 0.05):
         super().__init__(num_features, eps)
-        option_checks.share(momentum=momentum)
+        check_share(momentum=momentum)
         self.momentum = momentum
         self.register_buffer("running_mean", torch.zeros(num_features))
         self.register_buffer("running_var", torch.ones(num_features))
 
-    def _normalize(self, tokens: Tensor, real: Tensor | None) -> Tensor:
+    def _train_torch(self, tokens: Tensor, token_mask: Tensor | None) -> Tensor:
         mean, var = self._copied_statistics(tokens.dtype)
-        y = self._batch_norm(tokens, real, mean, var)
-        if not recomputing():
-            usable = self._usable(num_real(tokens, real), mean, var)
+        y = self._batch_norm(tokens, token_mask, mean, var)
+        if not in_recomputation():
+            usable = self._is_finite_batch(num_tokens(tokens, token_mask), mean, var)
             self.running_mean.copy_(torch.where(usable, mean, self.running_mean))
             self.running_var.copy_(torch.where(usable, var, self.running_var))
             self.step += usable
         return y
 
-    def _infer(self, tokens: Tensor, real: Tensor | None) -> Tensor:
-        return self._batch_norm(tokens, real, *self._copied_statistics(tokens.dtype))
+    def _infer(self, tokens: Tensor, token_mask: Tensor | None) -> Tensor:
+        return self._batch_norm(tokens, token_mask, *self._copied_statistics(tokens.dtype))
 
     def _copied_statistics(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         # Copies, because autograd keeps them and a later training forward changes the buffers.
         return self.running_mean.to(dtype, copy=True), self.running_var.to(dtype, copy=True)
 
-    def _batch_norm(self, tokens: Tensor, real: Tensor | None, mean: Tensor, var: Tensor) -> Tensor:
+    def _batch_norm(
+        self, tokens: Tensor, token_mask: Tensor | None, mean: Tensor, var: Tensor
+    ) -> Tensor:
         tokens = tokens * torch.rsqrt(tokens.square().mean(-1, keepdim=True) + self.eps)
-        if real is not None:
-            tokens = torch.where(real, tokens, real_mean(tokens, real))
+        if token_mask is not None:
+            tokens = torch.where(token_mask, tokens, masked_mean(tokens, token_mask))
         if self.training and tokens.shape[0] == 1:
             # torch refuses one position; two equal ones have the same mean and no variance either.
             return self._torch_batch_norm(tokens.expand(2, -1), mean, var)[:1]
@@ -65,5 +72,5 @@ class BatchNormReleased(RunningNorm):
     def statistics(self) -> dict[str, Tensor]:
         return {"mean": self.running_mean, "var": self.running_var}
 
-    def retained(self, first: Tensor, last: Tensor) -> Tensor:
+    def decay_over(self, first: Tensor, last: Tensor) -> Tensor:
         return (1 - self.momentum) ** (last - first)

@@ -9,7 +9,7 @@ from normexp.norms.running_norm import RunningNorm
 
 
 def why_not_foldable(norm: nn.Module) -> str | None:
-    """Why a norm cannot be folded, None if it can.
+    """The reason why a norm cannot be folded, None if it can.
 
     Foldable are `batch`, `regularized_batch`, `power_v`, `power` and `unified`: at inference they
     are y = x * scale + shift, with one scale and shift per channel.
@@ -24,15 +24,16 @@ def why_not_foldable(norm: nn.Module) -> str | None:
 
 @torch.no_grad()
 def fold_into(norm: nn.Module, linears: Iterable[nn.Linear]) -> None:
-    """Change linear layers, in place, so that they take x where they took norm(x).
+    """Change linear layers, in place, so that they give for x what they gave for norm(x).
 
         W (x * scale + shift) + c = (W scale) x + (W shift + c)
 
-    linears: every consumer of norm(x) there is, and nothing else may pass through them; the caller
-    then removes the norm. A layer without bias gets one. Computed in float64 and rounded once to
-    the layer's dtype. The result equals the model in eval mode only: train the unfolded one. Raises
-    ValueError for a norm that cannot be folded, with the reason, and for a layer of another width
-    or whose weight is computed anew at each call (weight norm, parametrizations); nothing is
+    linears: every consumer of norm(x), and nothing else may pass through them; the caller then
+    removes the norm. A layer without bias gets one. Computed in float64 and rounded once to the
+    layer's dtype. The result equals the model in eval mode only: train the unfolded one.
+
+    Raises ValueError for a norm that cannot be folded, with the reason, and for a layer of another
+    width or whose weight is computed anew at each call (weight norm, parametrizations); nothing is
     changed then.
     """
     linears = list(dict.fromkeys(linears))

@@ -1,19 +1,20 @@
 """PN: power normalization, the paper's Algorithm 2."""
 
+import functools
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from normexp.norms.core import option_checks
 from normexp.norms.core.averaging import average_
-from normexp.norms.core.replay_cache import RecentForwards, recomputing
+from normexp.norms.core.option_checks import check_count, check_decay, check_flag
+from normexp.norms.core.replay_cache import ReplayCache, in_recomputation
 from normexp.norms.distributed.collectives import pooled_mean, sum_over_ranks
-from normexp.norms.distributed.deferred import EXCHANGE
-from normexp.norms.power_ranks import step_of_ranks
-from normexp.norms.quadratic_norm import QuadraticNorm
+from normexp.norms.distributed.deferred import DEFERRED
+from normexp.norms.kernels.native import NATIVE_SOURCES
+from normexp.norms.power_v import QuadraticNorm
 from normexp.norms.registry import register_norm
-from normexp.norms.running_norm import NATIVE_SOURCES, operators
 
 
 @register_norm("power")
@@ -35,10 +36,10 @@ class PowerNorm(QuadraticNorm):
     warm-up, and it changes state: it reads nu when it runs, and every backward, also a second one
     through a retained graph, advances nu once. The psi2 it divides by is its own forward's.
     In training, padded positions are zeros in x and y and influence nothing, nor do gradients
-    there. RunningNorm tells the other rules of the state. nu has the scale of g: a constant factor
-    of the loss cancels, one that changes (float16's loss scale) has to be told by
-    loss_scale.follow_loss_scale. With a loss that is the mean over a batch's tokens, g also
-    changes with their number; the sum, which fairseq differentiates, is what suits nu.
+    there. RunningNorm lists the other rules of the state. nu has the scale of g: a constant factor
+    of the loss cancels; after a change of that factor (float16's loss scale) call
+    follow_loss_scale. With a loss that is the mean over a batch's tokens, g also changes with
+    their number; the sum, which fairseq differentiates, is what suits nu.
 
     Why nu can run away: its recursion shrinks nu only while 0 < p Gamma < 2, and
     Gamma = psi2_B / (psi2_(t-1) + eps) has no bound. A batch with Gamma > 2 / p (20 by default)
@@ -49,6 +50,10 @@ class PowerNorm(QuadraticNorm):
     p = min(1 - alpha_bwd, 1 / Gamma) per channel instead: the same as Algorithm 2 while
     (1 - alpha_bwd) Gamma <= 1; beyond, nu_t = Lambda / Gamma. Then nu_t is always a weighted mean
     of nu_(t-1) and Lambda / Gamma, so |nu_t| <= max(|nu_(t-1)|, sqrt(mean_N(g^2) / Gamma)).
+
+    Reference: normexp/norms/reference/power.py
+    Proof: pytest tests/norms/test_references.py -k "power]"
+    Number: results/README.md: multi30k, ptb (PN)
     """
 
     native_source = NATIVE_SOURCES / "power.cpp"
@@ -65,93 +70,172 @@ class PowerNorm(QuadraticNorm):
         sync: bool = False,
     ):
         super().__init__(num_features, eps, sync)
-        option_checks.decay(alpha_fwd=alpha_fwd, alpha_bwd=alpha_bwd)
-        option_checks.count(warmup_steps=warmup_steps)
-        option_checks.flag(bound_nu=bound_nu)
+        check_decay(alpha_fwd=alpha_fwd, alpha_bwd=alpha_bwd)
+        check_count(warmup_steps=warmup_steps)
+        check_flag(bound_nu=bound_nu)
         self.alpha_fwd, self.alpha_bwd = alpha_fwd, alpha_bwd
         self.warmup_steps, self.bound_nu = warmup_steps, bound_nu
         self.register_buffer("running_psi2", torch.ones(num_features))
         self.register_buffer("nu", torch.zeros(num_features))
-        self._warm = False
-        self._recent_of_ranks = RecentForwards()
+        self._is_warm = False
+        self._deferred_cache = ReplayCache()
 
-    def _kernel_step(self, operators: Any, x: Tensor, padding_mask: Tensor | None) -> Tensor:
-        recalled = self._recalled(x, padding_mask)
-        y, squares, taken = operators.power(
-            x,
-            padding_mask,
-            *(self.weight, self.bias, self.running_psi2, self.nu, self.step, self.rejected),
-            recalled,
-            *(self.eps, self.alpha_fwd, self.alpha_bwd, self.warmup_steps, self.bound_nu),
-        )
-        if recalled is None:
-            self._recent.remember(squares, taken)
-        return y
-
-    def _step_of_ranks(self, kernels: str, x: Tensor, padding_mask: Tensor | None) -> Tensor | None:
-        again = None
-        if recomputing() and kernels != "plain":
-            again = self._recent_of_ranks.find(self._squares(x, padding_mask))
-        # A repeated forward needs nothing of the state.
-        if again is None:
-            if EXCHANGE.owes((self, "psi2")) or EXCHANGE.owes((self, "nu")):
-                EXCHANGE.complete()
-            # Not found, the forward that is repeated was still in the warm-up.
-            if kernels == "plain" or recomputing() or not self._past_warmup():
-                return None
-        self._computed_by(kernels)
-        return step_of_ranks(self, operators(kernels), x.contiguous(), padding_mask, again)
-
-    def _past_warmup(self) -> bool:
-        # On a GPU reading waits for it: no more once it is so.
-        if not self._warm or self.step.device.type == "cpu":
-            self._warm = int(self.step) >= self.warmup_steps
-        return self._warm
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
-        self._warm = False
+    # --- Algorithm 2 per channel; PowerNormFunction in power_v.py applies it to the tokens
 
     @torch.no_grad()
-    def _step(self, squares: Tensor, n: Tensor) -> tuple[Tensor, ...]:
+    def _step(self, sum_sq: Tensor, n: Tensor) -> tuple[Tensor, ...]:
         """One iteration's forward: psi2 to divide by, Gamma, whether in warm-up, N of all ranks."""
-        if recomputing():
-            return self._recent.recall(squares)
-        psi2_batch, n = pooled_mean(squares, n, self.sync)
+        if in_recomputation():
+            return self._replay_cache.replay(sum_sq)
+        psi2_batch, n = pooled_mean(sum_sq, n, self.sync)
         in_warmup = self.step < self.warmup_steps
-        psi2 = torch.where(in_warmup, psi2_batch, self.running_psi2.to(squares.dtype))
+        psi2 = torch.where(in_warmup, psi2_batch, self.running_psi2.to(sum_sq.dtype))
         gamma = psi2_batch / (psi2 + self.eps)
-        self._recent.remember(squares, psi2, gamma, in_warmup, n)
-        usable = self._usable(n, psi2_batch)
-        average_(self.running_psi2, psi2_batch, 1 - self.alpha_fwd, usable)
-        self.step += usable
+        self._replay_cache.store(sum_sq, psi2, gamma, in_warmup, n)
+        self._advance_psi2(psi2_batch, n)
         return psi2, gamma, in_warmup, n
 
     def _step_backward(
         self, products: Tensor, gamma: Tensor, in_warmup: Tensor, n: Tensor
     ) -> Tensor:
-        """One iteration's backward; advances nu."""
-        lam = sum_over_ranks(products, self.sync) / n.clamp(min=1)
-        # During warm-up psi2 is the batch's own and the exact gradient (PN-V's) is at hand.
-        correction = torch.where(in_warmup, lam, self.nu.to(lam.dtype))
-        self._advance_nu(lam, gamma, n)
+        """One iteration's backward: the correction (C,); advances nu."""
+        lambda_ = sum_over_ranks(products, self.sync) / n.clamp(min=1)
+        # During warm-up psi2 is the batch's own, and Lambda gives the exact gradient (PN-V's).
+        correction = torch.where(in_warmup, lambda_, self.nu.to(lambda_.dtype))
+        self._advance_nu(lambda_, gamma, n)
         return correction
 
-    def _advance_nu(self, lam: Tensor, gamma: Tensor, n: Tensor) -> None:
-        """From Lambda and Gamma (C,) of an iteration with n real tokens."""
-        pace = gamma.new_full((), 1 - self.alpha_bwd)
+    def _advance_psi2(self, psi2_batch: Tensor, n: Tensor) -> None:
+        """psi2_(t-1) -> psi2_t, from psi2_B (C,) of n real tokens; counts the step."""
+        usable = self._is_finite_batch(n, psi2_batch)
+        average_(self.running_psi2, psi2_batch, 1 - self.alpha_fwd, usable)
+        self.step += usable
+
+    def _advance_nu(self, lambda_: Tensor, gamma: Tensor, n: Tensor) -> None:
+        """nu_(t-1) -> nu_t, from Lambda and Gamma (C,) of an iteration with n real tokens."""
+        update_rate = gamma.new_full((), 1 - self.alpha_bwd)
         if self.bound_nu:
-            pace = torch.minimum(pace, 1 / gamma)
-        nu = self.nu * (1 - pace * gamma) + pace * lam
-        self.nu.copy_(torch.where(self._usable(n, nu), nu, self.nu))
+            update_rate = torch.minimum(update_rate, 1 / gamma)
+        nu = self.nu * (1 - update_rate * gamma) + update_rate * lambda_
+        self.nu.copy_(torch.where(self._is_finite_batch(n, nu), nu, self.nu))
 
     def inference_affine(self) -> tuple[Tensor, Tensor]:
-        EXCHANGE.settle()
+        DEFERRED.wait()
         return torch.rsqrt(self.running_psi2 + self.eps) * self.weight, self.bias
 
     def statistics(self) -> dict[str, Tensor]:
-        EXCHANGE.settle()
+        DEFERRED.wait()
         return {"psi2": self.running_psi2, "nu": self.nu}
 
-    def retained(self, first: Tensor, last: Tensor) -> Tensor:
+    def decay_over(self, first: Tensor, last: Tensor) -> Tensor:
         return self.alpha_fwd ** (last - first)
+
+    # --- The same by a kernel
+
+    def _train_kernel(self, operators: Any, x: Tensor, padding_mask: Tensor | None) -> Tensor:
+        replayed = self._replayed(x, padding_mask)
+        y, sum_sq, saved = operators.power(
+            x,
+            padding_mask,
+            *(self.weight, self.bias, self.running_psi2, self.nu, self.step, self.num_rejected),
+            replayed,
+            *(self.eps, self.alpha_fwd, self.alpha_bwd, self.warmup_steps, self.bound_nu),
+        )
+        if replayed is None:
+            self._replay_cache.store(sum_sq, saved)
+        return y
+
+    # --- The same over several ranks, without waiting for them
+
+    def _train_deferred(
+        self, operators: Any, x: Tensor, padding_mask: Tensor | None
+    ) -> Tensor | None:
+        """After the warm-up neither y nor dL/dx depends on this step's sums over the ranks.
+
+        Both follow from the state of before the step. The kernels of a single rank compute them on
+        a copy of the state that is thrown away; the sums over the rank's tokens that they return
+        go to `DEFERRED`, and the totals advance the true state before the layer's next step.
+        """
+        replayed = None
+        if in_recomputation() and operators is not None:
+            replayed = self._deferred_cache.lookup(self._sum_sq(x, padding_mask))
+        # A repeated forward needs nothing of the state.
+        if replayed is None:
+            if DEFERRED.pending((self, "psi2")) or DEFERRED.pending((self, "nu")):
+                DEFERRED.flush()
+            # Not in the cache, the forward that is repeated was still in the warm-up.
+            if operators is None or in_recomputation() or not self._past_warmup():
+                return None
+        return self._deferred_iteration(operators, x.contiguous(), padding_mask, replayed)
+
+    def _deferred_iteration(
+        self, operators: Any, x: Tensor, padding_mask: Tensor | None, replayed: tuple | None
+    ) -> Tensor:
+        """x (T, B, C) or (N, C), contiguous -> y; replayed: what the repeated forward has saved.
+
+        nu advances in backward passes that reach the layer's weight, as those of `.backward()` do.
+        """
+        saved, totals = replayed or (None, None)
+        nu = self.nu.clone()
+        copies = self.running_psi2.clone(), nu, self.step.clone(), self.num_rejected.clone()
+        weight = self.weight if self.weight.requires_grad else self.weight.detach().requires_grad_()
+        # In bfloat16 its gradient, of which nu is made, would have eight bits. Never the parameter
+        # itself: a hook on it would stay.
+        weight = weight.float() if weight.dtype == torch.bfloat16 else weight.view_as(weight)
+        y, sum_sq, saved = operators.power(
+            *(x, padding_mask, weight, self.bias, *copies, saved),
+            *(self.eps, self.alpha_fwd, self.alpha_bwd, 0, self.bound_nu),
+        )
+        if totals is None:
+            totals = _Totals()
+            partial_sums = torch.cat([sum_sq, saved[-1:].to(sum_sq.dtype)])
+            use = functools.partial(self._finish_forward, totals)
+            DEFERRED.add((self, "psi2"), partial_sums, use)
+            self._deferred_cache.store(sum_sq, saved, totals)
+        if y.requires_grad:
+
+            def before_backward(_: Tensor) -> None:
+                if DEFERRED.pending((self, "nu")):  # another backward of this layer came before
+                    DEFERRED.flush()
+                nu.copy_(self.nu)
+
+            def after_backward(d_weight: Tensor) -> None:
+                products = d_weight.detach() * weight.detach()
+                use = functools.partial(self._finish_backward, totals)
+                DEFERRED.add((self, "nu"), products, use)
+
+            y.register_hook(before_backward)
+            weight.register_hook(after_backward)
+        return y
+
+    @torch.no_grad()
+    def _finish_forward(self, totals: "_Totals", total: Tensor) -> None:
+        """total (C + 1,): sums of x^2 and the number of tokens, of all ranks."""
+        totals.n = total[-1]
+        psi2_batch = total[:-1] / totals.n.clamp(min=1)
+        # The state is still that of the forward: the next one first flushes what is deferred.
+        totals.gamma = psi2_batch / (self.running_psi2 + self.eps)
+        self._advance_psi2(psi2_batch, totals.n)
+
+    @torch.no_grad()
+    def _finish_backward(self, totals: "_Totals", total: Tensor) -> None:
+        """total (C,): sums of g x_hat, of all ranks."""
+        self._advance_nu(total / totals.n.clamp(min=1), totals.gamma, totals.n)
+
+    def _past_warmup(self) -> bool:
+        # Reading the step waits for a GPU; once past the warm-up it need not be read again.
+        if not self._is_warm or self.step.device.type == "cpu":
+            self._is_warm = int(self.step) >= self.warmup_steps
+        return self._is_warm
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._is_warm = False
+
+
+@dataclass
+class _Totals:
+    """Of one deferred forward, once they are known: N and Gamma (C,) of all ranks."""
+
+    n: Tensor | None = None
+    gamma: Tensor | None = None

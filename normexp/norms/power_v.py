@@ -1,18 +1,85 @@
-"""PN-V: power normalization by the batch's quadratic mean, with the exact gradient."""
+"""PN-V: power normalization by the batch's quadratic mean, with the exact gradient.
+
+PN (power.py) is derived from PN-V and shares its passes over the tokens, `PowerNormFunction`.
+"""
 
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from normexp.norms.core import option_checks
 from normexp.norms.core.averaging import average_
-from normexp.norms.core.masking import num_real, only_real
-from normexp.norms.core.replay_cache import recomputing
+from normexp.norms.core.masking import mask_padding_, num_tokens
+from normexp.norms.core.option_checks import check_decay
+from normexp.norms.core.replay_cache import in_recomputation
+from normexp.norms.core.second_order import power_v_gradients
 from normexp.norms.distributed.collectives import pooled_mean, sum_over_ranks
-from normexp.norms.quadratic_norm import QuadraticNorm, Scale
+from normexp.norms.kernels.native import NATIVE_SOURCES
 from normexp.norms.registry import register_norm
-from normexp.norms.running_norm import NATIVE_SOURCES
+from normexp.norms.running_norm import RunningNorm
+
+
+class QuadraticNorm(RunningNorm):
+    """Base of PN and PN-V: y = w x_hat + b,  x_hat = x / sqrt(psi2 + eps).
+
+    dL/dx = (g - correction x_hat) / sqrt(psi2 + eps),  g = w dL/dy.
+
+    A subclass chooses psi2 (C,) and correction (C,). All that it computes is per channel; what
+    touches every token is in `PowerNormFunction`.
+    """
+
+    def _train_torch(self, tokens: Tensor, token_mask: Tensor | None) -> Tensor:
+        return PowerNormFunction.apply(tokens, self.weight, self.bias, token_mask, self)
+
+    def _step(self, sum_sq: Tensor, n: Tensor) -> tuple[Tensor, ...]:
+        """psi2 (C,) to divide by, and other tensors to be saved for `_step_backward`.
+
+        sum_sq (C,): sums of x^2 over the rank's n real tokens.
+        """
+        raise NotImplementedError
+
+    def _step_backward(self, products: Tensor, *saved: Tensor) -> Tensor:
+        """The correction (C,); products (C,): sums of g x_hat over the rank's real tokens."""
+        raise NotImplementedError
+
+
+class PowerNormFunction(torch.autograd.Function):
+    """x -> y of a QuadraticNorm and its gradient, in as few passes as torch's operations allow."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        tokens: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        token_mask: Tensor | None,
+        norm: QuadraticNorm,
+    ) -> Tensor:
+        sum_sq = mask_padding_(tokens.square(), token_mask).sum(0)
+        psi2, *saved = norm._step(sum_sq, num_tokens(tokens, token_mask))
+        inverse = torch.rsqrt(psi2 + norm.eps)
+        y = torch.addcmul(bias.to(tokens.dtype), tokens, inverse * weight)
+        ctx.save_for_backward(tokens, weight, token_mask, inverse, *saved)
+        ctx.norm = norm
+        return mask_padding_(y, token_mask)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        tokens, weight, token_mask, inverse, *saved = ctx.saved_tensors
+        if token_mask is not None:
+            gradient = mask_padding_(gradient.clone(), token_mask)
+        # One buffer as large as x: first for the products g x_hat, then for dL/dx.
+        buf = mask_padding_(gradient * tokens, token_mask)
+        d_weight = buf.sum(0) * inverse
+        d_bias = gradient.sum(0)
+        scale = weight * inverse
+        correction = ctx.norm._step_backward(d_weight * weight, *saved)
+        torch.mul(gradient, scale, out=buf)
+        buf.addcmul_(tokens, correction * inverse.square(), value=-1)
+        d_tokens = mask_padding_(buf, token_mask)
+        return d_tokens, d_weight.to(weight.dtype), d_bias.to(weight.dtype), None, None
 
 
 @register_norm("power_v")
@@ -26,7 +93,11 @@ class PowerNormV(QuadraticNorm):
     Inference: y = w x / sqrt(running_psi2 + eps) + b.
 
     In training, padded positions are zeros in x and y and influence nothing, nor do gradients
-    there. RunningNorm tells the rules of the state.
+    there. RunningNorm lists the rules of the state.
+
+    Reference: normexp/norms/reference/power_v.py
+    Proof: pytest tests/norms/test_references.py -k "power_v]"
+    Number: results/README.md: multi30k, ptb (PN-V)
     """
 
     native_source = NATIVE_SOURCES / "power.cpp"
@@ -35,26 +106,26 @@ class PowerNormV(QuadraticNorm):
         self, num_features: int, eps: float = 1e-5, alpha: float = 0.9, sync: bool = False
     ):
         super().__init__(num_features, eps, sync)
-        option_checks.decay(alpha=alpha)
+        check_decay(alpha=alpha)
         self.alpha = alpha
         self.register_buffer("running_psi2", torch.ones(num_features))
 
-    def _kernel_step(self, operators: Any, x: Tensor, padding_mask: Tensor | None) -> Tensor:
+    def _train_torch(self, tokens: Tensor, token_mask: Tensor | None) -> Tensor:
+        return PowerNormVFunction.apply(tokens, self.weight, self.bias, token_mask, self)
+
+    def _train_kernel(self, operators: Any, x: Tensor, padding_mask: Tensor | None) -> Tensor:
         return operators.power_v(
             x,
             padding_mask,
-            *(self.weight, self.bias, self.running_psi2, self.step, self.rejected),
-            *(recomputing(), self.eps, self.alpha),
+            *(self.weight, self.bias, self.running_psi2, self.step, self.num_rejected),
+            *(in_recomputation(), self.eps, self.alpha),
         )
 
-    def _normalize(self, tokens: Tensor, real: Tensor | None) -> Tensor:
-        return _ExactScale.apply(tokens, self.weight, self.bias, real, self)
-
     @torch.no_grad()
-    def _step(self, squares: Tensor, n: Tensor) -> tuple[Tensor, ...]:
-        psi2, n = pooled_mean(squares, n, self.sync)
-        if not recomputing():
-            usable = self._usable(n, psi2)
+    def _step(self, sum_sq: Tensor, n: Tensor) -> tuple[Tensor, ...]:
+        psi2, n = pooled_mean(sum_sq, n, self.sync)
+        if not in_recomputation():
+            usable = self._is_finite_batch(n, psi2)
             average_(self.running_psi2, psi2, 1 - self.alpha, usable)
             self.step += usable
         return psi2, n
@@ -68,21 +139,21 @@ class PowerNormV(QuadraticNorm):
     def statistics(self) -> dict[str, Tensor]:
         return {"psi2": self.running_psi2}
 
-    def retained(self, first: Tensor, last: Tensor) -> Tensor:
+    def decay_over(self, first: Tensor, last: Tensor) -> Tensor:
         return self.alpha ** (last - first)
 
 
-class _ExactScale(Scale):
-    """Its gradient is the derivative of the forward and can be differentiated in turn."""
+class PowerNormVFunction(PowerNormFunction):
+    """PN-V's gradient is the derivative of its forward and can be differentiated in turn."""
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         if not torch.is_grad_enabled():
-            return Scale.backward(ctx, gradient)
-        tokens, weight, real, *_ = ctx.saved_tensors
-        norm, real_tokens = ctx.norm, only_real(tokens, real)
-        squares = real_tokens.square().sum(0)
-        psi2, _ = pooled_mean(squares, num_real(tokens, real), norm.sync)
-        y = only_real(real_tokens * (torch.rsqrt(psi2 + norm.eps) * weight), real)
-        d_tokens, d_weight = torch.autograd.grad(y, (tokens, weight), gradient, create_graph=True)
-        return d_tokens, d_weight, only_real(gradient, real).sum(0), None, None
+            return PowerNormFunction.backward(ctx, gradient)
+        tokens, weight, token_mask, *_ = ctx.saved_tensors
+        eps, sync = ctx.norm.eps, ctx.norm.sync
+        gradients = power_v_gradients(
+            *(tokens, weight, gradient, tokens, token_mask, eps),
+            mean=lambda sum_sq, n: pooled_mean(sum_sq, n, sync)[0],
+        )
+        return *gradients, None, None

@@ -9,10 +9,10 @@ _NORMS: dict[str, type[nn.Module]] = {}
 
 
 def register_norm(name: str) -> Callable[[type[nn.Module]], type[nn.Module]]:
-    """Class decorator: make a layer known to `build_norm` as `name`.
+    """Class decorator: register a layer for `build_norm` as `name`.
 
     The class takes `num_features` first; its other parameters, each with a default, are the
-    options of the normalization.
+    options of the normalization. Raises ValueError where the name is in use.
     """
 
     def add(cls: type[nn.Module]) -> type[nn.Module]:
@@ -63,13 +63,13 @@ def build_norm(name: str, num_features: int, **options: object) -> nn.Module:
         raise ValueError(f"num_features must be a positive integer, got {num_features!r}")
     norm = norm_class(name)(num_features, **options)
     if not isinstance(norm, nn.LayerNorm):
-        norm.register_forward_pre_hook(_keep_from_being_taken_for_layer_norm)
+        norm.register_forward_pre_hook(_block_fast_path)
     return norm
 
 
-def _keep_from_being_taken_for_layer_norm(norm: nn.Module, args: tuple[object, ...]) -> None:
-    """Do nothing, but be there.
+def _block_fast_path(norm: nn.Module, args: tuple[object, ...]) -> None:
+    """A hook whose presence alone has an effect.
 
-    In eval mode torch's TransformerEncoderLayer takes weight, bias and eps of whatever its norm1
+    In eval mode torch's TransformerEncoderLayer reads weight, bias and eps of whatever its norm1
     and norm2 are and computes LN by itself, unless a hook is attached to one of its modules.
     """

@@ -7,17 +7,18 @@ import torch.distributed as dist
 from torch import Tensor
 
 from normexp.norms.batch import BatchNorm
-from normexp.norms.core import option_checks
-from normexp.norms.core.replay_cache import recomputing
+from normexp.norms.core.option_checks import check_not_negative
+from normexp.norms.core.replay_cache import in_recomputation
 from normexp.norms.distributed.collectives import several_ranks
 from normexp.norms.registry import register_norm
 
 
 @register_norm("regularized_batch")
 class RegularizedBatchNorm(BatchNorm):
-    """RBN (Wu et al., "Understanding the Failure of Batch Normalization for Transformers", 2022).
+    """RBN, batch normalization with a penalty.
 
-    Masked BN (`batch`) with the biased var_B also in running_var and with
+    Wang, Wu, Huang, "Understanding the Failure of Batch Normalization for Transformers in NLP"
+    (2022). Masked BN (`batch`) with the biased var_B also in running_var and with
         x_hat = (x - mu_B) / sqrt(max(var_B, eps)),
     and, per layer, a term of the loss that the training code has to add:
         penalty = penalty_mean sum_C (running_mean - mu_B)^2
@@ -27,6 +28,10 @@ class RegularizedBatchNorm(BatchNorm):
     all layers added to the loss summed over the tokens.
 
     With sync=True each rank's penalty is its share, so that their sum counts once.
+
+    Reference: normexp/norms/reference/regularized_batch.py
+    Proof: pytest tests/norms/test_references.py -k "regularized_batch]"
+    Number: no training run of it is recorded
     """
 
     _regularized = True
@@ -41,12 +46,14 @@ class RegularizedBatchNorm(BatchNorm):
         sync: bool = False,
     ):
         super().__init__(num_features, eps, momentum, sync)
-        option_checks.not_negative(penalty_mean=penalty_mean, penalty_var=penalty_var)
+        check_not_negative(penalty_mean=penalty_mean, penalty_var=penalty_var)
         self.penalty_mean, self.penalty_var = penalty_mean, penalty_var
         self._pending = _Pending()
 
     def penalty(self) -> Tensor:
-        """Penalty of the last forward in training mode, a scalar to be added to the loss, once.
+        """Penalty of the last forward in training mode: a scalar to add to the loss once.
+
+        It has the unit of a loss summed over the batch's tokens.
 
         Raises RuntimeError if there is none, or if it carries no gradient because reentrant
         activation checkpointing ran the forward without recording.
@@ -61,16 +68,16 @@ class RegularizedBatchNorm(BatchNorm):
 
     def _after_step(self, mean: Tensor, var: Tensor, n: Tensor) -> None:
         running_mean, running_var = self.running_mean.clone(), self.running_var.clone()
-        if recomputing():
-            running_mean, running_var = self._recent.recall(mean)
+        if in_recomputation():
+            running_mean, running_var = self._replay_cache.replay(mean)
         else:
-            self._recent.remember(mean, running_mean, running_var)
+            self._replay_cache.store(mean, running_mean, running_var)
         penalty = self.penalty_mean * (running_mean - mean).square().sum()
         penalty = penalty + self.penalty_var * (running_var - var).abs().sum()
         penalty = torch.where(n > 0, penalty, 0.0)
         if self.sync and several_ranks():
             penalty = penalty / dist.get_world_size()
-        if not recomputing():
+        if not in_recomputation():
             self._pending.put(penalty)
 
     def _var_to_average(self, var: Tensor, n: Tensor) -> Tensor:

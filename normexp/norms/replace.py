@@ -1,8 +1,8 @@
-"""Any normalization in the place of a model's own, and the padding made known to it.
+"""Replace the LayerNorms of a model by any normalization, and pass the padding mask to it.
 
-A model calls `norm(x)`; the norms here take `norm(x, padding_mask)`. A norm therefore stands
-under the attribute of the one that it replaces, so that parameters keep their names and order,
-and a hook on it adds the mask that `padding_mask_for` has laid down for the duration of a call.
+A model calls `norm(x)`; the norms here take `norm(x, padding_mask)`. A new norm stands under the
+attribute of the one that it replaces, so that parameters keep their names and order, and a hook on
+it adds the mask that `padding_mask_for` sets for the duration of a call.
 """
 
 import itertools
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from normexp.norms.registry import build_norm
 
-_SLOT = "padding_slot"
+_ATTRIBUTE = "padding_context"
 
 
 def replace_layer_norms(
@@ -35,57 +35,62 @@ def replace_layer_norms(
     by default. kind: another class to replace, such as nn.RMSNorm. options: of the normalization;
     those not given have its defaults, eps included.
 
-    Each new norm has its predecessor's number of channels, dtype and device, and the parameters
-    that it starts training with; nothing is taken over from trained ones. Returns the paths of
-    the replaced modules. torch's TransformerEncoder gets its inference path switched off, which
-    would compute LN whatever norm is there. The model is then called within `padding_mask_for`.
-    `instance` lets a position see later ones: it does not belong into a causal model.
+    Each new norm has its predecessor's number of channels, dtype and device, and fresh parameters;
+    trained ones are not copied. Returns the paths of the replaced modules. The inference path of
+    torch's TransformerEncoder, which would compute LN whatever norm is there, is switched off.
+    Call the model within `padding_mask_for` afterwards. `instance` lets a position see later ones:
+    do not use it in a causal model.
 
     Raises ValueError, and leaves the model as it was, where nothing is found, a norm spans
     several dimensions or stands at several places, batch_first contradicts torch's layers, or
-    the name or an option is unfit.
+    the name or an option is invalid.
     """
     places = _places(model, kind)
-    chosen = {path: at for path, at in places.items() if only is None or re.search(only, path)}
-    if not chosen:
+    selected = {path: at for path, at in places.items() if only is None or re.search(only, path)}
+    if not selected:
         which = f" that matches {only!r}" if only is not None else ""
         raise ValueError(
             f"the model has no {kind.__name__}{which}; it has {', '.join(places) or 'none at all'}"
         )
-    _check_unshared(places, chosen)
-    for path, (owner, _) in chosen.items():
+    _check_unshared(places, selected)
+    for path, (owner, _) in selected.items():
         if isinstance(owner, nn.TransformerEncoderLayer | nn.TransformerDecoderLayer):
             theirs = owner.self_attn.batch_first
             if theirs != batch_first:
                 raise ValueError(f"batch_first={batch_first}, but {path} is built with {theirs}")
     choice = {"name": name, **options}
-    built = {path: _build_like(path, *at, choice) for path, at in chosen.items()}
-    for path, (owner, attribute) in chosen.items():
-        _install(owner, attribute, built[path], batch_first)
+    built = {path: _build_like(path, *at, choice) for path, at in selected.items()}
+    for path, (owner, attribute) in selected.items():
+        _attach(owner, attribute, built[path], batch_first)
     for module in model.modules():
-        if isinstance(module, nn.TransformerEncoder) and _slots_in(module):
+        if isinstance(module, nn.TransformerEncoder) and _contexts_in(module):
             module.use_nested_tensor = False
-    return list(chosen)
+    return list(selected)
 
 
-def fill_slot(
+def replace_norm(
     owner: nn.Module, attribute: str, choice: Mapping[str, Any], batch_first: bool = False
 ) -> None:
-    """Replace the LayerNorm `owner.attribute` by the norm {"name": ..., option: value, ...}."""
-    _install(owner, attribute, _build_like(attribute, owner, attribute, choice), batch_first)
+    """Replace the LayerNorm `owner.attribute` by the norm {"name": ..., option: value, ...}.
+
+    batch_first: as in `replace_layer_norms`. Raises ValueError where the LayerNorm spans several
+    dimensions, or the name or an option is invalid.
+    """
+    _attach(owner, attribute, _build_like(attribute, owner, attribute, choice), batch_first)
 
 
 @contextmanager
 def padding_mask_for(*modules: nn.Module | None, padding_mask: Tensor | None) -> Iterator[None]:
-    """Within this context the norms in these modules know the padding.
+    """Within this context the norms in these modules use the padding mask.
 
     padding_mask: (B, T) bool, True = padding (a Hugging Face `attention_mask == 0`), for every
-    layout of the hidden states; None says that nothing is padded. An inner context goes before
-    an outer one, so that an encoder and a decoder can each have their own. In training every norm
-    wants to be told. Activation checkpointing runs forwards again in the backward pass, which then
-    belongs into the context too.
+    layout of the hidden states; None says that nothing is padded. An inner context overrides an
+    outer one, so that an encoder and a decoder can each have their own. In training every norm
+    has to be in such a context. Activation checkpointing runs forwards again in the backward pass,
+    which then belongs into the context too.
 
-    Raises ValueError where the mask is not bool or has other than one or two dimensions.
+    Raises ValueError where the mask is not bool or has other than one or two dimensions. A norm
+    called in training without a context raises RuntimeError.
     """
     if padding_mask is not None and (
         padding_mask.dtype != torch.bool or padding_mask.dim() not in (1, 2)
@@ -94,22 +99,22 @@ def padding_mask_for(*modules: nn.Module | None, padding_mask: Tensor | None) ->
             "padding_mask must be bool (B, T), True = padding, such as attention_mask == 0; "
             f"got {padding_mask.dtype} {tuple(padding_mask.shape)}"
         )
-    slots = [slot for module in modules if module is not None for slot in _slots_in(module)]
-    before = [(slot, slot.known, slot.padding_mask) for slot in slots]
-    for slot in slots:
-        slot.known, slot.padding_mask = True, padding_mask
+    contexts = [one for module in modules if module is not None for one in _contexts_in(module)]
+    before = [(context, context.known, context.padding_mask) for context in contexts]
+    for context in contexts:
+        context.known, context.padding_mask = True, padding_mask
     try:
         yield
     finally:
-        for slot, known, mask in before:
-            slot.known, slot.padding_mask = known, mask
+        for context, known, mask in before:
+            context.known, context.padding_mask = known, mask
 
 
-class _Slot:
-    """What a norm cannot see: how the hidden states lie, and the padding of this call.
+class _PaddingContext:
+    """What a norm cannot see: the layout of the hidden states, and the padding of this call.
 
     On the norm and not in a context variable, because a GPU's backward pass, and with it the
-    recomputation of checkpointed layers, runs in another thread. Copies know of no padding.
+    recomputation of checkpointed layers, runs in another thread. Copies start without padding.
     """
 
     def __init__(self, batch_first: bool):
@@ -118,11 +123,11 @@ class _Slot:
         self.padding_mask: Tensor | None = None
 
     def __reduce__(self) -> tuple[type, tuple[bool]]:
-        return _Slot, (self.batch_first,)
+        return _PaddingContext, (self.batch_first,)
 
 
-def _slots_in(module: nn.Module) -> list[_Slot]:
-    return [getattr(norm, _SLOT) for norm in module.modules() if hasattr(norm, _SLOT)]
+def _contexts_in(module: nn.Module) -> list[_PaddingContext]:
+    return [getattr(norm, _ATTRIBUTE) for norm in module.modules() if hasattr(norm, _ATTRIBUTE)]
 
 
 def _places(model: nn.Module, kind: type[nn.Module]) -> dict[str, tuple[nn.Module, str]]:
@@ -136,10 +141,10 @@ def _places(model: nn.Module, kind: type[nn.Module]) -> dict[str, tuple[nn.Modul
 
 
 def _check_unshared(
-    places: Mapping[str, tuple[nn.Module, str]], chosen: Mapping[str, tuple[nn.Module, str]]
+    places: Mapping[str, tuple[nn.Module, str]], selected: Mapping[str, tuple[nn.Module, str]]
 ) -> None:
     # A layer that is itself registered twice is one place with two paths, and no obstacle.
-    for path, (owner, attribute) in chosen.items():
+    for path, (owner, attribute) in selected.items():
         norm = getattr(owner, attribute)
         for other, at in places.items():
             if getattr(*at) is norm and at != (owner, attribute):
@@ -161,16 +166,17 @@ def _build_like(
     return norm if like is None else norm.to(like.device, like.dtype)
 
 
-def _install(owner: nn.Module, attribute: str, norm: nn.Module, batch_first: bool) -> None:
-    setattr(norm, _SLOT, _Slot(batch_first))
+def _attach(owner: nn.Module, attribute: str, norm: nn.Module, batch_first: bool) -> None:
+    """Put a norm at `owner.attribute`, with the hook that passes it the padding mask."""
+    setattr(norm, _ATTRIBUTE, _PaddingContext(batch_first))
     # Plain functions: hooks that are closures or bound methods do not survive deepcopy.
     norm.register_forward_pre_hook(_add_padding_mask, with_kwargs=True)
     if batch_first and _mixes_positions(norm):
         norm.register_forward_hook(_put_batch_first)
     setattr(owner, attribute, norm)
     if isinstance(owner, nn.TransformerEncoderLayer):
-        # In eval mode its fast path takes weight, bias and eps of its norms and computes LN.
-        # Hooks close that path, but the question for eps, which some norms lack, comes earlier.
+        # In eval mode its fast path reads weight, bias and eps of its norms and computes LN.
+        # Hooks close that path, but it asks for eps, which some norms lack, before it looks.
         owner.activation_relu_or_gelu = 0
 
 
@@ -181,30 +187,30 @@ def _mixes_positions(norm: nn.Module) -> bool:
 def _add_padding_mask(
     norm: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    slot: _Slot = getattr(norm, _SLOT)
+    context: _PaddingContext = getattr(norm, _ATTRIBUTE)
     (x,) = args
     mixes = _mixes_positions(norm)
     if x.is_nested:
         raise ValueError(
             "nested tensors; build the TransformerEncoder with enable_nested_tensor=False"
         )
-    if not slot.known and (norm.training or mixes):
+    if not context.known and (norm.training or mixes):
         # Normalizing padding as if it were text would go unnoticed.
         raise RuntimeError(
             f"the padding mask is unknown to this {type(norm).__name__}: run the model, and with "
             "activation checkpointing the backward pass too, within "
             "padding_mask_for(model, padding_mask=mask), where None says that nothing is padded"
         )
-    mask = slot.padding_mask
+    mask = context.padding_mask
     if mask is not None:
-        mask = _as_tokens_lie(mask.to(x.device), x, slot.batch_first, flatten=not mixes)
-    if slot.batch_first and mixes and x.dim() == 3:
-        # Where tokens are a set to the norm, (B, T, C) need not be copied into another order.
+        mask = _arranged_like(mask.to(x.device), x, context.batch_first, flatten=not mixes)
+    if context.batch_first and mixes and x.dim() == 3:
+        # A norm of single tokens needs no order: for it (B, T, C) is not copied into another.
         x, mask = x.transpose(0, 1), None if mask is None else mask.t()
     return (x,), {**kwargs, "padding_mask": None if mask is None else mask.t()}
 
 
-def _as_tokens_lie(mask: Tensor, x: Tensor, batch_first: bool, flatten: bool) -> Tensor:
+def _arranged_like(mask: Tensor, x: Tensor, batch_first: bool, flatten: bool) -> Tensor:
     """Arrange (B, T) like the tokens of x: (B, T), (T, B), or (N,) where x is a list of them."""
     tokens = mask if batch_first else mask.t()
     if flatten and x.dim() == 2:
@@ -213,7 +219,7 @@ def _as_tokens_lie(mask: Tensor, x: Tensor, batch_first: bool, flatten: bool) ->
         layout = "(B, T, C)" if batch_first else "(T, B, C)"
         raise ValueError(
             f"a padding_mask {tuple(mask.shape)} does not fit hidden states {tuple(x.shape)}, "
-            f"which are taken as {layout} (batch_first={batch_first}); a norm of other states than "
+            f"which are read as {layout} (batch_first={batch_first}); a norm of other states than "
             "the tokens' needs a padding_mask_for of its own, within that of the model"
         )
     return tokens

@@ -1,5 +1,6 @@
-"""What all layers with running statistics share: parameters, state and its rules."""
+"""Base of all layers with running statistics: parameters, state, and the rules of the state."""
 
+import functools
 import inspect
 import warnings
 from collections.abc import Callable
@@ -9,18 +10,34 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from normexp.norms.compilation import eager
-from normexp.norms.core import option_checks
-from normexp.norms.core.masking import check_input, flatten_tokens, zero_padding_
-from normexp.norms.core.replay_cache import RecentForwards, recomputing
+from normexp.norms.core.masking import check_input, flatten_tokens, mask_padding_
+from normexp.norms.core.option_checks import check_flag, check_positive
+from normexp.norms.core.replay_cache import ReplayCache, in_recomputation
 from normexp.norms.distributed.collectives import several_ranks, warn_of_private_statistics
-from normexp.norms.distributed.deferred import EXCHANGE
-from normexp.norms.kernels import native, triton
-from normexp.norms.kernels.choice import chosen_kernels
+from normexp.norms.distributed.deferred import DEFERRED
+from normexp.norms.kernels.dispatch import operators_for
 
 _HALF = (torch.float16, torch.bfloat16)
-_NATIVE_TYPES = (torch.float32, torch.float64, torch.bfloat16)
-NATIVE_SOURCES = Path(__file__).parent / "kernels" / "cpp"
+
+
+def _outside_graphs(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorator: run a method outside compiled graphs, as torch.compiler.disable does.
+
+    Compiled code could not distinguish a forward from its recomputation by activation
+    checkpointing. Decorating waits for the first call because it imports the compiler, which takes
+    a second.
+    """
+    disabled: list[Callable[..., Any]] = []
+
+    @functools.wraps(method)
+    def call(*args: Any) -> Any:
+        if not torch.compiler.is_compiling():
+            return method(*args)
+        if not disabled:
+            disabled.append(torch.compiler.disable(method))
+        return disabled[0](*args)
+
+    return call
 
 
 class RunningNorm(nn.Module):
@@ -36,40 +53,41 @@ class RunningNorm(nn.Module):
     - In eval mode nothing changes. Parameters that are frozen (requires_grad_(False)) do not freeze
       the statistics; eval mode of the layer does.
     - A batch without a real token changes nothing. Neither does one whose statistics are not
-      finite: its outputs show it, `rejected` counts it (passes forward and backward), and a
-      UserWarning tells at the next switch from training to eval mode.
+      finite: its outputs show it, `num_rejected` counts it (passes forward and backward), and a
+      UserWarning reports the count at the next switch from training to eval mode.
     - Statistics are computed in float32 at least and kept in float32, also in a model converted by
       .half() or .bfloat16(); .double() converts them.
     - Data parallel: with sync=True statistics are those of the tokens of all ranks, and gradients
       those of the sum of the ranks' losses; with sync=False each rank keeps its own, and a
       UserWarning says so.
     - torch.compile: inference compiles without graph breaks. Training runs the layer outside the
-      graph, with the same results, because compiled code could not tell a repeated forward.
+      graph, with the same results.
 
-    - Training steps are computed by a kernel compiled for the CPU (kernels/native.py) or by Triton
-      on a GPU (kernels/triton), where the layer has one and it can be had, else by torch's
-      operations: the same up to rounding.
-      Statistics of several ranks are left to torch but for PN's after its warm-up, and so is
-      inference. `kernels` tells what computed the last forward in training mode.
+    A training step has up to three implementations, the same up to rounding:
 
-    Subclasses offer `_normalize` (training) and `inference_affine`, and where they name a
-    `native_source`, `_kernel_step`.
+    - `_train_torch`, in torch's operations; every layer has it.
+    - `_train_kernel`, by a kernel: C++ on a CPU or Triton on a GPU (kernels/), where the layer
+      names a `native_source` and the kernel is available. Not for statistics of several ranks.
+    - `_train_deferred`, over several ranks without waiting for their sums: PN after its warm-up.
+
+    `kernels` is the name of the one that ran last: plain, native or triton; None before the first
+    forward in training mode. Inference is always torch's: subclasses offer `inference_affine`.
     """
 
-    native_source: ClassVar[Path | None] = None
+    native_source: ClassVar[Path | None] = None  # the C++ file with the layer's kernel
     averages_of_gradients: ClassVar[tuple[str, ...]] = ()  # buffers in the unit of the loss
 
     def __init__(self, num_features: int, eps: float, sync: bool = False):
         super().__init__()
-        option_checks.positive(eps=eps)
-        option_checks.flag(sync=sync)
+        check_positive(eps=eps)
+        check_flag(sync=sync)
         self.num_features, self.eps, self.sync = num_features, eps, sync
         self.weight = nn.Parameter(torch.ones(num_features))
         self.bias = nn.Parameter(torch.zeros(num_features))
         self.register_buffer("step", torch.zeros((), dtype=torch.long))
-        self.register_buffer("rejected", torch.zeros((), dtype=torch.long), persistent=False)
-        self._recent = RecentForwards()
-        self._rejected_told = 0
+        self.register_buffer("num_rejected", torch.zeros((), dtype=torch.long), persistent=False)
+        self._replay_cache = ReplayCache()
+        self._num_rejected_reported = 0
         self.kernels: str | None = None
 
     def register_buffer(self, name: str, tensor: Tensor, persistent: bool = True) -> None:
@@ -78,135 +96,140 @@ class RunningNorm(nn.Module):
             name, tensor.float() if tensor.dtype in _HALF else tensor, persistent
         )
 
-    def forward(self, x: Tensor, padding_mask: Tensor | None = None) -> Tensor:
-        """x (T, B, C) or (N, C), mask (B, T) or (N,) -> y like x.
+    # --- One forward
 
-        What stands at padded positions of y is of no account. Raises ValueError on unfit shapes
-        or masks.
+    def forward(self, x: Tensor, padding_mask: Tensor | None = None) -> Tensor:
+        """x (T, B, C) or (N, C), padding_mask (B, T) or (N,), True = padding -> y like x.
+
+        Values of y at padded positions are undefined. Raises ValueError on invalid shapes or
+        masks, RuntimeError where activation checkpointing repeats a forward that is too long ago.
         """
         if self.training:
             return self._train_step(x, padding_mask)
-        tokens, real = flatten_tokens(x, padding_mask, self.num_features)
-        return self._infer(tokens, real).to(x.dtype).reshape(x.shape)
+        tokens, token_mask = flatten_tokens(x, padding_mask, self.num_features)
+        return self._infer(tokens, token_mask).to(x.dtype).reshape(x.shape)
 
-    @eager
+    @_outside_graphs
     def _train_step(self, x: Tensor, padding_mask: Tensor | None) -> Tensor:
         check_input(x, padding_mask, self.num_features)
         if not self.sync and several_ranks():
             warn_of_private_statistics()
-        kernels = self._kernels_for(x)
+        kernels, operators = operators_for(self, x)
         if self.sync and several_ranks():
-            y = self._step_of_ranks(kernels, x, padding_mask)
+            y = self._train_deferred(operators, x, padding_mask)
             if y is not None:
+                self._record_kernels(kernels)
                 return y
-            kernels = "plain"
-        self._computed_by(kernels)
-        if kernels != "plain":
-            return self._kernel_step(operators(kernels), x.contiguous(), padding_mask)
-        tokens, real = flatten_tokens(x, padding_mask, self.num_features)
-        return self._normalize(tokens, real).to(x.dtype).reshape(x.shape)
+            # The kernels know nothing of ranks, and this step has to wait for the others.
+            kernels, operators = "plain", None
+        self._record_kernels(kernels)
+        if operators is not None:
+            return self._train_kernel(operators, x.contiguous(), padding_mask)
+        tokens, token_mask = flatten_tokens(x, padding_mask, self.num_features)
+        return self._train_torch(tokens, token_mask).to(x.dtype).reshape(x.shape)
 
-    def _step_of_ranks(self, kernels: str, x: Tensor, padding_mask: Tensor | None) -> Tensor | None:
-        """Training with synchronized statistics by kernels; None: plain torch has to do it."""
-        return None
+    def _train_torch(self, tokens: Tensor, token_mask: Tensor | None) -> Tensor:
+        """Training in torch's operations: tokens (T*B, C), token_mask (T*B, 1) -> (T*B, C)."""
+        raise NotImplementedError
 
-    def _computed_by(self, kernels: str) -> None:
-        if kernels != self.kernels:  # torch makes setting an attribute slow
-            self.kernels = kernels
-
-    def _kernels_for(self, x: Tensor) -> str:
-        if (
-            self.native_source is None
-            or type(x) not in (Tensor, nn.Parameter)  # subclasses may have no memory to read
-            or self.weight.dtype == torch.float16
-        ):
-            return "plain"
-        # On a CPU triton only interprets its kernels, for tests.
-        if x.is_cuda or (x.device.type == "cpu" and chosen_kernels() == "triton"):
-            return "triton" if triton.load() else "plain"
-        runs_native = x.device.type == "cpu" and x.dtype in _NATIVE_TYPES
-        return "native" if runs_native and native.load(self.native_source) else "plain"
-
-    def _kernel_step(self, operators: Any, x: Tensor, padding_mask: Tensor | None) -> Tensor:
-        """Training, by operators of one signature in C++ and Triton; x as in `forward`, contiguous.
+    def _train_kernel(self, operators: Any, x: Tensor, padding_mask: Tensor | None) -> Tensor:
+        """Training by operators of one signature in C++ and Triton; x as in `forward`, contiguous.
 
         Returns y like x.
         """
         raise NotImplementedError
 
-    def _recalled(self, x: Tensor, padding_mask: Tensor | None) -> Tensor | None:
-        """What a kernel took from the state in the forward that this one repeats, if it does."""
-        return self._recent.recall(self._squares(x, padding_mask))[0] if recomputing() else None
+    def _train_deferred(
+        self, operators: Any, x: Tensor, padding_mask: Tensor | None
+    ) -> Tensor | None:
+        """Training over several ranks without waiting for them; None: this step has to wait."""
+        return None
 
-    def _squares(self, x: Tensor, padding_mask: Tensor | None) -> Tensor:
-        """Sums (C,) by which a repeated forward is recognised."""
-        tokens, real = flatten_tokens(x.detach(), padding_mask, self.num_features)
-        return zero_padding_(self._scaled(tokens).square(), real).sum(0)
-
-    def _scaled(self, tokens: Tensor) -> Tensor:
-        """What the layer takes the squares of, by which a repeated forward is recognised."""
-        return tokens
-
-    def _normalize(self, tokens: Tensor, real: Tensor | None) -> Tensor:
-        """Training: tokens (T*B, C), real (T*B, 1) bool or None -> (T*B, C)."""
-        raise NotImplementedError
-
-    def _infer(self, tokens: Tensor, real: Tensor | None) -> Tensor:
+    def _infer(self, tokens: Tensor, token_mask: Tensor | None) -> Tensor:
+        """Inference: tokens (T*B, C), token_mask (T*B, 1) or None -> (T*B, C)."""
         scale, shift = self.inference_affine()
         return torch.addcmul(shift.to(tokens.dtype), tokens, scale)
 
     def inference_affine(self) -> tuple[Tensor, Tensor]:
-        """scale and shift, each (C,): what the layer is at inference, y = x * scale + shift."""
+        """scale and shift, each (C,): at inference the layer is y = x * scale + shift.
+
+        Raises NotImplementedError in layers that do more than that.
+        """
         raise NotImplementedError
+
+    def _record_kernels(self, kernels: str) -> None:
+        if kernels != self.kernels:  # torch makes setting an attribute slow
+            self.kernels = kernels
+
+    # --- Forwards repeated by activation checkpointing
+
+    def _replayed(self, x: Tensor, padding_mask: Tensor | None) -> Tensor | None:
+        """What a kernel saved in the forward that this one repeats; None if this one is new."""
+        if not in_recomputation():
+            return None
+        return self._replay_cache.replay(self._sum_sq(x, padding_mask))[0]
+
+    def _sum_sq(self, x: Tensor, padding_mask: Tensor | None) -> Tensor:
+        """Sums of squares (C,) over the real tokens, by which a repeated forward is recognised."""
+        tokens, token_mask = flatten_tokens(x.detach(), padding_mask, self.num_features)
+        return mask_padding_(self._prescale(tokens).square(), token_mask).sum(0)
+
+    def _prescale(self, tokens: Tensor) -> Tensor:
+        """What the layer does to each token (T*B, C) before it takes statistics."""
+        return tokens
+
+    # --- State
+
+    @torch.no_grad()
+    def _is_finite_batch(self, n: Tensor, *statistics: Tensor) -> Tensor:
+        """Whether a batch of n real tokens with these statistics may change the state.
+
+        Returns a bool scalar on the device: n > 0 and every statistic is finite. Counts the batch
+        in `num_rejected` where only the statistics are at fault.
+        """
+        # What is finite in float64 may not be so in the buffers' float32.
+        dtype = next(buffer.dtype for buffer in self.buffers() if buffer.is_floating_point())
+        finite = torch.stack([value.to(dtype).isfinite().all() for value in statistics]).all()
+        self.num_rejected += (n > 0) & ~finite
+        return (n > 0) & finite
 
     def statistics(self) -> dict[str, Tensor]:
         """Running statistics, each (C,), for diagnostics."""
         raise NotImplementedError
 
-    def retained(self, first: Tensor, last: Tensor) -> Tensor | None:
+    def decay_over(self, first: Tensor, last: Tensor) -> Tensor | None:
         """Weight that running statistics after `first` steps have in those after `last` steps.
 
         For diagnostics. first, last: scalars, counts as in `step`. The rest of the weight, up to 1,
-        is the batches' in between. None where a layer does not tell.
+        is the batches' in between. None in layers that do not define it.
         """
         return None
 
-    @torch.no_grad()
-    def _usable(self, n: Tensor, *statistics: Tensor) -> Tensor:
-        """Whether a batch of n real tokens with these statistics may change the state.
-
-        A bool scalar on the device; counts the batch in `rejected` if it is not finite.
-        """
-        # What is finite in float64 may not be so in the buffers' float32.
-        dtype = next(buffer.dtype for buffer in self.buffers() if buffer.is_floating_point())
-        finite = torch.stack([value.to(dtype).isfinite().all() for value in statistics]).all()
-        self.rejected += (n > 0) & ~finite
-        return (n > 0) & finite
-
     def train(self, mode: bool = True) -> "RunningNorm":
-        """Switch to training or eval mode; on leaving training, tell of rejected batches."""
-        EXCHANGE.settle()
-        if self.training and not mode and not self.rejected.is_meta:
-            rejected = int(self.rejected)
-            if rejected > self._rejected_told:
+        """Switch to training or eval mode; leaving training, warn of rejected batches."""
+        DEFERRED.wait()
+        if self.training and not mode and not self.num_rejected.is_meta:
+            num_rejected = int(self.num_rejected)
+            unreported = num_rejected - self._num_rejected_reported
+            if unreported > 0:
                 warnings.warn(
-                    f"{self}: the statistics of {rejected - self._rejected_told} passes were not "
-                    "finite and have been left out of the running ones",
+                    f"{self}: the statistics of {unreported} passes were not finite and have been "
+                    "left out of the running ones",
                     stacklevel=2,
                 )
-            self._rejected_told = rejected
+            self._num_rejected_reported = num_rejected
         return super().train(mode)
 
     def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        EXCHANGE.settle()
+        DEFERRED.wait()
         super()._save_to_state_dict(*args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
-        EXCHANGE.settle()
+        DEFERRED.wait()
         return self.__dict__.copy()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "RunningNorm":
-        EXCHANGE.settle()
+        DEFERRED.wait()
         # With eight bits of mantissa a running average would stand still: its steps are too small.
         before = dict(self._buffers)
         super()._apply(fn, recurse)
@@ -216,11 +239,11 @@ class RunningNorm(nn.Module):
         return self
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        EXCHANGE.settle()
+        DEFERRED.wait()
         super()._load_from_state_dict(*args, **kwargs)
         # Not part of a checkpoint, and without content in a layer that was built on "meta".
-        self.rejected = torch.zeros_like(self.step)
-        self._rejected_told = 0
+        self.num_rejected = torch.zeros_like(self.step)
+        self._num_rejected_reported = 0
 
     def extra_repr(self) -> str:
         options = list(inspect.signature(type(self)).parameters)[1:]
@@ -228,8 +251,3 @@ class RunningNorm(nn.Module):
         if self.kernels:
             shown.append(f"kernels={self.kernels}")
         return ", ".join(shown)
-
-
-def operators(kernels: str) -> Any:
-    """The namespace of a kernel's operators; kernels: native or triton."""
-    return triton.operators() if kernels == "triton" else torch.ops.normexp

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from normexp.norms.core import option_checks
 from normexp.norms.core.averaging import average_
-from normexp.norms.core.masking import num_real, zero_padding_
-from normexp.norms.core.replay_cache import recomputing
+from normexp.norms.core.masking import mask_padding_, num_tokens
+from normexp.norms.core.option_checks import check_count, check_decay, check_flag, check_positive
+from normexp.norms.core.replay_cache import in_recomputation
 from normexp.norms.distributed.collectives import pooled_mean
 from normexp.norms.registry import register_norm
 from normexp.norms.running_norm import RunningNorm
@@ -34,7 +34,7 @@ class UnifiedNorm(RunningNorm):
     into the slot of the second window (e instead, if skipped).
         Lambda = lambda while s <= M or s < warmup_steps or skipped, else the window's mean
         e <- m e + (1 - m) Lambda
-        dL/dx = (g - e x_hat) / sqrt(V + eps), with Lambda in the place of e if skipped
+        dL/dx = (g - e x_hat) / sqrt(V + eps), with Lambda instead of e if skipped
         dL/dw = sum r x_hat dL/dy over all positions
     inference: y = w x / sqrt(psi2 + eps) + b.
     outlier_filtration (off for text): after warm-up a batch is skipped when in any channel the
@@ -42,7 +42,11 @@ class UnifiedNorm(RunningNorm):
     over the window as it was before; its slot then holds psi2. `skipped` counts these.
 
     Because of the means over all positions, training depends on how batches are padded.
-    Double differentiation is refused. RunningNorm tells the rules of the state.
+    Double differentiation is refused. RunningNorm lists the rules of the state.
+
+    Reference: normexp/norms/reference/unified.py
+    Proof: pytest tests/norms/test_references.py -k "unified]"
+    Number: no training run of it is recorded
     """
 
     averages_of_gradients = ("e", "lambda_window")
@@ -58,10 +62,10 @@ class UnifiedNorm(RunningNorm):
         sync: bool = False,
     ):
         super().__init__(num_features, eps, sync)
-        option_checks.decay(momentum=momentum)
-        option_checks.count(window_size=window_size, warmup_steps=warmup_steps)
-        option_checks.positive(window_size=window_size)
-        option_checks.flag(outlier_filtration=outlier_filtration)
+        check_decay(momentum=momentum)
+        check_count(window_size=window_size, warmup_steps=warmup_steps)
+        check_positive(window_size=window_size)
+        check_flag(outlier_filtration=outlier_filtration)
         self.momentum, self.window_size = momentum, window_size
         self.warmup_steps, self.outlier_filtration = warmup_steps, outlier_filtration
         self.register_buffer("running_psi2", torch.ones(num_features))
@@ -70,23 +74,23 @@ class UnifiedNorm(RunningNorm):
         self.register_buffer("lambda_window", torch.zeros(window_size, num_features))
         self.register_buffer("skipped", torch.zeros((), dtype=torch.long))
 
-    def _normalize(self, tokens: Tensor, real: Tensor | None) -> Tensor:
-        squares = zero_padding_(tokens.detach().square(), real).sum(0)
-        taken = self._step(squares, num_real(tokens, real))
-        return _NormalizeUnified.apply(tokens, self.weight, self.bias, *taken, self)
+    def _train_torch(self, tokens: Tensor, token_mask: Tensor | None) -> Tensor:
+        sum_sq = mask_padding_(tokens.detach().square(), token_mask).sum(0)
+        saved = self._step(sum_sq, num_tokens(tokens, token_mask))
+        return UnifiedNormFunction.apply(tokens, self.weight, self.bias, *saved, self)
 
     @torch.no_grad()
-    def _step(self, squares: Tensor, n: Tensor) -> tuple[Tensor, ...]:
+    def _step(self, sum_sq: Tensor, n: Tensor) -> tuple[Tensor, ...]:
         """V, r, whether lambda itself corrects, whether skipped, the slot (M, 1) and N.
 
-        squares (C,): sums of x^2 over the rank's n real tokens.
+        sum_sq (C,): sums of x^2 over the rank's n real tokens.
         """
-        if recomputing():
-            return self._recent.recall(squares)
-        psi2_batch, n = pooled_mean(squares, n, self.sync)
-        usable = self._usable(n, psi2_batch)
+        if in_recomputation():
+            return self._replay_cache.replay(sum_sq)
+        psi2_batch, n = pooled_mean(sum_sq, n, self.sync)
+        usable = self._is_finite_batch(n, psi2_batch)
         step, running = self.step + 1, self.running_psi2
-        slots = torch.arange(self.window_size, device=squares.device)[:, None]
+        slots = torch.arange(self.window_size, device=sum_sq.device)[:, None]
         slot = slots == step % self.window_size
         window = torch.where(slot, psi2_batch.to(running.dtype), self.psi2_window)
         geometric = window.log().mean(0).exp()
@@ -97,12 +101,12 @@ class UnifiedNorm(RunningNorm):
             outlier = window.mean(0) - geometric > self.window_size * spread
             skip = ~early & outlier.any()
             window = torch.where(skip & slot, running, window)
-        v = torch.where(early | skip, psi2_batch, geometric.to(squares.dtype))
+        v = torch.where(early | skip, psi2_batch, geometric.to(sum_sq.dtype))
         ratio = torch.sqrt((v + self.eps) / (running + self.eps))
-        ratio = ratio.clamp(1 / _MOST_CORRECTION, _MOST_CORRECTION).to(squares.dtype)
+        ratio = ratio.clamp(1 / _MOST_CORRECTION, _MOST_CORRECTION).to(sum_sq.dtype)
         uncorrected = (step <= max(_STEPS_UNCORRECTED, self.warmup_steps)) | skip
         r = torch.where(uncorrected, 1.0, ratio)
-        self._recent.remember(squares, v, r, early | skip, skip, slot, n)
+        self._replay_cache.store(sum_sq, v, r, early | skip, skip, slot, n)
 
         self.psi2_window.copy_(torch.where(usable, window, self.psi2_window))
         average_(running, v, 1 - self.momentum, usable)
@@ -111,15 +115,15 @@ class UnifiedNorm(RunningNorm):
         return v, r, early | skip, skip, slot, n
 
     def _step_backward(
-        self, lam: Tensor, direct: Tensor, skip: Tensor, slot: Tensor, n: Tensor
+        self, lambda_: Tensor, direct: Tensor, skip: Tensor, slot: Tensor, n: Tensor
     ) -> Tensor:
         """The factor of x_hat in the gradient, from lambda (C,); advances e and its window."""
-        lam = lam.to(self.e.dtype)
-        window = torch.where(slot, torch.where(skip, self.e, lam), self.lambda_window)
-        chosen = torch.where(direct, lam, window.mean(0))
-        e = torch.lerp(self.e, chosen, 1 - self.momentum)
-        usable = self._usable(n, e)
-        correction = torch.where(skip, chosen, e)
+        lambda_ = lambda_.to(self.e.dtype)
+        window = torch.where(slot, torch.where(skip, self.e, lambda_), self.lambda_window)
+        smoothed = torch.where(direct, lambda_, window.mean(0))
+        e = torch.lerp(self.e, smoothed, 1 - self.momentum)
+        usable = self._is_finite_batch(n, e)
+        correction = torch.where(skip, smoothed, e)
         self.e.copy_(torch.where(usable, e, self.e))
         self.lambda_window.copy_(torch.where(usable, window, self.lambda_window))
         return correction
@@ -130,11 +134,11 @@ class UnifiedNorm(RunningNorm):
     def statistics(self) -> dict[str, Tensor]:
         return {"psi2": self.running_psi2, "e": self.e}
 
-    def retained(self, first: Tensor, last: Tensor) -> Tensor:
+    def decay_over(self, first: Tensor, last: Tensor) -> Tensor:
         return self.momentum ** (last - first)
 
 
-class _NormalizeUnified(torch.autograd.Function):
+class UnifiedNormFunction(torch.autograd.Function):
     """y = w x_hat + b with the backward of unified normalization."""
 
     @staticmethod
@@ -160,12 +164,12 @@ class _NormalizeUnified(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         tokens, weight, inverse, r, *which, n = ctx.saved_tensors
-        values = gradient * tokens
-        by_weight = values.sum(0) * (r * inverse)
+        buf = gradient * tokens
+        d_weight = buf.sum(0) * (r * inverse)
         positions = tokens.new_full((), tokens.shape[0])
-        lam, _ = pooled_mean(by_weight * weight, positions, ctx.norm.sync)
-        correction = ctx.norm._step_backward(lam, *which, n).to(tokens.dtype)
-        dx = torch.mul(gradient, r * weight * inverse, out=values)
-        dx.addcmul_(tokens, correction * inverse.square(), value=-1)
-        types = weight.dtype
-        return dx, by_weight.to(types), gradient.sum(0).to(types), *[None] * 7
+        lambda_, _ = pooled_mean(d_weight * weight, positions, ctx.norm.sync)
+        correction = ctx.norm._step_backward(lambda_, *which, n).to(tokens.dtype)
+        d_tokens = torch.mul(gradient, r * weight * inverse, out=buf)
+        d_tokens.addcmul_(tokens, correction * inverse.square(), value=-1)
+        d_bias = gradient.sum(0)
+        return d_tokens, d_weight.to(weight.dtype), d_bias.to(weight.dtype), *[None] * 7

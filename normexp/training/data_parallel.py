@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from normexp.errors import UserError
 from normexp.fairseq_plugin.patches import no_pickled_gathering
-from normexp.norms import pool_statistics
+from normexp.norms import average_statistics
 from normexp.norms.running_norm import RunningNorm
 from normexp.training.process_group import COLLECTIVE_TIMEOUT, Ranks
 
@@ -156,7 +156,7 @@ def data_parallel_trainer(ranks: Ranks, trainer: type) -> type:
 
 def _synchronize_state(model: nn.Module) -> None:
     """Give the norms the same state on all ranks, so that one rank's checkpoint serves all."""
-    pool_statistics(model)
+    average_statistics(model)
     counters = [
         value
         for norm in model.modules()

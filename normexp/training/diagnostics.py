@@ -51,7 +51,7 @@ def update_diagnostics(
     (with `unified` after its warm-up the mean of its window; with statistics of one rank each, the
     master's). With several forwards in one update, as with update_freq, it is the mean of their
     statistics with weights that fall by the layer's alpha from the last to the first. NaN where
-    no batch of the update could be used. A layer whose `retained` gives None has no distances.
+    no batch of the update could be used. A layer whose `decay_over` gives None has no distances.
 
     Training is not changed: state is only read.
     """
@@ -99,7 +99,7 @@ def _statistics(sites: _Sites) -> dict[str, Tensor]:
             else:
                 scalars[f"{site}/{name}_norm"] = value.norm()
         if hasattr(module, "rejected"):
-            scalars[f"{site}/rejected"] = module.rejected.double()
+            scalars[f"{site}/rejected"] = module.num_rejected.double()
     return scalars
 
 
@@ -112,7 +112,7 @@ def _averages(layer: nn.Module) -> dict[str, Tensor]:
 def _snapshot(sites: _Sites) -> dict[str, _Before]:
     before = {}
     for site, layer in sites.items():
-        if callable(getattr(layer, "retained", None)):
+        if callable(getattr(layer, "decay_over", None)):
             # Statistics before the step: reading them waits for an all-reduce that is under way.
             averages = {
                 name: x.to(torch.float64, copy=True) for name, x in _averages(layer).items()
@@ -125,7 +125,7 @@ def _distances(sites: _Sites, before: Mapping[str, _Before]) -> dict[str, Tensor
     scalars = {}
     for site, then in before.items():
         layer = sites[site]
-        kept = layer.retained(then.step, layer.step)
+        kept = layer.decay_over(then.step, layer.step)
         if kept is None:
             continue
         for name, now in _averages(layer).items():

@@ -14,7 +14,7 @@ class StatisticsWatch:
     """Finds, after a failed update, the site at which statistics were first not finite.
 
     A layer with running statistics counts the passes whose statistics were not finite
-    (`RunningNorm.rejected`). The watch copies all counts before and after each forward pass of an
+    (`RunningNorm.num_rejected`). The watch copies all counts before and after each forward pass of an
     update, because afterwards NaN has spread to all sites in one direction or the other. That costs
     two copies of one integer per layer and forward pass, without waiting for the device. The watch
     is false, and costs nothing, where the model has no such layer.
@@ -78,4 +78,4 @@ class StatisticsWatch:
             self._counts.append(self._current())
 
     def _current(self) -> Tensor:
-        return torch.stack([norm.rejected for norm in self._norms.values()])
+        return torch.stack([norm.num_rejected for norm in self._norms.values()])

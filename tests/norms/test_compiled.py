@@ -7,18 +7,23 @@ import pytest
 import torch
 from support.batches import C, quick_options
 from support.stateful import CASES, assert_same, batch, penalized, state, train
+from support.thorough import default_cases
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.export import Dim
 
 from normexp.norms import available_norms, build_norm
-from normexp.norms.compilation import eager
-from normexp.norms.running_norm import RunningNorm
+from normexp.norms.running_norm import RunningNorm, _outside_graphs
 
 every_norm = pytest.mark.parametrize("name", available_norms())
+# One of each kind of inference: affine, tokens scaled first, positions mixed, groups of channels.
+KINDS = {"power", "power_released", "batch_released", "instance", "group"}
+every_kind = pytest.mark.parametrize("name", default_cases(available_norms(), KINDS))
 # Those that stay in warm-up are left out: the others start in it.
 STATEFUL = [case for case in CASES if not case.endswith("warming-up")]
-every_case = pytest.mark.parametrize("case", STATEFUL)
+# The training of all of them runs outside the graph by the same line. One has a penalty.
+some_case = pytest.mark.parametrize("case", default_cases(STATEFUL, {"power", "regularized_batch"}))
+STATELESS = sorted({*available_norms()} - {case.name for case in CASES.values()})
 # None equal to C, which compilers would take for the same symbol.
 SHAPES = [(5, 3), (6, 3), (2, 7), (7, 2), (9, 6)]
 
@@ -74,7 +79,7 @@ def inputs(t: int, b: int) -> tuple[Tensor, Tensor]:
 # --- Inference
 
 
-@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize("masked", default_cases([True, False], {True}))
 @every_norm
 def test_inference_is_one_graph(name: str, masked: bool) -> None:
     """No break in it, a few graphs for all shapes, none for new statistics; equal results."""
@@ -95,7 +100,7 @@ def test_inference_is_one_graph(name: str, masked: bool) -> None:
         assert counter.frame_count == graphs
 
 
-@every_norm
+@pytest.mark.parametrize("name", default_cases(available_norms(), {"power", "power_released"}))
 def test_dynamic_inference_compiles_once(name: str) -> None:
     """For all shapes, with gradients, as when a frozen layer is part of a model that learns."""
     stack = Stack(trained(name)).eval()
@@ -115,7 +120,7 @@ def test_dynamic_inference_compiles_once(name: str) -> None:
     assert graphs[0] == graphs[-1] >= 1
 
 
-@every_norm
+@every_kind
 def test_compiled_inference_in_half_precision(name: str) -> None:
     norm = trained(name).eval().bfloat16()
     compiled = torch.compile(norm, backend="eager", fullgraph=True)
@@ -145,7 +150,7 @@ def learn(model: nn.Module, call: nn.Module, steps: int = 6) -> list[object]:
     return results
 
 
-@every_case
+@some_case
 def test_training_equals_eager(case: str) -> None:
     """Step by step, through the end of warm-ups; nothing is compiled anew in the later steps."""
     models = [Stack(CASES[case].build()).double() for _ in range(2)]
@@ -159,7 +164,7 @@ def test_training_equals_eager(case: str) -> None:
     assert counter.frame_count == graphs
 
 
-@pytest.mark.parametrize("name", sorted({*available_norms()} - {c.name for c in CASES.values()}))
+@pytest.mark.parametrize("name", default_cases(STATELESS, {"layer", "group"}))
 def test_stateless_layers_train_in_one_graph(name: str) -> None:
     models = [Stack(build_norm(name, C)).double() for _ in range(2)]
     models[1].load_state_dict(models[0].state_dict())
@@ -168,7 +173,7 @@ def test_stateless_layers_train_in_one_graph(name: str) -> None:
     assert_same(learn(models[1], compiled, steps=2), expected, 1e-12)
 
 
-@every_case
+@some_case
 def test_training_of_a_layer_breaks_the_graph_once(case: str) -> None:
     """Policy: what keeps statistics runs outside the graph."""
     norm, of = CASES[case].build(), batch(0)
@@ -177,7 +182,7 @@ def test_training_of_a_layer_breaks_the_graph_once(case: str) -> None:
     assert norm.step == CASES[case].first_step + 1
 
 
-@every_case
+@some_case
 def test_training_and_eval_in_turns(case: str) -> None:
     """A compiled model keeps up with the switches of mode."""
     models = [Stack(CASES[case].build()).double() for _ in range(2)]
@@ -193,20 +198,20 @@ def test_training_and_eval_in_turns(case: str) -> None:
     assert_same(results[1], results[0], 1e-12)
 
 
-@pytest.mark.parametrize("name", ["batch", "power", "unified"])
+@pytest.mark.parametrize("name", default_cases(["batch", "power", "unified"], {"power"}))
 def test_compiled_before_any_eager_run(name: str) -> None:
     """What keeps a layer out of graphs is set up on the first call, here while one is traced."""
     norm, twin = CASES[name].build(), CASES[name].build()
 
     class Fresh(type(norm)):
-        _train_step = eager(RunningNorm._train_step.__wrapped__)
+        _train_step = _outside_graphs(RunningNorm._train_step.__wrapped__)
 
     norm.__class__ = Fresh
     compiled = torch.compile(norm, backend="aot_eager")
     assert_same(learn(norm, compiled), learn(twin, twin), 1e-12)
 
 
-@pytest.mark.parametrize("name", ["batch", "power", "unified"])
+@pytest.mark.parametrize("name", default_cases(["batch", "power", "unified"], {"power"}))
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_compiled_model_with_checkpointing(name: str, reentrant: bool) -> None:
     models = [Stack(CASES[name].build()).double() for _ in range(2)]
@@ -232,7 +237,7 @@ T, B = Dim("T", min=2, max=64), Dim("B", min=2, max=64)
 
 
 @pytest.mark.parametrize("form", ["no-mask", "list-of-tokens"])
-@every_norm
+@every_kind
 def test_export_of_a_layer(name: str, form: str) -> None:
     """One program for all shapes."""
     norm = trained(name).eval()
@@ -247,7 +252,7 @@ def test_export_of_a_layer(name: str, form: str) -> None:
         assert_same(program(*arguments(t, b)), norm(*arguments(t, b)), 1e-6)
 
 
-@every_norm
+@every_kind
 def test_export_of_a_stack(name: str) -> None:
     """With the mask as an input; parameters and buffers are those of the model."""
     stack = Stack(trained(name)).eval()

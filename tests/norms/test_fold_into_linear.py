@@ -69,12 +69,12 @@ def test_other_norms_are_refused_and_nothing_is_changed(name: str) -> None:
     assert all(torch.equal(value, before[key]) for key, value in layer.state_dict().items())
 
 
-def test_unfit_layers_are_refused_before_any_is_changed() -> None:
-    fit, unfit = nn.Linear(6, 4), nn.Linear(5, 4)
-    before = fit.weight.clone()
+def test_layers_of_other_widths_are_refused_before_any_is_changed() -> None:
+    matching, other = nn.Linear(6, 4), nn.Linear(5, 4)
+    before = matching.weight.clone()
     with pytest.raises(ValueError, match="cannot fold 6 channels into Linear"):
-        fold_into(_trained("batch", torch.float32), [fit, unfit])
-    assert torch.equal(fit.weight, before)
+        fold_into(_trained("batch", torch.float32), [matching, other])
+    assert torch.equal(matching.weight, before)
 
 
 def test_a_layer_named_twice_is_folded_once() -> None:

@@ -45,13 +45,13 @@ def test_a_constant_factor_cancels(case: str) -> None:
 @every_case
 def test_a_factor_that_changes_is_followed(case: str) -> None:
     """As if it had been the last one all the time; and it is not so if nobody tells the layer."""
-    told, untold, constant = (CASES[case].build() for _ in range(3))
+    followed, ignored, constant = (CASES[case].build() for _ in range(3))
     expected = learn(constant, [SCALES[-1]] * len(SCALES), False)
-    assert same(learn(told, SCALES, True), expected)
+    assert same(learn(followed, SCALES, True), expected)
     for name, value in state(constant).items():
-        assert torch.equal(state(told)[name], value), name
+        assert torch.equal(state(followed)[name], value), name
     if case != "power-warming-up":  # whose averages are not used yet
-        assert not same(learn(untold, SCALES, False), expected)
+        assert not same(learn(ignored, SCALES, False), expected)
 
 
 def test_every_layer_of_a_model_is_told_and_nothing_else() -> None:

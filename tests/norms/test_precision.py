@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.batches import few_examples, quick_options, random_batch
 from support.norm_steps import penalty_of
+from support.thorough import default_cases
 
 from normexp.norms import available_norms, build_norm
 from normexp.norms.reference import build_reference
@@ -38,7 +39,7 @@ def representable(values: np.ndarray, dtype: torch.dtype) -> np.ndarray:
 
 
 @pytest.mark.parametrize("converted", [False, True], ids=["autocast", "whole-model"])
-@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("dtype", default_cases(HALF, {torch.bfloat16}), ids=str)
 @pytest.mark.parametrize("name", available_norms())
 @settings(few_examples, max_examples=3)
 @given(seed=st.integers(0, 10**6))
@@ -79,7 +80,7 @@ def test_half_precision_is_near_float64(
             near(parameter.grad, gradient, parameter.dtype, parameter_name, slack)
         for buffer_name, buffer in norm.named_buffers():
             assert buffer.dtype in (torch.float32, torch.long), buffer_name
-            if buffer_name != "rejected":
+            if buffer_name != "num_rejected":
                 near(buffer, reference.state[buffer_name], torch.float32, buffer_name)
     x = representable(batch.x, dtype)
     y = norm.eval()(torch.from_numpy(x).to(dtype), torch.from_numpy(batch.pad))

@@ -42,7 +42,7 @@ def random_parameters(layer: LayerSteps, reference: Reference) -> None:
 def compare_state(layer: LayerSteps, reference: Reference, when: str) -> None:
     state = layer.state()
     if reference.state:
-        assert state.pop("rejected") == 0, when
+        assert state.pop("num_rejected") == 0, when
     assert set(state) == set(reference.state)
     for name, expected in reference.state.items():
         assert_equal(state[name], expected, f"{name} {when}")

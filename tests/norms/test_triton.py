@@ -38,15 +38,22 @@ def run(*command: str, **environment: str) -> str:
     return done.stdout
 
 
-def test_kernels() -> None:
-    """All of triton_kernels.py."""
+THOROUGH = pytest.param(True, marks=pytest.mark.thorough)
+
+
+@pytest.mark.parametrize("thorough", [False, THOROUGH])
+def test_kernels(thorough: bool) -> None:
+    """All of triton_kernels.py, in two parts."""
     interpreted = {} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"}
-    output = run("-m", "pytest", "-p", "no:cacheprovider", "triton_kernels.py", **interpreted)
-    assert " passed" in output
+    part = "thorough" if thorough else "not thorough"
+    command = ("-m", "pytest", "-p", "no:cacheprovider", "-m", part, "triton_kernels.py")
+    assert " passed" in run(*command, **interpreted)
 
 
-def test_kernels_compile_for_a_gpu() -> None:
-    assert "compiled" in run("triton_compilation.py")
+@pytest.mark.parametrize("thorough", [False, THOROUGH])
+def test_kernels_compile_for_a_gpu(thorough: bool) -> None:
+    """For a masked batch in float32; thorough: for batches of other types, shapes and groups."""
+    assert "compiled" in run("triton_compilation.py", *["others"] * thorough)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from normexp.norms import build_norm, norm_options, pool_statistics
+from normexp.norms import average_statistics, build_norm, norm_options
 from normexp.norms.kernels.choice import use_kernels
 from support.batches import Batch, C, random_batch
 from support.stateful import CASES, forward, penalized, state
@@ -120,8 +120,8 @@ def training(rank: int, world: int) -> dict[str, object]:
 
 
 def private(rank: int, world: int) -> dict[str, object]:
-    """Without sync: the warnings, the state of each rank, and what pooling makes of it."""
-    with warnings.catch_warnings(record=True) as told:
+    """Without sync: the warnings, and the state of each rank before and after averaging."""
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         model = nn.ModuleList([CASES[case].build(sync=False) for case in SYNC_CASES])
         model.append(CASES["batch_released"].build())
@@ -134,10 +134,10 @@ def private(rank: int, world: int) -> dict[str, object]:
     counted = Collectives()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        pool_statistics(model)
+        average_statistics(model)
     counted.stop()
     return {
-        "told": [str(warning.message) for warning in told],
+        "warnings": [str(warning.message) for warning in caught],
         "before": before,
         "after": state(model),
         "collectives": counted.since(),

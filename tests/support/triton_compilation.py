@@ -1,10 +1,13 @@
 """Compile every Triton kernel for a GPU of the Hopper generation, on a machine without one.
 
+    python triton_compilation.py [others]  # the first of BATCHES, or the others
+
 Run by test_triton.py, without TRITON_INTERPRET: the interpreter takes much of Python for Triton.
 """
 
 import contextlib
 import inspect
+import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -65,34 +68,34 @@ def compile_instead(
 
 
 def launch_all(dtype: torch.dtype, shape: tuple[int, ...], masked: bool, groups: int) -> None:
-    """Forward and backward of each operator; what they compute is of no account."""
+    """Forward and backward of each operator; what they compute does not matter."""
     x = torch.zeros(shape, dtype=dtype).as_subclass(OnGPU)
     mask = torch.zeros(shape[-2::-1], dtype=torch.bool) if masked else None
     like = torch.float64 if dtype == torch.float64 else torch.float32
     weight, bias, running, nu = (torch.zeros(shape[-1], dtype=like) for _ in range(4))
-    step, rejected = (torch.zeros((), dtype=torch.long) for _ in range(2))
-    state, given = (running, step, rejected), (x, mask, weight, bias)
+    step, num_rejected = (torch.zeros((), dtype=torch.long) for _ in range(2))
+    state, given = (running, step, num_rejected), (x, mask, weight, bias)
 
-    _, _, taken = power._forward_op._init_fn(*given, *state, 1e-5, 0.9, 4, False)
-    power._again_op._init_fn(*given, taken, 1e-5)
-    power._backward_op._init_fn(x, mask, weight, x, taken, nu, rejected, 1e-5, 0.9, True)
-    power._backward_v_op._init_fn(x, mask, weight, x, taken, 1e-5)
+    _, _, saved = power._forward_op._init_fn(*given, *state, 1e-5, 0.9, 4, False)
+    power._replay_op._init_fn(*given, saved, 1e-5)
+    power._backward_op._init_fn(x, mask, weight, x, saved, nu, num_rejected, 1e-5, 0.9, True)
+    power._backward_v_op._init_fn(x, mask, weight, x, saved, 1e-5)
 
-    _, _, *taken = power_released._forward_op._init_fn(*given, *state, groups, 1e-5, 0.9, 4)
-    power_released._backward_op._init_fn(x, weight, *taken, x, nu, rejected, groups, 1e-5, 0.9)
+    _, _, *saved = power_released._forward_op._init_fn(*given, *state, groups, 1e-5, 0.9, 4)
+    power_released._backward_op._init_fn(x, weight, *saved, x, nu, num_rejected, groups, 1e-5, 0.9)
 
     for regularized in (False, True):
         buffers = nu, *state
-        _, *taken = batch._forward_op._init_fn(*given, *buffers, False, 1e-5, 0.1, regularized)
-        upstream = x, *(taken[:2] if regularized else (None, None))
-        batch._backward_op._init_fn(x, mask, weight, *taken, *upstream, 1e-5, regularized)
+        _, *saved = batch._forward_op._init_fn(*given, *buffers, False, 1e-5, 0.1, regularized)
+        upstream = x, *(saved[:2] if regularized else (None, None))
+        batch._backward_op._init_fn(x, mask, weight, *saved, *upstream, 1e-5, regularized)
 
 
 compiled: dict[str, bytes] = {}
 JITFunction.run = compile_instead
 torch.cuda.device_of = lambda tensor: contextlib.nullcontext()
 torch.cuda.get_device_properties = lambda device: SimpleNamespace(multi_processor_count=132)
-for case in BATCHES:
+for case in BATCHES[1:] if "others" in sys.argv else BATCHES[:1]:
     launch_all(*case)
 assert all(compiled.values())
 print(f"{len(compiled)} kernels compiled")

@@ -34,31 +34,31 @@ def plain_layers() -> Iterator[None]:
 
 
 def call_power(
-    norm: nn.Module, x: Tensor, mask: Tensor | None, recalled: Tensor | None = None
+    norm: nn.Module, x: Tensor, mask: Tensor | None, replayed: Tensor | None = None
 ) -> tuple:
-    buffers = norm.running_psi2, norm.nu, norm.step, norm.rejected
+    buffers = norm.running_psi2, norm.nu, norm.step, norm.num_rejected
     options = norm.eps, norm.alpha_fwd, norm.alpha_bwd, norm.warmup_steps, norm.bound_nu
-    return kernels.power(x, mask, norm.weight, norm.bias, *buffers, recalled, *options)
+    return kernels.power(x, mask, norm.weight, norm.bias, *buffers, replayed, *options)
 
 
-def call_power_v(norm: nn.Module, x: Tensor, mask: Tensor | None, again: bool = False) -> tuple:
-    buffers = norm.running_psi2, norm.step, norm.rejected
+def call_power_v(norm: nn.Module, x: Tensor, mask: Tensor | None, is_replay: bool = False) -> tuple:
+    buffers = norm.running_psi2, norm.step, norm.num_rejected
     options = norm.eps, norm.alpha
-    return (kernels.power_v(x, mask, norm.weight, norm.bias, *buffers, again, *options),)
+    return (kernels.power_v(x, mask, norm.weight, norm.bias, *buffers, is_replay, *options),)
 
 
 def call_released(
-    norm: nn.Module, x: Tensor, mask: Tensor | None, recalled: Tensor | None = None
+    norm: nn.Module, x: Tensor, mask: Tensor | None, replayed: Tensor | None = None
 ) -> tuple:
-    buffers = norm.running_psi2, norm.e, norm.step, norm.rejected
+    buffers = norm.running_psi2, norm.e, norm.step, norm.num_rejected
     options = norm.num_groups, norm.eps, norm.alpha_fwd, norm.alpha_bwd, norm.warmup_steps
-    return kernels.power_released(x, mask, norm.weight, norm.bias, *buffers, recalled, *options)
+    return kernels.power_released(x, mask, norm.weight, norm.bias, *buffers, replayed, *options)
 
 
-def call_batch(norm: nn.Module, x: Tensor, mask: Tensor | None, again: bool = False) -> tuple:
-    buffers = norm.running_mean, norm.running_var, norm.step, norm.rejected
+def call_batch(norm: nn.Module, x: Tensor, mask: Tensor | None, is_replay: bool = False) -> tuple:
+    buffers = norm.running_mean, norm.running_var, norm.step, norm.num_rejected
     options = norm.eps, norm.momentum, norm._regularized
-    return kernels.batch(x, mask, norm.weight, norm.bias, *buffers, again, *options)
+    return kernels.batch(x, mask, norm.weight, norm.bias, *buffers, is_replay, *options)
 
 
 class Case(NamedTuple):
@@ -168,7 +168,7 @@ def test_equal_to_the_plain_layer(case: str, channels: int, dtype: torch.dtype, 
                 assert_same(obtained / size, expected / size, TOLERANCE[dtype])
         if batch == "broken":
             assert not results[0][0][0, 0].isfinite().all()
-            assert norm.rejected > 0
+            assert norm.num_rejected > 0
         tolerance = 1e-11 if dtype == torch.float64 else 1e-4
         assert_same(state(norm), state(expected_norm), tolerance)
     assert norm.step == 3
@@ -201,10 +201,10 @@ def test_repeated_forward(case: str) -> None:
         other, other_mask, _ = inputs(case, (4, 2, 60), torch.float64)
         call(norm, other, other_mask)
         between = state(norm)
-        again = call(norm, leaf, mask, first[2] if hasattr(norm, "warmup_steps") else True)
+        repeated = call(norm, leaf, mask, first[2] if hasattr(norm, "warmup_steps") else True)
         assert_same(state(norm), between)
         results = []
-        for outputs in (first, again):
+        for outputs in (first, repeated):
             gradients = backward(norm, outputs, leaf, gradient)
             results.append([outputs[0].detach(), *gradients, state(norm)])
             for name, buffer in norm.named_buffers():
@@ -300,22 +300,22 @@ def arguments_of_operators() -> dict[str, tuple]:
     x, mask, gradient = inputs("batch", (5, 3, 60), torch.float32)
     vector, counter = torch.rand(60, device=DEVICE), torch.zeros((), dtype=torch.long)
     counter = counter.to(DEVICE)
-    n, taken = counter.float() + 9, torch.ones(122, dtype=torch.float64, device=DEVICE)
+    n, saved = counter.float() + 9, torch.ones(122, dtype=torch.float64, device=DEVICE)
     r, all_x = torch.rand(15, 4, device=DEVICE), x.nan_to_num()
     state = vector + 1, counter.clone(), counter.clone()
     both = vector.clone(), vector.clone()
     return {
         "power_forward": (x, mask, *both, *state, 1e-5, 0.9, 2, False),
-        "power_again": (x, mask, *both, taken, 1e-5),
+        "power_replay": (x, mask, *both, saved, 1e-5),
         "power_backward": (
-            *(x, mask, vector, gradient, taken),
+            *(x, mask, vector, gradient, saved),
             *(*state[:2], 1e-5, 0.9, True),
         ),
-        "power_v_backward": (x, mask, vector, gradient, taken, 1e-5),
+        "power_v_backward": (x, mask, vector, gradient, saved, 1e-5),
         "power_released_forward": (all_x, mask, *both, *state, 4, 1e-5, 0.9, 2),
-        "power_released_again": (all_x, *both, taken, 4, 1e-5),
+        "power_released_replay": (all_x, *both, saved, 4, 1e-5),
         "power_released_backward": (
-            *(all_x, vector, taken, vector.double(), r, all_x + 1),
+            *(all_x, vector, saved, vector.double(), r, all_x + 1),
             *(*state[:2], 4, 1e-5, 0.9),
         ),
         "batch_forward": (

@@ -193,14 +193,14 @@ def test_local_statistics_are_pooled_where_they_are_saved(overrides, tmp_path) -
     )
 
     def note_statistics(rank: int) -> None:
-        pool, calls = data_parallel.pool_statistics, []
+        pool, calls = data_parallel.average_statistics, []
 
         def noting(model: Any) -> None:
             calls.append({name: value.clone() for name, value in model.state_dict().items()})
             torch.save(calls, tmp_path / f"statistics{rank}.pt")
             pool(model)
 
-        data_parallel.pool_statistics = noting
+        data_parallel.average_statistics = noting
 
     def train(prepare: Any = lambda rank: None) -> None:
         ended = train_on_ranks(tmp_path / "printed", *settings, prepare=prepare)

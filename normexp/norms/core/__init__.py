@@ -1,1 +1,1 @@
-"""What layers share: masks, averages, option checks, the replay cache."""
+"""What layers share: masks, averages, option checks, the replay cache, second derivatives."""

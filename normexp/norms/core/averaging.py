@@ -5,11 +5,11 @@ from torch import Tensor
 
 
 @torch.no_grad()
-def average_(running: Tensor, value: Tensor, pace: float, usable: Tensor) -> None:
-    """In place: running <- (1 - pace) running + pace value, if usable.
+def average_(running: Tensor, value: Tensor, update_rate: float, usable: Tensor) -> None:
+    """In place: running <- (1 - update_rate) running + update_rate value, if usable.
 
-    running and value of one shape; usable a bool scalar tensor. Decided on the device, so that a
-    GPU need not be waited for.
+    running and value have one shape, usable is a bool scalar tensor. The decision is made on the
+    device, so that a GPU need not be waited for.
     """
-    averaged = torch.lerp(running, value.to(running.dtype), pace)
+    averaged = torch.lerp(running, value.to(running.dtype), update_rate)
     running.copy_(torch.where(usable, averaged, running))

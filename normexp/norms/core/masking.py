@@ -1,4 +1,8 @@
-"""Which tokens are real: masks, and per-channel means over the N real tokens."""
+"""Padding: which tokens count, and sums and means over the N real tokens of a batch.
+
+A token_mask is (T*B, 1) bool, True = real token, or None where every token is real. It is the
+opposite of a padding_mask (B, T) or (N,), True = padding, which is what users pass.
+"""
 
 import torch
 from torch import Tensor
@@ -11,8 +15,8 @@ def flatten_tokens(
 
     x: (T, B, C) with padding_mask (B, T), or (N, C) with padding_mask (N,); True = padding.
     Returns tokens (T*B, C), in float32 where x is float16 or bfloat16 because sums over
-    thousands of tokens need the digits, and real (T*B, 1) bool, None where every token is real.
-    Raises ValueError where the shapes or dtypes do not fit.
+    thousands of tokens need the digits, and their token_mask (T*B, 1) or None.
+    Raises ValueError where shapes or dtypes do not fit.
     """
     check_input(x, padding_mask, num_features)
     tokens = x.reshape(-1, num_features)
@@ -20,8 +24,8 @@ def flatten_tokens(
         tokens = tokens.float()
     if padding_mask is None:
         return tokens, None
-    real = ~(padding_mask.t() if x.dim() == 3 else padding_mask)
-    return tokens, real.reshape(-1, 1)
+    token_mask = ~(padding_mask.t() if x.dim() == 3 else padding_mask)
+    return tokens, token_mask.reshape(-1, 1)
 
 
 def check_input(x: Tensor, padding_mask: Tensor | None, num_features: int) -> None:
@@ -48,27 +52,28 @@ def check_input(x: Tensor, padding_mask: Tensor | None, num_features: int) -> No
         )
 
 
-def num_real(tokens: Tensor, real: Tensor | None) -> Tensor:
+def num_tokens(tokens: Tensor, token_mask: Tensor | None) -> Tensor:
     """N, the number of real tokens, as a scalar tensor of the dtype of tokens (T*B, C)."""
-    if real is None:
+    if token_mask is None:
         return tokens.new_full((), tokens.shape[0])
-    return real.sum().to(tokens.dtype)
+    return token_mask.sum().to(tokens.dtype)
 
 
-def only_real(values: Tensor, real: Tensor | None) -> Tensor:
-    """Set padded positions to zero, whatever stands there, NaN included."""
-    return values if real is None else torch.where(real, values, 0.0)
+def mask_padding(values: Tensor, token_mask: Tensor | None) -> Tensor:
+    """values (T*B, C) with zeros at padded positions, whatever they hold, NaN included."""
+    return values if token_mask is None else torch.where(token_mask, values, 0.0)
 
 
-def zero_padding_(values: Tensor, real: Tensor | None) -> Tensor:
-    """`only_real` in place; on a CPU only the padded rows are touched. Returns values."""
-    if real is None:
+def mask_padding_(values: Tensor, token_mask: Tensor | None) -> Tensor:
+    """`mask_padding` in place; on a CPU it touches the padded rows only. Returns values."""
+    if token_mask is None:
         return values
     if values.device.type == "cpu":  # a GPU would have to be waited for to know the rows
-        return values.index_fill_(0, (~real[:, 0]).nonzero()[:, 0], 0.0)
-    return values.masked_fill_(~real, 0.0)
+        return values.index_fill_(0, (~token_mask[:, 0]).nonzero()[:, 0], 0.0)
+    return values.masked_fill_(~token_mask, 0.0)
 
 
-def real_mean(values: Tensor, real: Tensor | None) -> Tensor:
+def masked_mean(values: Tensor, token_mask: Tensor | None) -> Tensor:
     """Mean over the real tokens: values (T*B, C) -> (C,). Zero where no token is real."""
-    return only_real(values, real).sum(0) / num_real(values, real).clamp(min=1)
+    total = mask_padding(values, token_mask).sum(0)
+    return total / num_tokens(values, token_mask).clamp(min=1)

@@ -1,1 +1,1 @@
-"""Statistics of several ranks."""
+"""Statistics over the ranks of data-parallel training."""

@@ -15,21 +15,21 @@ def several_ranks() -> bool:
 
 
 def sum_over_ranks(packed: Tensor, sync: bool) -> Tensor:
-    """Sum a vector over the ranks; its gradient is summed over the ranks too.
+    """Sum a vector (K,) over the ranks; its gradient is summed over the ranks too.
 
-    That is the gradient of the sum of the ranks' losses. Without sync, or on a single rank, the
-    vector itself.
+    That is the gradient of the sum of the ranks' losses. Without sync, or on a single rank, returns
+    the vector itself.
     """
     return _SumOverRanks.apply(packed) if sync and several_ranks() else packed
 
 
-def pooled_mean(sums: Tensor, n: Tensor, sync: bool) -> tuple[Tensor, Tensor]:
+def pooled_mean(partial_sums: Tensor, n: Tensor, sync: bool) -> tuple[Tensor, Tensor]:
     """Mean over the tokens of all ranks.
 
-    sums (C,): sums over the rank's tokens; n: scalar, their number. Returns the mean (C,), zero
-    where there is no token, and n over all ranks.
+    partial_sums (C,): sums over the rank's tokens; n: scalar, their number. Returns the mean (C,),
+    zero where there is no token, and n over all ranks.
     """
-    packed = sum_over_ranks(torch.cat([sums, n[None]]), sync)
+    packed = sum_over_ranks(torch.cat([partial_sums, n[None]]), sync)
     n = packed[-1].detach()
     return packed[:-1] / n.clamp(min=1), n
 
@@ -53,16 +53,18 @@ def pooled_moments(n: Tensor, mean: Tensor, m2: Tensor, sync: bool) -> tuple[Ten
 
 @functools.cache
 def warn_of_private_statistics() -> None:
-    """Say once per process that checkpoints will hold the statistics of one rank only."""
+    """Warn once per process that checkpoints will hold the statistics of one rank only."""
     warnings.warn(
         "normalization statistics are private to each rank of this data-parallel training, and a "
         "checkpoint holds those of the rank that writes it; build the norms with sync=True, or "
-        "call normexp.norms.pool_statistics(model) on all ranks before saving",
+        "call normexp.norms.average_statistics(model) on all ranks before saving",
         stacklevel=3,
     )
 
 
 class _SumOverRanks(torch.autograd.Function):
+    """(K,) on each rank -> their sum (K,) on all."""
+
     @staticmethod
     def forward(ctx: Any, packed: Tensor) -> Tensor:
         total = packed.clone()

@@ -1,9 +1,9 @@
 """Sums over the ranks that nobody has to wait for, packed into one collective for all layers.
 
-A layer whose output does not depend on the sums of this step posts them here and says what is to be
-done with the totals. When the backward pass ends, everything posted leaves in one asynchronous
-all-reduce, which runs while the optimizer steps; the totals are used when a layer next needs its
-state. Since every rank posts the same in the same order, no rank waits for one that does not come.
+A layer whose output does not depend on the sums of this step adds them here with a function of
+their totals. When the backward pass ends, everything added leaves in one asynchronous all-reduce,
+which runs while the optimizer steps; the totals are used when a layer next needs its state. Since
+every rank adds the same in the same order, no rank waits for one that does not come.
 """
 
 from collections.abc import Callable, Hashable
@@ -16,72 +16,73 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import Variable
 
-from normexp.norms.core.replay_cache import recomputing
+from normexp.norms.core.replay_cache import in_recomputation
 
 
 @dataclass
-class _Post:
-    about: Hashable
-    sums: Tensor
+class _Entry:
+    key: Hashable
+    partial_sums: Tensor
     use: Callable[[Tensor], None]
 
 
 @dataclass
-class _UnderWay:
+class _AllReduce:
     work: Any
     packed: Tensor
-    posts: list[_Post]
+    entries: list[_Entry]
 
 
-class Exchange:
-    """What this process has posted and not yet used, in the order of posting."""
+class DeferredSums:
+    """Sums that this process has added and whose totals have not been used, in order of adding."""
 
     def __init__(self) -> None:
-        self._waiting: list[_Post] = []
-        self._under_way: list[_UnderWay] = []
+        self._queued: list[_Entry] = []
+        self._in_flight: list[_AllReduce] = []
         self._will_launch = False
 
-    def post(self, about: Hashable, sums: Tensor, use: Callable[[Tensor], None]) -> None:
-        """Have `sums` (K,) summed over the ranks some time; then use(total) is called once.
+    def add(self, key: Hashable, partial_sums: Tensor, use: Callable[[Tensor], None]) -> None:
+        """Have partial_sums (K,) summed over the ranks some time; use(total) is then called once.
 
-        In a backward pass the summing begins when it ends, otherwise with the next that does.
+        The all-reduce of what is added in a backward pass begins when that pass ends; of what is
+        added elsewhere, at the end of the next pass that adds something.
         """
-        self._waiting.append(_Post(about, sums, use))
-        if recomputing() and not self._will_launch:
+        self._queued.append(_Entry(key, partial_sums, use))
+        if in_recomputation() and not self._will_launch:
             self._will_launch = True
             Variable._execution_engine.queue_callback(self._launch)
 
-    def owes(self, about: Hashable) -> bool:
-        """Whether totals that were posted as `about` have not been used yet."""
+    def pending(self, key: Hashable) -> bool:
+        """Whether totals of sums that were added under `key` have not been used yet."""
         return any(
-            post.about == about
-            for posts in (self._waiting, *(sent.posts for sent in self._under_way))
-            for post in posts
+            entry.key == key
+            for entries in (self._queued, *(sent.entries for sent in self._in_flight))
+            for entry in entries
         )
 
-    def settle(self) -> None:
-        """Use all totals that are under way. No collective begins, so one rank alone may do it."""
-        while self._under_way:
-            sent = self._under_way.pop(0)
+    def wait(self) -> None:
+        """Use all totals in flight. No collective begins, so a single rank may call this."""
+        while self._in_flight:
+            sent = self._in_flight.pop(0)
             sent.work.wait()
-            sizes = [post.sums.numel() for post in sent.posts]
-            for post, total in zip(sent.posts, sent.packed.split(sizes), strict=True):
-                post.use(total.to(post.sums.dtype))
+            sizes = [entry.partial_sums.numel() for entry in sent.entries]
+            for entry, total in zip(sent.entries, sent.packed.split(sizes), strict=True):
+                entry.use(total.to(entry.partial_sums.dtype))
 
-    def complete(self) -> None:
-        """Sum and use everything posted; on all ranks at the same point."""
+    def flush(self) -> None:
+        """Sum and use everything added. Call it on all ranks at the same point."""
         self._launch()
-        self.settle()
+        self.wait()
 
     def _launch(self) -> None:
         self._will_launch = False
-        posts, self._waiting = self._waiting, []
-        for _, group in groupby(posts, key=lambda post: post.sums.device):
-            together = list(group)
-            packed = torch.cat([post.sums for post in together])
+        entries, self._queued = self._queued, []
+        for _, group in groupby(entries, key=lambda entry: entry.partial_sums.device):
+            on_one_device = list(group)
+            packed = torch.cat([entry.partial_sums for entry in on_one_device])
             work = dist.all_reduce(packed, async_op=True)
-            self._under_way.append(_UnderWay(work, packed, together))
+            self._in_flight.append(_AllReduce(work, packed, on_one_device))
 
 
-EXCHANGE = Exchange()
-"""Of all layers of this process: their order among each other is what the ranks agree on."""
+DEFERRED = DeferredSums()
+"""One for all layers of this process: the ranks agree on the layers' order among each other."""

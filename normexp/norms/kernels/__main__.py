@@ -1,4 +1,4 @@
-"""Compile the CPU kernels now and say what came of it: python -m normexp.norms.kernels"""
+"""Compile the CPU kernels now and print where they are: python -m normexp.norms.kernels"""
 
 import sys
 

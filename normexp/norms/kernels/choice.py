@@ -9,9 +9,10 @@ VARIABLE = "NORMEXP_KERNELS"
 def use_kernels(choice: str) -> None:
     """Let this process use one implementation wherever there is more than one.
 
-    auto (default): native on a CPU, triton on a GPU, where they can be had, else plain.
-    plain: operations of torch only. native, triton: as auto, but RuntimeError where that one cannot
-    be had. The environment variable NORMEXP_KERNELS is the same choice for a whole run.
+    auto (default): native on a CPU, triton on a GPU, where available, else plain.
+    plain: operations of torch only. native, triton: as auto, but layers raise RuntimeError where
+    that implementation is not available. The environment variable NORMEXP_KERNELS is the same
+    choice for a whole run.
 
     Raises ValueError on any other choice.
     """
@@ -22,7 +23,7 @@ def use_kernels(choice: str) -> None:
 
 
 def chosen_kernels() -> str:
-    """What `use_kernels` or NORMEXP_KERNELS chose."""
+    """The choice in force: the last one of `use_kernels`, else that of NORMEXP_KERNELS."""
     return _choice
 
 

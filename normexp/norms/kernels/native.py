@@ -1,6 +1,6 @@
-"""C++ kernels for the CPU: compiled on first use and kept, or done without.
+"""C++ kernels for the CPU: compiled on first use and kept; plain torch where that fails.
 
-    python -m normexp.norms.kernels      # compile all of them now and say what came of it
+    python -m normexp.norms.kernels      # compile all of them now and print where they are
 
 A source file registers its operators with TORCH_LIBRARY_FRAGMENT(normexp, ...) and uses nothing of
 Python. What is compiled lies in $XDG_CACHE_HOME/normexp/kernels (else ~/.cache/...), one file per
@@ -32,6 +32,7 @@ from normexp.norms.kernels.choice import chosen_kernels
 
 logger = logging.getLogger(__name__)
 
+NATIVE_SOURCES = Path(__file__).parent / "cpp"
 _FLAGS = (
     *("-std=c++20", "-O3", "-fPIC", "-fopenmp"),
     # What vectorizing needs; infinities and NaN keep their meaning, and so do parentheses.
@@ -41,16 +42,16 @@ _SECONDS_TO_COMPILE = 600
 
 
 class Unavailable(Exception):
-    """There is no library, and the message says in one line why."""
+    """A library cannot be loaded; the message says why in one line."""
 
 
 def load(source: Path) -> bool:
     """Make the operators of a C++ source file available as torch.ops.normexp.*, if possible.
 
-    Compiles where that has not been done before, which takes half a minute. Where there is no
-    compiler, or it fails, or the cache cannot be trusted, logs one line, once per process, and
-    returns False. False also where plain kernels are chosen (kernels/choice.py). Where native ones
-    are chosen, raises RuntimeError instead.
+    The first call compiles, which takes half a minute. Where there is no compiler, or it fails, or
+    the cache cannot be trusted, logs one line, once per process, and returns False. False also
+    where plain kernels are chosen (kernels/choice.py). Raises RuntimeError instead where native
+    ones are chosen.
     """
     if chosen_kernels() == "plain":
         return False
@@ -62,7 +63,7 @@ def load(source: Path) -> bool:
 
 @functools.cache
 def _load_once(source: Path) -> str:
-    """Load; what stands in the way, or an empty string."""
+    """Load a source's library; why that failed, or an empty string."""
     try:
         torch.ops.load_library(str(_compiled(source)))
     except (Unavailable, OSError, RuntimeError) as error:
@@ -84,7 +85,7 @@ def cache_folder() -> Path:
 
 
 def _compiled(source: Path) -> Path:
-    """The library of a source; raises Unavailable, or OSError where the disk refuses."""
+    """The library of a source. Raises Unavailable, or OSError where the disk refuses."""
     folder = cache_folder()
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     _refuse_if_others_may_write(folder)
@@ -133,7 +134,7 @@ def _key(source: Path) -> str:
 
 
 def _processor() -> str:
-    """Kind and instruction sets of the processor, as far as the system tells."""
+    """Kind and instruction sets of the processor, as far as the system knows them."""
     try:
         lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].split("\n")
     except OSError:
@@ -185,7 +186,7 @@ def sources() -> list[Path]:
 
 
 def main() -> None:
-    """Compile everything; print where it lies. Exits 0 also where plain kernels have to do."""
+    """Compile all sources and print where the libraries are. A failure is no error: plain torch."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         made = list(pool.map(load, sources()))

@@ -12,7 +12,7 @@ using torch::autograd::variable_list;
 struct Options {
   double eps, momentum;
   bool regularized;  // 1 / sqrt(max(var, eps)), and running_var takes the biased variance
-  bool again;        // this forward repeats an earlier one and must not change the state
+  bool is_replay;        // this forward repeats an earlier one and must not change the state
 };
 
 struct ForBackward {
@@ -22,10 +22,12 @@ struct ForBackward {
   Options options;
 };
 
+// The factor of x - mean, from a variance.
 double inverse_std(double var, const Options& options) {
   return 1 / std::sqrt(options.regularized ? std::max(var, options.eps) : var + options.eps);
 }
 
+// Derivative of inverse_std.
 double inverse_std_slope(double var, const Options& options) {
   if (options.regularized && var < options.eps) return 0;
   return -0.5 * std::pow(inverse_std(var, options), 3);
@@ -41,15 +43,16 @@ class Moments {
     for (auto& one : of_thread_) one = {0, Vector(channels), Vector(channels)};
   }
 
+  // Adds the tokens of x.
   template <class T>
-  void take(const Tensor& x, const Padding& padding) {
+  void add(const Tensor& x, const Padding& padding) {
     using A = Accumulator<T>;
     const T* from = content<T>(x);
-    const auto real = [&](int64_t row) { return !padding(row); };
+    const auto token = [&](int64_t row) { return !padding(row); };
     over_blocks(num_rows(x), [&](int thread, int64_t first, int64_t last) {
       std::vector<A> sums(2 * channels_);
       A *mean = sums.data(), *m2 = mean + channels_;
-      const int64_t count = in_groups(first, last, real, [&](auto at_once, const int64_t* rows) {
+      const int64_t count = in_groups(first, last, token, [&](auto at_once, const int64_t* rows) {
         constexpr int kRows = decltype(at_once)::value;
         const T* in[kRows];
         for (int r = 0; r < kRows; ++r) in[r] = from + rows[r] * channels_;
@@ -63,7 +66,7 @@ class Moments {
       });
       if (count == 0) return;
       for (int64_t c = 0; c < channels_; ++c) mean[c] /= static_cast<A>(count);
-      in_groups(first, last, real, [&](auto at_once, const int64_t* rows) {
+      in_groups(first, last, token, [&](auto at_once, const int64_t* rows) {
         constexpr int kRows = decltype(at_once)::value;
         const T* in[kRows];
         for (int r = 0; r < kRows; ++r) in[r] = from + rows[r] * channels_;
@@ -97,6 +100,7 @@ class Moments {
     double n;
     Vector mean, m2;
 
+    // Adds `count` tokens with this mean and sum of squared distances.
     template <class A>
     void combine(double count, const A* other_mean, const A* other_m2) {
       const double share = count / (n + count);
@@ -114,14 +118,15 @@ class Moments {
   std::vector<Part> of_thread_;
 };
 
+// x -> y, mean, variance, n of BN, and the gradient; advances the state.
 class Standardize : public torch::autograd::Function<Standardize> {
  public:
   static variable_list forward(AutogradContext* ctx, const Tensor& x, const Tensor& weight,
                                const Tensor& bias, const std::optional<Tensor>& mask,
                                const Tensor& running_mean, const Tensor& running_var,
-                               const Tensor& step, const Tensor& rejected,
+                               const Tensor& step, const Tensor& num_rejected,
                                const Options& options) {
-    check(x, mask, {&weight, &bias, &running_mean, &running_var}, {&step, &rejected});
+    check(x, mask, {&weight, &bias, &running_mean, &running_var}, {&step, &num_rejected});
     const int64_t channels = x.size(-1), rows = num_rows(x);
     const Padding padding(x, mask);
     const Tensor y = at::empty_like(x);
@@ -131,12 +136,12 @@ class Standardize : public torch::autograd::Function<Standardize> {
     by_type(x, [&](auto* type) {
       using T = std::remove_pointer_t<decltype(type)>;
       Moments moments(rows, channels);
-      moments.take<T>(x, padding);
+      moments.add<T>(x, padding);
       std::tie(n, mean, var) = moments.result();
       for (int64_t c = 0; c < channels; ++c) scale[c] = inverse_std(var[c], options) * w[c];
       scale_tokens<T, false, true>(x, padding, scale, b, &mean, y, nullptr);
     });
-    if (!options.again && usable(n, running_mean, rejected, {&mean, &var})) {
+    if (!options.is_replay && is_finite_batch(n, running_mean, num_rejected, {&mean, &var})) {
       Vector to_average = var;
       if (!options.regularized) {
         for (double& value : to_average) value *= n / std::max(n - 1, 1.0);
@@ -201,20 +206,21 @@ class Standardize : public torch::autograd::Function<Standardize> {
                                       const std::optional<Tensor>& mask,
                                       const variable_list& gradients, const Options& options) {
     const Tensor tokens = x.scalar_type() == at::kDouble ? x : x.to(at::kFloat);
-    const Tensor real =
+    const Tensor token_mask =
         mask ? mask->logical_not().t().unsqueeze(-1) : at::ones({}, x.options().dtype(at::kBool));
-    const auto only_real = [&](const Tensor& values) {
-      return at::where(real, values, at::zeros({}, values.options()));
+    const auto mask_padding = [&](const Tensor& values) {
+      return at::where(token_mask, values, at::zeros({}, values.options()));
     };
-    const Tensor n = (mask ? real.sum() : at::full({}, num_rows(x))).clamp_min(1);
-    const Tensor mean = only_real(tokens).flatten(0, -2).sum(0) / n;
-    const Tensor centered = only_real(tokens - mean);
+    const Tensor n = (mask ? token_mask.sum() : at::full({}, num_rows(x))).clamp_min(1);
+    const Tensor mean = mask_padding(tokens).flatten(0, -2).sum(0) / n;
+    const Tensor centered = mask_padding(tokens - mean);
     const Tensor var = centered.square().flatten(0, -2).sum(0) / n;
     const Tensor inverse =
         at::rsqrt(options.regularized ? var.clamp_min(options.eps) : var + options.eps);
     const Tensor y = centered * (inverse * weight);
-    variable_list outputs{y}, upstream{gradients[0].defined() ? only_real(gradients[0]).to(y.dtype())
-                                                              : at::zeros_like(y)};
+    variable_list outputs{y};
+    variable_list upstream{gradients[0].defined() ? mask_padding(gradients[0]).to(y.dtype())
+                                                  : at::zeros_like(y)};
     for (const auto& [output, gradient] : {std::pair(mean, gradients[1]), {var, gradients[2]}}) {
       if (!gradient.defined()) continue;
       outputs.push_back(output);
@@ -228,21 +234,22 @@ class Standardize : public torch::autograd::Function<Standardize> {
   }
 };
 
-// y, mean, variance, number of real tokens.
+// One step of BN. Returns y, mean (C,), variance (C,), number of real tokens.
 std::tuple<Tensor, Tensor, Tensor, Tensor> batch(
     const Tensor& x, const std::optional<Tensor>& mask, const Tensor& weight, const Tensor& bias,
     const Tensor& running_mean, const Tensor& running_var, const Tensor& step,
-    const Tensor& rejected, bool again, double eps, double momentum, bool regularized) {
+    const Tensor& num_rejected, bool is_replay, double eps, double momentum, bool regularized) {
+  const Options options{eps, momentum, regularized, is_replay};
   const auto result = Standardize::apply(x, weight, bias, mask, running_mean, running_var, step,
-                                         rejected, Options{eps, momentum, regularized, again});
+                                         num_rejected, options);
   return {result[0], result[1], result[2], result[3]};
 }
 
 TORCH_LIBRARY_FRAGMENT(normexp, library) {
   library.def(
       "batch(Tensor x, Tensor? mask, Tensor weight, Tensor bias, Tensor(a!) running_mean, "
-      "Tensor(b!) running_var, Tensor(c!) step, Tensor(d!) rejected, bool again, float eps, "
-      "float momentum, bool regularized) -> (Tensor, Tensor, Tensor, Tensor)",
+      "Tensor(b!) running_var, Tensor(c!) step, Tensor(d!) num_rejected, bool is_replay, "
+      "float eps, float momentum, bool regularized) -> (Tensor, Tensor, Tensor, Tensor)",
       batch);
 }
 

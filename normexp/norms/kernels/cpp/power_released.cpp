@@ -12,18 +12,19 @@ struct Options {
   int64_t groups;
   double eps, alpha_fwd, alpha_bwd;
   int64_t warmup_steps;
-  bool again;  // this forward repeats an earlier one and must not change the state
+  bool is_replay;  // this forward repeats an earlier one and must not change the state
 };
 
-struct Taken {
-  Vector real_squares, psi2, psi2_batch;
+// What a forward returns besides y, and what its repetition gets.
+struct Saved {
+  Vector token_sum_sq, psi2, psi2_batch;
   double n;
   bool by_batch;  // psi2 is psi2_batch
 };
 
 struct ForBackward {
-  Tensor r, e, rejected;  // r (rows, groups)
-  Vector inverse, batch_inverse, squares;  // squares of all positions
+  Tensor r, e, num_rejected;  // r (rows, groups)
+  Vector inverse, batch_inverse, sum_sq;  // sums of xg^2 over all positions
   double n;
   Options options;
 };
@@ -35,8 +36,8 @@ void by_kind(const Tensor& x, const Padding& padding, Sums<A>& sums, const Body&
   const int64_t channels = x.size(-1);
   over_blocks(num_rows(x), [&](int thread, int64_t first, int64_t last) {
     A* block = sums.block(thread);
-    const auto with = [&](A* squares) {
-      return [&body, squares](auto at_once, const int64_t* rows) { body(at_once, rows, squares); };
+    const auto with = [&](A* sum_sq) {
+      return [&body, sum_sq](auto at_once, const int64_t* rows) { body(at_once, rows, sum_sq); };
     };
     const int64_t count =
         in_groups(first, last, [&](int64_t row) { return !padding(row); }, with(block));
@@ -82,26 +83,27 @@ void inverse_rms(const T* const* rows, int64_t size, double eps, Accumulator<T>*
   }
 }
 
+// x -> y of PN as released, and its gradient; advances the state.
 class Released : public torch::autograd::Function<Released> {
  public:
   static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& weight,
                         const Tensor& bias, const std::optional<Tensor>& mask,
                         const Tensor& running, const Tensor& e, const Tensor& step,
-                        const Tensor& rejected, const Options& options, Taken* taken) {
-    check(x, mask, {&weight, &bias, &running, &e}, {&step, &rejected});
+                        const Tensor& num_rejected, const Options& options, Saved* saved) {
+    check(x, mask, {&weight, &bias, &running, &e}, {&step, &num_rejected});
     const int64_t channels = x.size(-1), rows = num_rows(x), groups = options.groups;
     const Padding padding(x, mask);
     const Tensor y = at::empty_like(x);
     const double s = static_cast<double>(*step.const_data_ptr<int64_t>() + 1);
     const bool by_batch =
-        options.again ? taken->by_batch : s <= static_cast<double>(options.warmup_steps);
+        options.is_replay ? saved->by_batch : s <= static_cast<double>(options.warmup_steps);
     const Vector w = read(weight), b = read(bias), before = read(running);
     const auto inverse_of = [&](const Vector& psi2) {
       Vector inverse(psi2);
       for (double& value : inverse) value = 1 / std::sqrt(value + options.eps);
       return inverse;
     };
-    Vector psi2_batch, psi2 = options.again ? taken->psi2 : before, squares;
+    Vector psi2_batch, psi2 = options.is_replay ? saved->psi2 : before, sum_sq;
     double n = 0;
     Tensor r;  // (rows, groups), of the type in which x is summed
     by_type(x, [&](auto* type) {
@@ -110,12 +112,12 @@ class Released : public torch::autograd::Function<Released> {
       r = at::empty({rows, groups}, std::is_same_v<A, double> ? at::kDouble : at::kFloat);
       Sums<A> sums(rows, 2, channels);
       const auto finish = [&] {
-        squares = sums.total(0, channels);
-        taken->real_squares = psi2_batch = squares;
+        sum_sq = sums.total(0, channels);
+        saved->token_sum_sq = psi2_batch = sum_sq;
         n = sums.count();
         for (double& value : psi2_batch) value /= std::max(n, 1.0);
         const Vector of_padding = sums.total(1, channels);
-        for (int64_t c = 0; c < channels; ++c) squares[c] += of_padding[c];
+        for (int64_t c = 0; c < channels; ++c) sum_sq[c] += of_padding[c];
       };
       const auto scale = [&](auto with_statistics) {
         const Vector inverse = inverse_of(psi2);
@@ -134,10 +136,10 @@ class Released : public torch::autograd::Function<Released> {
         finish();
       }
     });
-    if (options.again) {
-      psi2_batch = taken->psi2_batch;
-      n = taken->n;
-    } else if (usable(n, running, rejected, {&psi2_batch})) {
+    if (options.is_replay) {
+      psi2_batch = saved->psi2_batch;
+      n = saved->n;
+    } else if (is_finite_batch(n, running, num_rejected, {&psi2_batch})) {
       Vector next = before;
       for (int64_t c = 0; c < channels; ++c) {
         if (s < static_cast<double>(options.warmup_steps)) {
@@ -149,12 +151,12 @@ class Released : public torch::autograd::Function<Released> {
       count_step(step);
     }
     ctx->save_for_backward({x, weight});
-    keep(ctx, ForBackward{r, e, rejected, inverse_of(psi2), inverse_of(psi2_batch),
-                          std::move(squares), n, options});
-    taken->psi2 = std::move(psi2);
-    taken->psi2_batch = std::move(psi2_batch);
-    taken->n = n;
-    taken->by_batch = by_batch;
+    keep(ctx, ForBackward{r, e, num_rejected, inverse_of(psi2), inverse_of(psi2_batch),
+                          std::move(sum_sq), n, options});
+    saved->psi2 = std::move(psi2);
+    saved->psi2_batch = std::move(psi2_batch);
+    saved->n = n;
+    saved->by_batch = by_batch;
     return y;
   }
 
@@ -180,10 +182,10 @@ class Released : public torch::autograd::Function<Released> {
     });
     for (int64_t c = 0; c < channels; ++c) {
       dw[c] *= of.inverse[c];
-      const double x_hat_squares = of.squares[c] * of.inverse[c] * of.inverse[c];
+      const double x_hat_squares = of.sum_sq[c] * of.inverse[c] * of.inverse[c];
       next[c] += (dw[c] * w[c] - factor[c] * x_hat_squares) / std::max<double>(1, rows);
     }
-    if (usable(of.n, of.e, of.rejected, {&next})) overwrite(of.e, next);
+    if (is_finite_batch(of.n, of.e, of.num_rejected, {&next})) overwrite(of.e, next);
     const auto type = weight.scalar_type();
     auto result = once_differentiable({dx, make(dw, type), make(db, type)});
     result.resize(10);
@@ -191,6 +193,7 @@ class Released : public torch::autograd::Function<Released> {
   }
 
  private:
+  // Sums of xg^2, xg = x r, real tokens and padding apart; writes r.
   template <class T>
   static void sum_squares(const Tensor& x, const Padding& padding, int64_t groups, double eps,
                           const Tensor& r, Sums<Accumulator<T>>& sums) {
@@ -198,7 +201,7 @@ class Released : public torch::autograd::Function<Released> {
     const int64_t channels = x.size(-1), size = channels / groups;
     const T* from = content<T>(x);
     A* inverse = writable<A>(r);
-    by_kind(x, padding, sums, [&](auto at_once, const int64_t* rows, A* squares) {
+    by_kind(x, padding, sums, [&](auto at_once, const int64_t* rows, A* sum_sq) {
       constexpr int kRows = decltype(at_once)::value;
       for (int64_t group = 0; group < groups; ++group) {
         const T* in[kRows];
@@ -206,7 +209,7 @@ class Released : public torch::autograd::Function<Released> {
         for (int i = 0; i < kRows; ++i) in[i] = from + rows[i] * channels + group * size;
         inverse_rms<kRows>(in, size, eps, factor);
         for (int i = 0; i < kRows; ++i) inverse[rows[i] * groups + group] = factor[i];
-        A* sums_of_group = squares + group * size;
+        A* sums_of_group = sum_sq + group * size;
 #pragma omp simd
         for (int64_t c = 0; c < size; ++c) {
           A sum = 0;
@@ -221,7 +224,7 @@ class Released : public torch::autograd::Function<Released> {
     });
   }
 
-  // Without kSum r is read, else written.
+  // y = x r scale + shift at all positions. With kSum writes r and sums xg^2, else reads r.
   template <class T, bool kSum>
   static void scale_groups(const Tensor& x, const Padding& padding, int64_t groups, double eps,
                            const Vector& scale_of, const Vector& shift_of, const Tensor& y,
@@ -232,7 +235,7 @@ class Released : public torch::autograd::Function<Released> {
     const T* from = content<T>(x);
     T* to = writable<T>(y);
     A* inverse = writable<A>(r);
-    by_kind(x, padding, sums, [&](auto at_once, const int64_t* rows, A* squares) {
+    by_kind(x, padding, sums, [&](auto at_once, const int64_t* rows, A* sum_sq) {
       constexpr int kRows = decltype(at_once)::value;
       for (int64_t group = 0; group < groups; ++group) {
         const T* in[kRows];
@@ -249,7 +252,7 @@ class Released : public torch::autograd::Function<Released> {
         }
         const A* scale = scale_values.data() + group * size;
         const A* shift = shift_values.data() + group * size;
-        A* sums_of_group = squares + group * size;
+        A* sums_of_group = sum_sq + group * size;
 #pragma omp simd
         for (int64_t c = 0; c < size; ++c) {
           A sum = 0;
@@ -322,33 +325,33 @@ class Released : public torch::autograd::Function<Released> {
   }
 };
 
-// y; the sums of xg^2 by which a forward that repeats this one will find it; and what this one took
-// from the state, which is then given as `recalled`: psi2, psi2_batch, by_batch, n.
+// One iteration of PN as released. Returns y; the sums of xg^2 (C,) over the real tokens, by which
+// a forward that repeats this one is recognised; and what this one saved, which the repeated one
+// passes as `replayed`: psi2, psi2_batch, by_batch, n.
 std::tuple<Tensor, Tensor, Tensor> power_released(
     const Tensor& x, const std::optional<Tensor>& mask, const Tensor& weight, const Tensor& bias,
-    const Tensor& running_psi2, const Tensor& e, const Tensor& step, const Tensor& rejected,
-    const std::optional<Tensor>& recalled, int64_t groups, double eps, double alpha_fwd, double alpha_bwd,
-    int64_t warmup_steps) {
-  Taken taken{};
-  if (recalled) {
-    auto [psi2, psi2_batch, by_batch, n] = unpack(*recalled, x.size(-1));
-    taken = {{}, std::move(psi2), std::move(psi2_batch), n, by_batch};
+    const Tensor& running_psi2, const Tensor& e, const Tensor& step, const Tensor& num_rejected,
+    const std::optional<Tensor>& replayed, int64_t groups, double eps, double alpha_fwd,
+    double alpha_bwd, int64_t warmup_steps) {
+  Saved saved{};
+  if (replayed) {
+    auto [psi2, psi2_batch, by_batch, n] = unpack(*replayed, x.size(-1));
+    saved = {{}, std::move(psi2), std::move(psi2_batch), n, by_batch};
   }
-  const Tensor y =
-      Released::apply(x, weight, bias, mask, running_psi2, e, step, rejected,
-                      Options{groups, eps, alpha_fwd, alpha_bwd, warmup_steps, recalled.has_value()},
-                      &taken);
+  const Options options{groups, eps, alpha_fwd, alpha_bwd, warmup_steps, replayed.has_value()};
+  const Tensor y = Released::apply(x, weight, bias, mask, running_psi2, e, step, num_rejected,
+                                   options, &saved);
   const auto type = x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-  return {y, make(taken.real_squares, type),
-          pack({taken.psi2, taken.psi2_batch, taken.by_batch, taken.n})};
+  return {y, make(saved.token_sum_sq, type),
+          pack({saved.psi2, saved.psi2_batch, saved.by_batch, saved.n})};
 }
 
 TORCH_LIBRARY_FRAGMENT(normexp, library) {
   library.def(
       "power_released(Tensor x, Tensor? mask, Tensor weight, Tensor bias, "
-      "Tensor(a!) running_psi2, Tensor(b!) e, Tensor(c!) step, Tensor(d!) rejected, "
-      "Tensor? recalled, int groups, float eps, float alpha_fwd, float alpha_bwd, int warmup_steps) -> "
-      "(Tensor, Tensor, Tensor)",
+      "Tensor(a!) running_psi2, Tensor(b!) e, Tensor(c!) step, Tensor(d!) num_rejected, "
+      "Tensor? replayed, int groups, float eps, float alpha_fwd, float alpha_bwd, "
+      "int warmup_steps) -> (Tensor, Tensor, Tensor)",
       power_released);
 }
 

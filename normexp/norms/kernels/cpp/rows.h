@@ -1,9 +1,9 @@
-// What the kernels of this folder share: loops over the tokens of a batch with sums per channel.
+// Shared by the kernels of this folder: loops over the tokens of a batch with sums per channel.
 //
-// Tokens are rows of C channels. Threads take blocks of rows in turn, so that padding, which lies
-// at the end of a batch, is shared out; sums are taken in float over a block (double for double),
-// in double over blocks, and over threads in their order, so that results repeat to the bit for
-// one number of threads.
+// Tokens are rows of C channels. Threads get blocks of rows in turn, so that padding, which is at
+// the end of a batch, is divided among them; sums are in float over a block (double for double), in
+// double over blocks, and over threads in their order, so that results repeat to the bit for one
+// number of threads.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -36,9 +36,11 @@ struct BFloat16 {
   uint16_t bits;
 };
 
+// The type in which values of type T are summed.
 template <class T>
 using Accumulator = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
+// A value as its accumulator's type.
 inline float load(float value) { return value; }
 inline double load(double value) { return value; }
 inline float load(BFloat16 value) {
@@ -48,6 +50,7 @@ inline float load(BFloat16 value) {
   return result;
 }
 
+// Rounds an accumulator's value to the type of `to`.
 inline void store(float& to, float value) { to = value; }
 inline void store(double& to, double value) { to = value; }
 inline void store(BFloat16& to, float value) {
@@ -79,6 +82,7 @@ class Padding {
 constexpr int64_t kBlockRows = 64;
 constexpr int kRowsAtOnce = 4;  // share one load and store of the sums
 
+// Threads that are worth starting for so many rows.
 inline int num_threads(int64_t rows) {
   return static_cast<int>(
       std::clamp<int64_t>(rows / kBlockRows, 1, std::max(1, at::get_num_threads())));
@@ -115,7 +119,7 @@ int64_t in_groups(int64_t first, int64_t last, const Wanted& wanted, const Body&
   return count;
 }
 
-// Sums per channel of several quantities.
+// Sums per channel of several quantities, by thread and block, and the number of rows summed.
 template <class A>
 class Sums {
  public:
@@ -126,9 +130,10 @@ class Sums {
         totals_(threads_ * width_),
         counts_(threads_) {}
 
-  // Where a thread sums a block; zero at its beginning.
+  // Where a thread sums a block, (quantities, C); zero at the block's beginning.
   A* block(int thread) { return blocks_.data() + thread * width_; }
 
+  // Adds a thread's block of `count` rows to its totals, and clears the block.
   void end_block(int thread, int64_t count) {
     A* block = this->block(thread);
     double* total = totals_.data() + thread * width_;
@@ -139,6 +144,7 @@ class Sums {
     counts_[thread] += count;
   }
 
+  // The sum (C,) of one quantity over all threads.
   Vector total(int quantity, int64_t channels) const {
     Vector result(channels);
     for (int thread = 0; thread < threads_; ++thread) {
@@ -148,6 +154,7 @@ class Sums {
     return result;
   }
 
+  // The number of rows over all threads.
   double count() const {
     int64_t count = 0;
     for (int64_t of_thread : counts_) count += of_thread;
@@ -177,6 +184,7 @@ void with_values(const Tensor& tensor, const Body& body) {
   }
 }
 
+// The content of a tensor in double.
 inline Vector read(const Tensor& tensor) {
   const Tensor dense = tensor.contiguous();
   Vector result(dense.numel());
@@ -186,7 +194,8 @@ inline Vector read(const Tensor& tensor) {
   return result;
 }
 
-// For a tensor that autograd knows, a buffer: its version counts up, as for torch's own writing.
+// Writes to a buffer and counts its version up, as torch's own writing does, so that autograd
+// notices.
 inline void overwrite(const Tensor& tensor, const Vector& content) {
   TORCH_CHECK_VALUE(tensor.is_contiguous(), "buffers must be contiguous");
   with_values(tensor, [&](auto* values) {
@@ -198,12 +207,14 @@ inline void overwrite(const Tensor& tensor, const Vector& content) {
   tensor.unsafeGetTensorImpl()->bump_version();
 }
 
+// A new tensor (K,) of a type, with this content.
 inline Tensor make(const Vector& content, at::ScalarType type) {
   const Tensor tensor = at::empty({static_cast<int64_t>(content.size())}, type);
   overwrite(tensor, content);
   return tensor;
 }
 
+// The content converted to type A.
 template <class A>
 std::vector<A> as(const Vector& content) {
   return std::vector<A>(content.begin(), content.end());
@@ -215,6 +226,7 @@ void by_type(const Tensor& x, const Body& body) {
   with_values(x, [&](auto* values) { body(static_cast<decltype(values)>(nullptr)); });
 }
 
+// Pointer to the content of x, whose type is T.
 template <class T>
 const T* content(const Tensor& x) {
   if constexpr (std::is_same_v<T, BFloat16>) {
@@ -224,6 +236,7 @@ const T* content(const Tensor& x) {
   }
 }
 
+// As `content`, for writing.
 template <class T>
 T* writable(const Tensor& x) {
   return const_cast<T*>(content<T>(x));
@@ -254,19 +267,21 @@ inline void check(const Tensor& x, const std::optional<Tensor>& mask,
                     "the mask must be bool (B, T) or (N,) on the CPU, got ", mask->sizes());
 }
 
-// A copy, because the caller may write to his own before backward.
+// A copy of the mask, because the caller may write to the original before backward.
 inline std::optional<Tensor> copy_of(const std::optional<Tensor>& mask) {
   return mask ? std::optional<Tensor>(mask->clone()) : std::nullopt;
 }
 
+// T*B or N, the number of rows of x.
 inline int64_t num_rows(const Tensor& x) { return x.numel() / std::max<int64_t>(1, x.size(-1)); }
 
-// What a forward keeps for its backward beside tensors that autograd saves.
+// Content that a forward keeps for its backward, besides the tensors that autograd saves.
 template <class Content>
 struct Kept : torch::CustomClassHolder {
   Content content;
 };
 
+// Keeps content for the backward of this forward.
 template <class Content>
 void keep(torch::autograd::AutogradContext* ctx, Content content) {
   auto kept = c10::make_intrusive<Kept<Content>>();
@@ -274,19 +289,21 @@ void keep(torch::autograd::AutogradContext* ctx, Content content) {
   ctx->saved_data["kept"] = c10::IValue::make_capsule(std::move(kept));
 }
 
+// The content that the forward has kept.
 template <class Content>
 const Content& kept(torch::autograd::AutogradContext* ctx) {
   const auto capsule = ctx->saved_data["kept"].toCapsule();
   return static_cast<const Kept<Content>&>(*capsule).content;
 }
 
-// What a forward took from the state: two vectors, a decision and the number of real tokens.
+// What a forward saves for its repetition: two vectors (C,), a decision, the number of real tokens.
 struct Choice {
   Vector first, second;
   bool by_batch;
   double n;
 };
 
+// A choice as one tensor (2 C + 2,) of doubles.
 inline Tensor pack(const Choice& choice) {
   Vector packed = choice.first;
   packed.insert(packed.end(), choice.second.begin(), choice.second.end());
@@ -294,17 +311,18 @@ inline Tensor pack(const Choice& choice) {
   return make(packed, at::kDouble);
 }
 
+// The inverse of `pack`.
 inline Choice unpack(const Tensor& tensor, int64_t channels) {
-  TORCH_CHECK_VALUE(tensor.numel() == 2 * channels + 2, "not what a forward took");
+  TORCH_CHECK_VALUE(tensor.numel() == 2 * channels + 2, "not what a forward saved");
   const Vector packed = read(tensor);
   const auto middle = packed.begin() + channels;
   return {Vector(packed.begin(), middle), Vector(middle, packed.end() - 2),
           packed[packed.size() - 2] != 0, packed.back()};
 }
 
-// Whether a batch of n real tokens with these statistics may change the state; if it is only not
-// finite, counts it in `rejected`. As RunningNorm._usable.
-inline bool usable(double n, const Tensor& buffer, const Tensor& rejected,
+// Whether a batch of n real tokens with these statistics may change the state; counts it in
+// num_rejected where only the statistics are at fault. As RunningNorm._is_finite_batch.
+inline bool is_finite_batch(double n, const Tensor& buffer, const Tensor& num_rejected,
                    std::initializer_list<const Vector*> statistics) {
   const bool in_float = buffer.scalar_type() != at::kDouble;
   bool finite = true;
@@ -313,29 +331,30 @@ inline bool usable(double n, const Tensor& buffer, const Tensor& rejected,
       finite &= in_float ? std::isfinite(static_cast<float>(value)) : std::isfinite(value);
     }
   }
-  if (n > 0 && !finite) *rejected.mutable_data_ptr<int64_t>() += 1;
+  if (n > 0 && !finite) *num_rejected.mutable_data_ptr<int64_t>() += 1;
   return n > 0 && finite;
 }
 
+// step <- step + 1
 inline void count_step(const Tensor& step) {
   *step.mutable_data_ptr<int64_t>() += 1;
   step.unsafeGetTensorImpl()->bump_version();
 }
 
-// (1 - pace) before + pace value, exact at both ends as torch.lerp is
-inline double lerp(double before, double value, double pace) {
+// (1 - update_rate) before + update_rate value, exact at both ends as torch.lerp is
+inline double lerp(double before, double value, double update_rate) {
   const double apart = value - before;
-  return pace < 0.5 ? before + pace * apart : value - (1 - pace) * apart;
+  return update_rate < 0.5 ? before + update_rate * apart : value - (1 - update_rate) * apart;
 }
 
-// running <- (1 - pace) running + pace value
-inline void average(const Tensor& running, const Vector& value, double pace) {
+// running (C,) <- (1 - update_rate) running + update_rate value
+inline void average(const Tensor& running, const Vector& value, double update_rate) {
   Vector result = read(running);
-  for (size_t c = 0; c < result.size(); ++c) result[c] = lerp(result[c], value[c], pace);
+  for (size_t c = 0; c < result.size(); ++c) result[c] = lerp(result[c], value[c], update_rate);
   overwrite(running, result);
 }
 
-// What torch's once_differentiable does for a function in Python.
+// Makes differentiating these gradients an error, as torch's once_differentiable does in Python.
 inline torch::autograd::variable_list once_differentiable(torch::autograd::variable_list gradients) {
   if (!at::GradMode::is_enabled()) return gradients;
   for (Tensor& gradient : gradients) gradient.set_requires_grad(true);  // or there is no error
@@ -360,13 +379,13 @@ void scale_tokens(const Tensor& x, const Padding& padding, const Vector& scale_o
   const T* from = content<T>(x);
   T* to = writable<T>(y);
   over_blocks(num_rows(x), [&](int thread, int64_t first, int64_t last) {
-    A* squares = kSum ? sums->block(thread) : nullptr;
-    const auto real = [&](int64_t row) {
+    A* sum_sq = kSum ? sums->block(thread) : nullptr;
+    const auto token = [&](int64_t row) {
       if (!padding(row)) return true;
       std::memset(static_cast<void*>(to + row * channels), 0, channels * sizeof(T));
       return false;
     };
-    const int64_t count = in_groups(first, last, real, [&](auto at_once, const int64_t* rows) {
+    const int64_t count = in_groups(first, last, token, [&](auto at_once, const int64_t* rows) {
       constexpr int kRows = decltype(at_once)::value;
       const T* in[kRows];
       T* out[kRows];
@@ -383,7 +402,7 @@ void scale_tokens(const Tensor& x, const Padding& padding, const Vector& scale_o
           if constexpr (kSum) sum += value * value;
           store(out[r][c], (kCenter ? value - mean[c] : value) * scale[c] + shift[c]);
         }
-        if constexpr (kSum) squares[c] += sum;
+        if constexpr (kSum) sum_sq[c] += sum;
       }
     });
     if constexpr (kSum) sums->end_block(thread, count);
@@ -401,8 +420,8 @@ void sum_products(const Tensor& x, const Tensor& gradient, const Padding& paddin
   const T *from = content<T>(x), *upstream = content<T>(gradient);
   over_blocks(num_rows(x), [&](int thread, int64_t first, int64_t last) {
     A *products = sums.block(thread), *plain = products + channels;
-    const auto real = [&](int64_t row) { return !padding(row); };
-    const int64_t count = in_groups(first, last, real, [&](auto at_once, const int64_t* rows) {
+    const auto token = [&](int64_t row) { return !padding(row); };
+    const int64_t count = in_groups(first, last, token, [&](auto at_once, const int64_t* rows) {
       constexpr int kRows = decltype(at_once)::value;
       const T *in[kRows], *up[kRows];
       for (int r = 0; r < kRows; ++r) {
@@ -444,12 +463,12 @@ void propagate(const Tensor& x, const Tensor& gradient, const Padding& padding,
   over_blocks(num_rows(x), [&](int thread, int64_t first, int64_t last) {
     A* products = kSum ? sums->block(thread) : nullptr;
     A* plain = kSum ? products + channels : nullptr;
-    const auto real = [&](int64_t row) {
+    const auto token = [&](int64_t row) {
       if (!padding(row)) return true;
       std::memset(static_cast<void*>(to + row * channels), 0, channels * sizeof(T));
       return false;
     };
-    const int64_t count = in_groups(first, last, real, [&](auto at_once, const int64_t* rows) {
+    const int64_t count = in_groups(first, last, token, [&](auto at_once, const int64_t* rows) {
       constexpr int kRows = decltype(at_once)::value;
       const T *in[kRows], *up[kRows];
       T* out[kRows];

@@ -1,7 +1,7 @@
 """BN over real tokens, also regularized: one step of training, forward and backward.
 
 Equations and rules of the state: normexp/norms/batch.py, regularized_batch.py, running_norm.py.
-Imports triton. Statistics of several ranks are left to the plain implementation.
+Imports triton. Statistics of several ranks are left to plain torch.
 """
 
 from typing import Any
@@ -11,16 +11,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from normexp.norms.core.masking import flatten_tokens, only_real, real_mean
+from normexp.norms.core.masking import flatten_tokens
+from normexp.norms.core.second_order import batch_gradients
 from normexp.norms.kernels.triton import tokens
 from normexp.norms.kernels.triton.tiles import Tiles, check_buffers, sums_type
 
 
 @triton.jit
 def _inverse_std(var, eps: tl.constexpr, regularized: tl.constexpr):
+    """1 / sqrt(var + eps), regularized: 1 / sqrt(max(var, eps))."""
     increased = var + eps
     if regularized:
-        # Not tl.maximum: a variance that is NaN is to be seen.
+        # Not tl.maximum, which would hide a variance that is NaN.
         increased = tl.where(var < eps, eps, var)
     return 1.0 / tl.sqrt(increased)
 
@@ -42,21 +44,21 @@ def _moments(
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    # Mean and sum of squared distances from it, token by token in each of ROWS lanes (Welford),
-    # then over the lanes (Chan, Golub, LeVeque 1979): a difference of sums of squares would lose
-    # its digits where the mean is large.
+    """Per program: mean (P, C), sum of squared distances from it m2 (P, C), count (P,)."""
+    # Token by token in each of ROWS lanes (Welford), then over the lanes (Chan, Golub, LeVeque
+    # 1979): a difference of sums of squares would lose its digits where the mean is large.
     channel, within = tokens.channels_of_program(channels, WIDTH)
     mean = tl.zeros([ROWS, WIDTH], SUMS_IN)
     m2 = tl.zeros([ROWS, WIDTH], SUMS_IN)
     seen = tl.zeros([ROWS], tl.int32)
     stride = tl.num_programs(1) * ROWS
     for first in range(tl.program_id(1) * ROWS, rows, stride):
-        at, _, real = tokens.tile_of_rows(
+        at, _, token_mask = tokens.tile_of_rows(
             first, mask, rows, channels, sentences, sentence_stride, time_stride, HAS_MASK, ROWS
         )
-        wanted = real[:, None] & within[None, :]
+        wanted = token_mask[:, None] & within[None, :]
         value = tl.load(x + at + channel[None, :], mask=wanted, other=0.0).to(SUMS_IN)
-        seen += real.to(tl.int32)
+        seen += token_mask.to(tl.int32)
         share = (1.0 / tl.maximum(seen, 1).to(SUMS_IN))[:, None]
         apart = tl.where(wanted, value - mean, 0.0)
         mean += apart * share
@@ -79,7 +81,7 @@ def _finish_forward(
     running_mean,
     running_var,
     step,
-    rejected,
+    num_rejected,
     mean,
     var,
     n,
@@ -91,6 +93,7 @@ def _finish_forward(
     MANY: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
+    """Combine the programs' moments: mean, var (C,), n, new running values and step."""
     channel, within = tokens.channels_of_program(channels, WIDTH)
     seen = tokens.total_count(counts, programs, MANY)
     weighted = tl.zeros([MANY, WIDTH], tl.float64)
@@ -102,16 +105,16 @@ def _finish_forward(
         part = tl.load(means + at, mask=exists, other=0.0).to(tl.float64)
         weighted += count[:, None] * part
     total_mean = tl.sum(weighted, axis=0) / tl.maximum(seen, 1.0)
-    squares = tl.zeros([MANY, WIDTH], tl.float64)
+    sum_sq = tl.zeros([MANY, WIDTH], tl.float64)
     for first in range(0, programs, MANY):
         program = first + tl.arange(0, MANY)
         exists = (program < programs)[:, None] & within[None, :]
         at = program[:, None] * channels + channel[None, :]
         count = tl.load(counts + program, mask=program < programs, other=0).to(tl.float64)
         apart = tl.load(means + at, mask=exists, other=0.0).to(tl.float64) - total_mean[None, :]
-        squares += count[:, None] * apart * apart
-        squares += tl.load(m2s + at, mask=exists, other=0.0).to(tl.float64)
-    total_var = tl.sum(squares, axis=0) / tl.maximum(seen, 1.0)
+        sum_sq += count[:, None] * apart * apart
+        sum_sq += tl.load(m2s + at, mask=exists, other=0.0).to(tl.float64)
+    total_var = tl.sum(sum_sq, axis=0) / tl.maximum(seen, 1.0)
     tl.store(mean + channel, total_mean, mask=within)
     tl.store(var + channel, total_var, mask=within)
     tl.store(n, seen)
@@ -125,7 +128,7 @@ def _finish_forward(
         tokens.average(running_mean, channel, within, total_mean, momentum, usable)
         tokens.average(running_var, channel, within, to_average, momentum, usable)
         tokens.count_one_if(step, usable)
-        tokens.count_one_if(rejected, (seen > 0) & (finite == 0))
+        tokens.count_one_if(num_rejected, (seen > 0) & (finite == 0))
 
 
 @triton.jit
@@ -149,6 +152,7 @@ def _scale(
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
+    """y = w (x - mean) / sqrt(var + eps) + b, 0 at padding."""
     channel, within = tokens.channels_of_program(channels, WIDTH)
     inverse = _inverse_std(tokens.values_at(var, channel, within), eps, regularized)
     tokens.scale_rows(
@@ -180,7 +184,7 @@ def _sum_products(
     x,
     gradient,
     mean,
-    sums,
+    partial_sums,
     mask,
     rows,
     channels,
@@ -192,12 +196,13 @@ def _sum_products(
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
+    """partial_sums (2, P, C) of dL/dy (x - mean) and of dL/dy."""
     channel, within = tokens.channels_of_program(channels, WIDTH)
     tokens.sum_products(
         x,
         gradient,
         tokens.values_at(mean, channel, within).to(SUMS_IN),
-        sums,
+        partial_sums,
         channel,
         within,
         mask,
@@ -224,7 +229,7 @@ def _propagate(
     n,
     d_mean,
     d_var,
-    sums,
+    partial_sums,
     d_weight,
     d_bias,
     mask,
@@ -243,11 +248,12 @@ def _propagate(
     WIDTH: tl.constexpr,
     MANY: tl.constexpr,
 ):
+    """From the partial sums: d_weight, d_bias (C,), and dx by the exact gradient."""
     channel, within = tokens.channels_of_program(channels, WIDTH)
     programs = tl.num_programs(1)
-    products = tokens.total(sums, programs, channels, channel, within, MANY, WIDTH)
+    products = tokens.total(partial_sums, programs, channels, channel, within, MANY, WIDTH)
     plain = tokens.total(
-        sums + programs * channels, programs, channels, channel, within, MANY, WIDTH
+        partial_sums + programs * channels, programs, channels, channel, within, MANY, WIDTH
     )
     w = tokens.values_at(weight, channel, within)
     of_batch = tokens.values_at(var, channel, within)
@@ -292,7 +298,7 @@ def _propagate(
 
 @torch.library.custom_op(
     "normexp::triton_batch_forward",
-    mutates_args=("running_mean", "running_var", "step", "rejected"),
+    mutates_args=("running_mean", "running_var", "step", "num_rejected"),
 )
 def _forward_op(
     x: Tensor,
@@ -302,25 +308,25 @@ def _forward_op(
     running_mean: Tensor,
     running_var: Tensor,
     step: Tensor,
-    rejected: Tensor,
-    again: bool,
+    num_rejected: Tensor,
+    is_replay: bool,
     eps: float,
     momentum: float,
     regularized: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    check_buffers(running_mean, running_var, step, rejected)
+    check_buffers(running_mean, running_var, step, num_rejected)
     tiles = Tiles(x, mask)
-    y, parts, counts = torch.empty_like(x), tiles.sums(2), tiles.counts(1)
+    y, parts, counts = torch.empty_like(x), tiles.partial_sums(2), tiles.counts(1)
     mean, var = tiles.vector(tiles.sums_in), tiles.vector(tiles.sums_in)
     n = tiles.scalar(tiles.sums_in)
     with torch.cuda.device_of(x):
         _moments[tiles.grid](x, parts[0], parts[1], counts, **tiles.arguments)
         _finish_forward[(1,)](
-            *(parts[0], parts[1], counts, running_mean, running_var, step, rejected),
+            *(parts[0], parts[1], counts, running_mean, running_var, step, num_rejected),
             *(mean, var, n),
             momentum=momentum,
             regularized=regularized,
-            UPDATE=not again,
+            UPDATE=not is_replay,
             **tiles.finishing,
         )
         _scale[tiles.grid](
@@ -355,16 +361,16 @@ def _backward_op(
 ) -> tuple[Tensor, Tensor, Tensor]:
     tiles = Tiles(x, mask)
     gradient, weight = gradient.contiguous(), weight.contiguous()
-    dx, sums = torch.empty_like(x), tiles.sums(2)
+    dx, partial_sums = torch.empty_like(x), tiles.partial_sums(2)
     d_weight, d_bias = tiles.vector(tiles.sums_in), tiles.vector(tiles.sums_in)
     with torch.cuda.device_of(x):
-        _sum_products[tiles.grid](x, gradient, mean, sums, **tiles.arguments)
+        _sum_products[tiles.grid](x, gradient, mean, partial_sums, **tiles.arguments)
         _propagate[tiles.grid](
             *(x, gradient, dx, weight, mean, var, n),
-            # Where there is none, nothing is read, but a kernel wants pointers.
+            # Without a gradient nothing is read, but a kernel needs pointers.
             mean if d_mean is None else d_mean.contiguous(),
             mean if d_var is None else d_var.contiguous(),
-            *(sums, d_weight, d_bias),
+            *(partial_sums, d_weight, d_bias),
             eps=eps,
             regularized=regularized,
             HAS_D_MEAN=d_mean is not None,
@@ -380,8 +386,8 @@ def _(x: Tensor, mask: Tensor | None, weight: Tensor, *_: Any) -> tuple[Tensor, 
     return torch.empty_like(x), torch.empty_like(weight), torch.empty_like(weight)
 
 
-class _Batch(torch.autograd.Function):
-    """x -> y, mu_B, var_B, N."""
+class _BatchFunction(torch.autograd.Function):
+    """BN: x -> y, mu_B, var_B, N."""
 
     @staticmethod
     def forward(
@@ -393,15 +399,15 @@ class _Batch(torch.autograd.Function):
         running_mean: Tensor,
         running_var: Tensor,
         step: Tensor,
-        rejected: Tensor,
-        again: bool,
+        num_rejected: Tensor,
+        is_replay: bool,
         eps: float,
         momentum: float,
         regularized: bool,
     ) -> tuple[Tensor, ...]:
-        state = running_mean, running_var, step, rejected
+        state = running_mean, running_var, step, num_rejected
         y, mean, var, n = _forward_op(
-            x, mask, weight, bias, *state, again, eps, momentum, regularized
+            x, mask, weight, bias, *state, is_replay, eps, momentum, regularized
         )
         ctx.save_for_backward(x, mask, weight, mean, var, n)
         ctx.options = eps, regularized
@@ -418,36 +424,18 @@ class _Batch(torch.autograd.Function):
             gradient = torch.zeros_like(x)
         upstream = gradient, d_mean, d_var
         if torch.is_grad_enabled():  # this gradient is to be differentiated in turn
-            gradients = _differentiable(x, mask, weight, *upstream, *ctx.options)
+            eps, regularized = ctx.options
+            gradients = batch_gradients(
+                *(x, weight, upstream, *flatten_tokens(x, mask, x.shape[-1])),
+                inverse_std=lambda var: torch.rsqrt(
+                    var.clamp(min=eps) if regularized else var + eps
+                ),
+                moments=lambda n, mean, m2: (mean, m2 / n.clamp(min=1)),
+            )
         else:
             gradients = _backward_op(x, mask, weight, *statistics, *upstream, *ctx.options)
         dx, d_weight, d_bias = gradients
         return dx, None, d_weight, d_bias, *(None,) * 8
-
-
-def _differentiable(
-    x: Tensor,
-    mask: Tensor | None,
-    weight: Tensor,
-    gradient: Tensor,
-    d_mean: Tensor | None,
-    d_var: Tensor | None,
-    eps: float,
-    regularized: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of x, weight and bias in operations that autograd knows."""
-    values, real = flatten_tokens(x, mask, x.shape[-1])
-    values = only_real(values, real)
-    mean = real_mean(values, real)
-    centered = only_real(values - mean, real)
-    var = real_mean(centered.square(), real)
-    inverse = torch.rsqrt(var.clamp(min=eps) if regularized else var + eps)
-    y = centered * (inverse * weight)
-    gradient = only_real(gradient.reshape(y.shape).to(y.dtype), real)
-    given = [(y, gradient), (mean, d_mean), (var, d_var)]
-    outputs, upstream = zip(*(pair for pair in given if pair[1] is not None), strict=True)
-    dx, d_weight = torch.autograd.grad(outputs, (x, weight), upstream, create_graph=True)
-    return dx, d_weight, gradient.sum(0).to(weight.dtype)
 
 
 def batch(
@@ -458,19 +446,21 @@ def batch(
     running_mean: Tensor,
     running_var: Tensor,
     step: Tensor,
-    rejected: Tensor,
-    again: bool,
+    num_rejected: Tensor,
+    is_replay: bool,
     eps: float,
     momentum: float,
     regularized: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """One step of BN: x (T, B, C) or (N, C), contiguous, mask (B, T) or (N,) or None -> y.
 
-    Besides y like x: mu_B (C,) and var_B (C,), differentiable, and N. running_mean and running_var
-    (C,), step and rejected change, unless this repeats `again` another forward. regularized: as
-    RegularizedBatchNorm.
+    Returns y like x; mu_B (C,) and var_B (C,), differentiable; and N. running_mean and running_var
+    (C,), step and num_rejected change, unless `is_replay`: then this repeats another forward.
+    regularized: as RegularizedBatchNorm.
 
-    Raises ValueError where x or what is to change is not contiguous.
+    Raises ValueError where x or a buffer that changes is not contiguous.
     """
-    state = running_mean, running_var, step, rejected
-    return _Batch.apply(x, mask, weight, bias, *state, again, eps, momentum, regularized)
+    state = running_mean, running_var, step, num_rejected
+    return _BatchFunction.apply(
+        x, mask, weight, bias, *state, is_replay, eps, momentum, regularized
+    )

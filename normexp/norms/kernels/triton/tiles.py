@@ -1,4 +1,4 @@
-"""How the kernels share out a batch: programs over channels and over rows, the tokens."""
+"""How a batch is divided among programs: tiles of channels and of rows, which are the tokens."""
 
 from typing import Any
 
@@ -20,11 +20,11 @@ _FINISHING = 8192  # values that the one program of a finishing kernel holds at 
 
 
 class Tiles:
-    """x (T, B, C) or (N, C), contiguous, with its mask (B, T) or (N,), as kernels see it.
+    """x (T, B, C) or (N, C), contiguous, with its mask (B, T) or (N,), as arguments of kernels.
 
     grid: (tiles of channels, programs over rows), for kernels that take `arguments`. A program
-    takes every `programs`-th tile of rows of its channels. These are a group where `groups` are
-    given, else as many as make memory transactions full.
+    works on every `programs`-th tile of rows of its channels: those of one group where `groups`
+    are given, else as many as make memory transactions full.
 
     Raises ValueError where x is not contiguous.
     """
@@ -77,35 +77,35 @@ class Tiles:
         }
         self.many = max(1, min(triton.next_power_of_2(self.programs), _TILE // block))
 
-    def sums(self, *quantities: int) -> Tensor:
-        """Room for a sum per program, quantity and channel: (*quantities, P, C), not filled."""
+    def partial_sums(self, *quantities: int) -> Tensor:
+        """Empty tensor for a sum per program, quantity and channel: (*quantities, P, C)."""
         return torch.empty(
             *quantities, self.programs, self.channels, dtype=self.sums_in, device=self._device
         )
 
     def counts(self, passes: int) -> Tensor:
-        """Room for the number of real tokens that each program sees: (passes, P), not filled."""
+        """Empty tensor for the number of real tokens that each program sees: (passes, P)."""
         return torch.empty(passes, self.programs, dtype=torch.int32, device=self._device)
 
     def vector(self, dtype: torch.dtype) -> Tensor:
-        """Room for a value per channel: (C,), not filled."""
+        """Empty tensor for a value per channel: (C,)."""
         return torch.empty(self.channels, dtype=dtype, device=self._device)
 
-    def taken(self) -> Tensor:
-        """Room for what a forward of PN took, two vectors and two numbers: (2 C + 2,)."""
+    def saved(self) -> Tensor:
+        """Empty tensor for what a forward of PN saves, two vectors and two numbers: (2 C + 2,)."""
         return torch.empty(2 * self.channels + 2, dtype=torch.float64, device=self._device)
 
     def scalar(self, dtype: torch.dtype) -> Tensor:
-        """Room for one value, not filled."""
+        """Empty scalar tensor."""
         return torch.empty((), dtype=dtype, device=self._device)
 
 
 def sums_type(x: Tensor) -> torch.dtype:
-    """In what values of x are summed: float32 at least."""
+    """The type in which values of x are summed: float32 at least."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def check_buffers(*buffers: Tensor) -> None:
-    """Raise ValueError unless what a kernel writes to is contiguous."""
+    """Raise ValueError unless the buffers that a kernel writes to are contiguous."""
     if not all(buffer.is_contiguous() for buffer in buffers):
         raise ValueError("buffers must be contiguous")

@@ -1,8 +1,8 @@
-"""What all kernels are made of: passes over the rows of a batch, and sums of what programs found.
+"""Building blocks of all kernels: passes over the rows of a batch, and sums over the programs.
 
 A program has the channels `channel` (WIDTH,), of which those `within` exist, and every P-th tile of
-ROWS rows. Rows are tokens of a contiguous x (T, B, C) or (N, C); the mask is read where it lies, a
-byte at b sentence_stride + t time_stride. What stands at padding is never read.
+ROWS rows. Rows are tokens of a contiguous x (T, B, C) or (N, C); the mask is read in place, a byte
+at b sentence_stride + t time_stride. Values at padding are never read.
 """
 
 import triton
@@ -11,6 +11,7 @@ import triton.language as tl
 
 @triton.jit
 def channels_of_program(channels, WIDTH: tl.constexpr):
+    """The program's channels (WIDTH,), and flags: the channel exists."""
     channel = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
     return channel, channel < channels
 
@@ -27,38 +28,40 @@ def tile_of_rows(
     HAS_MASK: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Offsets of ROWS rows (ROWS, 1), which of them exist and which are real tokens (ROWS,)."""
+    """Offsets of ROWS rows (ROWS, 1), and flags (ROWS,): the row exists, it is a real token."""
     row = first + tl.arange(0, ROWS)
     inside = row < rows
-    real = inside
+    token_mask = inside
     if HAS_MASK:
         at = (row % sentences).to(tl.int64) * sentence_stride
         at += (row // sentences).to(tl.int64) * time_stride
-        real = inside & (tl.load(mask + at, mask=inside, other=1) == 0)
-    return (row.to(tl.int64) * channels)[:, None], inside, real
+        token_mask = inside & (tl.load(mask + at, mask=inside, other=1) == 0)
+    return (row.to(tl.int64) * channels)[:, None], inside, token_mask
 
 
 @triton.jit
 def values_at(pointer, channel, within):
-    """Values per channel, in float64; 1 where there is no channel."""
+    """Load values per channel (WIDTH,) in float64; 1 where there is no channel."""
     return tl.load(pointer + channel, mask=within, other=1.0).to(tl.float64)
 
 
 @triton.jit
-def total(sums, programs, channels, channel, within, MANY: tl.constexpr, WIDTH: tl.constexpr):
-    """Sums (P, C) over the programs, in float64 and in a fixed order."""
+def total(
+    partial_sums, programs, channels, channel, within, MANY: tl.constexpr, WIDTH: tl.constexpr
+):
+    """Sum of partial_sums (P, C) over the programs: (WIDTH,) float64, in a fixed order."""
     result = tl.zeros([MANY, WIDTH], tl.float64)
     for first in range(0, programs, MANY):
         program = first + tl.arange(0, MANY)
         exists = (program < programs)[:, None] & within[None, :]
         at = program[:, None] * channels + channel[None, :]
-        result += tl.load(sums + at, mask=exists, other=0.0).to(tl.float64)
+        result += tl.load(partial_sums + at, mask=exists, other=0.0).to(tl.float64)
     return tl.sum(result, axis=0)
 
 
 @triton.jit
 def total_count(counts, programs, MANY: tl.constexpr):
-    """Counts (P,) over the programs, in float64."""
+    """Sum of counts (P,) over the programs, a float64 scalar."""
     result = tl.zeros([MANY], tl.float64)
     for first in range(0, programs, MANY):
         program = first + tl.arange(0, MANY)
@@ -67,17 +70,17 @@ def total_count(counts, programs, MANY: tl.constexpr):
 
 
 @triton.jit
-def store_sums(sums, channels, channel, within, values):
-    """Leave a program's values, summed over its rows, at its place of sums (P, C)."""
+def store_sums(partial_sums, channels, channel, within, values):
+    """Store a program's values, summed over its rows, in its row of partial_sums (P, C)."""
     at = tl.program_id(1) * channels + channel
-    tl.store(sums + at, tl.sum(values, axis=0), mask=within)
+    tl.store(partial_sums + at, tl.sum(values, axis=0), mask=within)
 
 
 @triton.jit
-def store_count(counts, real):
-    """Leave the number of real tokens, from flags summed per row, at its place of counts (P,)."""
+def store_count(counts, token_mask):
+    """Store a program's number of real tokens, from counts (ROWS,), in its entry of counts (P,)."""
     if tl.program_id(0) == 0:
-        tl.store(counts + tl.program_id(1), tl.sum(real, axis=0))
+        tl.store(counts + tl.program_id(1), tl.sum(token_mask, axis=0))
 
 
 @triton.jit
@@ -91,24 +94,25 @@ def all_finite(values, within, like):
 
 @triton.jit
 def count_one_if(counter, condition):
+    """counter <- counter + 1, if condition."""
     tl.store(counter, tl.load(counter) + condition.to(tl.int64))
 
 
 @triton.jit
-def lerp(before, value, pace: tl.constexpr):
-    """(1 - pace) before + pace value, exact at both ends as torch.lerp is."""
+def lerp(before, value, update_rate: tl.constexpr):
+    """(1 - update_rate) before + update_rate value, exact at both ends as torch.lerp is."""
     apart = value - before
-    result = before + pace * apart
-    if pace >= 0.5:
-        result = value - (1.0 - pace) * apart
+    result = before + update_rate * apart
+    if update_rate >= 0.5:
+        result = value - (1.0 - update_rate) * apart
     return result
 
 
 @triton.jit
-def average(running, channel, within, value, pace: tl.constexpr, usable):
-    """running <- (1 - pace) running + pace value, if usable."""
+def average(running, channel, within, value, update_rate: tl.constexpr, usable):
+    """running (C,) <- (1 - update_rate) running + update_rate value, if usable."""
     before = values_at(running, channel, within)
-    after = tl.where(usable, lerp(before, value, pace), before)
+    after = tl.where(usable, lerp(before, value, update_rate), before)
     tl.store(running + channel, after, mask=within)
 
 
@@ -117,7 +121,7 @@ def sum_products(
     x,
     gradient,
     mean,
-    sums,
+    partial_sums,
     channel,
     within,
     mask,
@@ -131,21 +135,21 @@ def sum_products(
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """Into sums (2, P, C): of gradient (x - mean) and of gradient, over the real tokens."""
+    """partial_sums (2, P, C) over the real tokens: of gradient (x - mean) and of gradient."""
     products = tl.zeros([ROWS, WIDTH], SUMS_IN)
     plain = tl.zeros([ROWS, WIDTH], SUMS_IN)
     stride = tl.num_programs(1) * ROWS
     for first in range(tl.program_id(1) * ROWS, rows, stride):
-        at, _, real = tile_of_rows(
+        at, _, token_mask = tile_of_rows(
             first, mask, rows, channels, sentences, sentence_stride, time_stride, HAS_MASK, ROWS
         )
-        wanted = real[:, None] & within[None, :]
+        wanted = token_mask[:, None] & within[None, :]
         value = tl.load(x + at + channel[None, :], mask=wanted, other=0.0).to(SUMS_IN)
         g = tl.load(gradient + at + channel[None, :], mask=wanted, other=0.0).to(SUMS_IN)
         products += g * (value - mean[None, :])
         plain += g
-    store_sums(sums, channels, channel, within, products)
-    store_sums(sums + tl.num_programs(1) * channels, channels, channel, within, plain)
+    store_sums(partial_sums, channels, channel, within, products)
+    store_sums(partial_sums + tl.num_programs(1) * channels, channels, channel, within, plain)
 
 
 @triton.jit
@@ -157,7 +161,7 @@ def propagate(
     scale,
     slope,
     shift,
-    sums,
+    partial_sums,
     channel,
     within,
     mask,
@@ -177,22 +181,22 @@ def propagate(
     plain = tl.zeros([ROWS, WIDTH], SUMS_IN)
     stride = tl.num_programs(1) * ROWS
     for first in range(tl.program_id(1) * ROWS, rows, stride):
-        at, inside, real = tile_of_rows(
+        at, inside, token_mask = tile_of_rows(
             first, mask, rows, channels, sentences, sentence_stride, time_stride, HAS_MASK, ROWS
         )
-        wanted = real[:, None] & within[None, :]
+        wanted = token_mask[:, None] & within[None, :]
         value = tl.load(x + at + channel[None, :], mask=wanted, other=0.0).to(SUMS_IN)
         g = tl.load(gradient + at + channel[None, :], mask=wanted, other=0.0).to(SUMS_IN)
         centered = value - mean[None, :]
         result = g * scale[None, :] + centered * slope[None, :] + shift[None, :]
-        result = tl.where(real[:, None], result, 0.0)
+        result = tl.where(token_mask[:, None], result, 0.0)
         tl.store(dx + at + channel[None, :], result, mask=inside[:, None] & within[None, :])
         if SUM:
             products += g * centered
             plain += g
     if SUM:
-        store_sums(sums, channels, channel, within, products)
-        store_sums(sums + tl.num_programs(1) * channels, channels, channel, within, plain)
+        store_sums(partial_sums, channels, channel, within, products)
+        store_sums(partial_sums + tl.num_programs(1) * channels, channels, channel, within, plain)
 
 
 @triton.jit
@@ -202,7 +206,7 @@ def scale_rows(
     mean,
     scale,
     shift,
-    sums,
+    partial_sums,
     counts,
     channel,
     within,
@@ -219,21 +223,21 @@ def scale_rows(
     SUM: tl.constexpr,
 ):
     """y = (x - mean) scale + shift, 0 at padding; with SUM sums of x^2 and counts of tokens."""
-    squares = tl.zeros([ROWS, WIDTH], SUMS_IN)
+    sum_sq = tl.zeros([ROWS, WIDTH], SUMS_IN)
     seen = tl.zeros([ROWS], tl.int32)
     stride = tl.num_programs(1) * ROWS
     for first in range(tl.program_id(1) * ROWS, rows, stride):
-        at, inside, real = tile_of_rows(
+        at, inside, token_mask = tile_of_rows(
             first, mask, rows, channels, sentences, sentence_stride, time_stride, HAS_MASK, ROWS
         )
-        wanted = real[:, None] & within[None, :]
+        wanted = token_mask[:, None] & within[None, :]
         value = tl.load(x + at + channel[None, :], mask=wanted, other=0.0).to(SUMS_IN)
         result = (value - mean[None, :]) * scale[None, :] + shift[None, :]
-        result = tl.where(real[:, None], result, 0.0)
+        result = tl.where(token_mask[:, None], result, 0.0)
         tl.store(y + at + channel[None, :], result, mask=inside[:, None] & within[None, :])
         if SUM:
-            squares += value * value
-            seen += real.to(tl.int32)
+            sum_sq += value * value
+            seen += token_mask.to(tl.int32)
     if SUM:
-        store_sums(sums, channels, channel, within, squares)
+        store_sums(partial_sums, channels, channel, within, sum_sq)
         store_count(counts, seen)

@@ -1,23 +1,23 @@
-"""Running statistics that each rank kept for itself, brought together."""
+"""Averages over the ranks, for running statistics that each rank has kept for itself."""
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
 from normexp.norms.distributed.collectives import several_ranks
-from normexp.norms.distributed.deferred import EXCHANGE
+from normexp.norms.distributed.deferred import DEFERRED
 from normexp.norms.running_norm import RunningNorm
 
 
 @torch.no_grad()
-def pool_statistics(model: nn.Module) -> None:
+def average_statistics(model: nn.Module) -> None:
     """Replace every running statistic by its mean over the ranks, on all ranks.
 
     For layers with sync=False, whose statistics are each rank's own: call it on all ranks at the
     same point, before a checkpoint is written or the model is evaluated. Does nothing on a single
     rank. The step counters stay as they are.
     """
-    EXCHANGE.settle()
+    DEFERRED.wait()
     norms = [module for module in model.modules() if isinstance(module, RunningNorm)]
     buffers = [buffer for norm in norms for buffer in norm.buffers() if buffer.is_floating_point()]
     if not buffers or not several_ranks():
