@@ -185,13 +185,11 @@ class Ranks:
     def is_lost_peer(self, error: BaseException) -> bool:
         """Return whether an error means that another rank was killed: its connection broke.
 
-        Where another rank failed with a reason, this does not return: the watching thread shows the
-        reason and ends the process.
+        Where that rank had failed with a reason, this waits for the watching thread, which has
+        shown the reason and ends the process.
         """
         lost = self.size > 1 and _is_lost_connection(error)
         if lost and self._failure_shown.is_set():
-            # The rank that failed broke the connection by its end. The watching thread has shown
-            # the reason and is about to end this process.
             time.sleep(2 * EXIT_SECONDS)
         if lost:
             self._end_noticed.set()
@@ -226,6 +224,7 @@ class Ranks:
             raise FailedOnMain("the run failed on rank 0")
 
     def _publish_end(self, succeeded: bool) -> None:
+        """Let the others know that rank 0 ends, and wait for them."""
         import torch.distributed as dist
 
         # A launcher that has been killed has taken the store with it.
@@ -240,6 +239,7 @@ class Ranks:
             time.sleep(_POLL_SECONDS)
 
     def _count_out(self, store: Any) -> None:
+        """Let rank 0 know that this rank is about to exit."""
         import torch.distributed as dist
 
         with suppress(dist.DistError):  # rank 0 has gone
