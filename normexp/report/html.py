@@ -238,17 +238,18 @@ class _Content:
         if compared.rows:
             tables.append(self._of_differences(compared, rows))
         after = []
+        task_id = self._new_id("task", task)
         if rows:
             if own:
                 after.append(self._of_causality(causality_table(task, own), own))
             after.append(self._of_rows("Runs", runs_table(rows), rows))
         return Section(
             task=task,
-            id=self._new_id("task", task),
+            id=task_id,
             published=self.paper.task(task),
             rows=rows,
             tables=tables,
-            chart=chart(rows),
+            chart=chart(rows, f"chart-{task_id}"),
             after_chart=after,
         )
 
