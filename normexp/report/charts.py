@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
+from normexp.report import figures
 from normexp.report.aggregate import Row, row_name
 from normexp.report.formatting import with_marks
 from normexp.runs.records import Record
@@ -26,13 +27,8 @@ VARIABLES = {
     "#0000e1": "--muted",
     "#0000e2": "--grid",
 }
-STYLE = {
-    "svg.hashsalt": "normexp",  # else the id of the clip path is random
-    "svg.fonttype": "none",  # text stays text
-    "axes.spines.top": False,
-    "axes.spines.right": False,
+STYLE = figures.STYLE | {
     "axes.edgecolor": "#0000e1",
-    "axes.grid": True,
     "grid.color": "#0000e2",
     "xtick.color": "#0000e1",
     "ytick.color": "#0000e1",
@@ -150,7 +146,7 @@ def _draw(curves: list[Curve], end: float, bottom: float, top: float) -> str:
 
 
 def _for_the_page(svg: str) -> str:
-    """Strip what belongs to a file of its own, and take colours from the page's style."""
+    """Strip the parts that only a file needs and take the colours from the style of the page."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<style.*?</style>", "", svg)
     svg = re.sub(r'width="\S+" height="\S+"', 'aria-hidden="true"', svg, count=1)
@@ -162,7 +158,7 @@ def _for_the_page(svg: str) -> str:
 
 
 def _key(number: int) -> str:
-    """A, B, ..., Z, AA, AB, ..."""
+    """Count A, B, ..., Z, AA, AB, ..."""
     letters = string.ascii_uppercase
     head = _key(number // len(letters) - 1) if number >= len(letters) else ""
     return head + letters[number % len(letters)]

@@ -76,7 +76,7 @@ function filter() {
 form.addEventListener("reset", () => setTimeout(filter)); // after the fields are empty
 form.addEventListener("submit", (event) => event.preventDefault());
 
-// Charts: curves follow their rows; the cursor reads the values at one update.
+// Charts: hidden rows hide their curves; the cursor shows the values at one update.
 const charts = all(".chart").map((chart) => {
   const plot = chart.querySelector(".plot");
   const cursor = chart.querySelector(".cursor");
@@ -106,7 +106,7 @@ const charts = all(".chart").map((chart) => {
       row.querySelector(".at-cursor").textContent = values.get(at) ?? "–";
   }
 
-  // The updates at which curves in sight have values, in order, and how many of them.
+  // [update, number of visible curves with a value there], in order.
   function updates() {
     const number = new Map();
     for (const { values } of curves.filter(isShown))
@@ -114,7 +114,7 @@ const charts = all(".chart").map((chart) => {
     return [...number].sort((a, b) => a[0] - b[0]);
   }
 
-  // The nearest update, or one almost as near at which more curves have a value.
+  // Take the nearest update, or one almost as near at which more curves have a value.
   function read(event) {
     const box = plot.getBoundingClientRect();
     const pointed = left + (width * (event.clientX - box.left)) / box.width;
@@ -141,7 +141,7 @@ const charts = all(".chart").map((chart) => {
   return draw;
 });
 
-// A link to a run opens it, though it be filtered out or the browser leave it closed.
+// A link to a run opens it, also if it is filtered out or the browser leaves it closed.
 function open() {
   const target = document.getElementById(decodeURIComponent(location.hash.slice(1)));
   if (!target) return;
@@ -158,8 +158,8 @@ function open() {
 window.addEventListener("hashchange", open);
 open();
 
-// Of the tables in sight only those that scroll need the keyboard's attention. (To measure one in a
-// closed run would lay it out.)
+// Of the visible tables only those that scroll can be reached by Tab. Those in closed runs are not
+// measured, because that would lay them out.
 function fit() {
   const boxes = all("section > .scroll, .chart > .scroll");
   const scrolls = boxes.map((box) => box.scrollWidth > box.clientWidth);
