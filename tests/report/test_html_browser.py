@@ -48,7 +48,7 @@ def browser(tmp_path_factory) -> Iterator:
 
 
 class Reader:
-    """Somebody in front of a page."""
+    """A browser with one page, and the actions of a reader."""
 
     def __init__(self, driver, path: Path) -> None:
         self.driver, self.path = driver, path
@@ -70,15 +70,19 @@ class Reader:
         return self.driver.find_elements("css selector", selector)
 
     def column(self, table: str, number: int) -> list[str]:
-        """The texts that can be seen."""
+        """Give the visible texts of a column."""
         cells = (
             f"return [...document.querySelector('{table}').querySelectorAll('tbody td, tbody th')]"
         )
         mine = f"(cell) => cell.cellIndex === {number - 1} && cell.checkVisibility()"
         return self.run(f"{cells}.filter({mine}).map((cell) => cell.innerText)")
 
+    def top_of(self, element) -> float:
+        """Give the distance from the top of the window in pixels."""
+        return self.run("return arguments[0].getBoundingClientRect().top", element)
+
     def settle(self, holds) -> None:
-        """Wait until what the page does a moment later is done."""
+        """Wait until the condition holds; fail after 20 seconds."""
         deadline = time.monotonic() + 20
         while not holds():
             assert time.monotonic() < deadline
@@ -111,7 +115,7 @@ def page_of(records: dict[Path, Record], causality: dict[Path, CausalityRecord])
 
 @pytest.fixture
 def reader(browser, committed, tmp_path) -> Iterator[Reader]:
-    """Of the page of the committed records, where the test writes no other."""
+    """Prepare the page of the committed records; a test can write another one."""
     path = tmp_path / "report.html"
     path.write_text(committed, encoding="utf-8")
     someone = Reader(browser, path)
@@ -307,7 +311,7 @@ def test_a_link_opens_the_run_it_leads_to(reader) -> None:
             reader.open(f"#{RUN}")
             run = reader.find(f"[id='{RUN}']")
             reader.settle(run.is_displayed)
-            assert 0 <= reader.run("return arguments[0].getBoundingClientRect().top", run) < 800
+            reader.settle(lambda run=run: 0 <= reader.top_of(run) < 800)
             assert "attention=published" in run.text
             assert len(reader.find_all("details[open]")) == 1
         finally:

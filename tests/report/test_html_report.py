@@ -383,7 +383,7 @@ def test_without_curves_there_is_no_chart(make_record) -> None:
         assert not page.xpath("//figure") and "No validation curves" in words(page)
 
 
-def test_failures_and_runs_under_way_are_told(make_record, tmp_path: Path) -> None:
+def test_failures_and_runs_under_way_are_listed(make_record, tmp_path: Path) -> None:
     diverged = {"status": "diverged", "reason": "loss is\nNaN", "diverged_at_update": 1234}
     folders = [tmp_path / "runs" / "ptb" / name for name in ("PN-seed1", "PN-seed2", "PN-seed3")]
     for folder in folders:
@@ -408,7 +408,7 @@ def test_failures_and_runs_under_way_are_told(make_record, tmp_path: Path) -> No
     assert "3 records (1 complete, 1 diverged, 1 failed)" in words(page)
 
 
-def test_a_run_is_told_in_full(make_record) -> None:
+def test_every_field_of_a_run_is_shown(make_record) -> None:
     metrics = {"test": {"bleu_tokenised": 35.512345678901234, "sacrebleu": None}}
     page = page_of(make_record(metrics=metrics, code_dirty=True, budget="half an hour"))
     [run] = page.xpath("//*[@id='iwslt14-PN-seed1']")
