@@ -1,4 +1,4 @@
-"""`results/benchmarks/README.md`: the records of scripts/benchmark.py as tables."""
+"""The tables of `results/benchmarks/README.md`, from the records of scripts/benchmark.py."""
 
 import json
 from collections.abc import Callable, Iterable, Mapping
@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from normexp.errors import UserError
+from normexp.errors import UserError, invalid_fields
 from normexp.report import formatting
 from normexp.report.table import Cell, Note, Table
 
@@ -20,7 +20,7 @@ _NOT_QUIET = Note(f"{_DISTURBED} other processes ran meanwhile; all rounds are k
 
 @dataclass(frozen=True, kw_only=True)
 class Quoted:
-    """Times of the authors' layers in milliseconds: one number, or the least and the most."""
+    """Times of the authors' layers in milliseconds: one number, or minimum and maximum."""
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", strict=True)
 
@@ -33,7 +33,7 @@ class Quoted:
 
 @dataclass(frozen=True, kw_only=True)
 class Authors:
-    """What is quoted of measurements of the authors' code."""
+    """Quoted measurements of the authors' code."""
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", strict=True)
 
@@ -45,14 +45,19 @@ class Authors:
 
 @dataclass(frozen=True)
 class Benchmarks:
-    """records: by the name of the benchmark, in the order of the page; authors: None if absent."""
+    """The records of all benchmarks.
+
+    Attributes:
+        records: By the name of the benchmark, in the order of the page.
+        authors: Quoted times of the authors' layers; None if there is no file of them.
+    """
 
     records: dict[str, Content]
     authors: Authors | None = None
 
 
 def load_benchmarks(results: Path) -> Benchmarks:
-    """Read `results`/benchmarks. UserError names the file that is not as it should be."""
+    """Read the folder `results`/benchmarks; raises UserError that names an invalid file."""
     folder = results / "benchmarks"
     records = {}
     for path in sorted(folder.glob("*.json")):
@@ -61,7 +66,7 @@ def load_benchmarks(results: Path) -> Benchmarks:
         try:
             records[path.stem] = json.loads(path.read_text(encoding="utf-8"))
             tables(path.stem, records[path.stem])
-            circumstances(records[path.stem])
+            environment(records[path.stem])
         except KeyError as error:
             raise UserError(f"{path}: {error} is missing; measure again") from None
         except (ValueError, TypeError, AttributeError) as error:
@@ -72,18 +77,20 @@ def load_benchmarks(results: Path) -> Benchmarks:
         try:
             content = yaml.safe_load(path.read_text(encoding="utf-8"))
             authors = TypeAdapter(Authors).validate_json(json.dumps(content))
-        except (yaml.YAMLError, ValidationError) as error:
-            raise UserError(f"{path}: {' '.join(str(error).split())}") from None
+        except yaml.YAMLError as error:
+            raise UserError(f"{path}: not YAML ({' '.join(str(error).split())})") from None
+        except ValidationError as error:
+            raise UserError(f"{path}: {invalid_fields(error)}") from None
     return Benchmarks({name: records[name] for name in TITLES if name in records}, authors)
 
 
 def tables(benchmark: str, record: Content) -> list[tuple[str, Table]]:
-    """Title and table of everything that a record holds. KeyError where something is missing."""
+    """Give the titles and tables of a record; raises KeyError if a value is missing."""
     return _TABLES[benchmark](record)
 
 
 def authors_table(authors: Authors) -> Table:
-    """The times of the authors' layers and how many times nn.LayerNorm's they are."""
+    """Tabulate the times of the authors' layers, also as multiples of nn.LayerNorm's."""
     lines: list[list[Cell]] = [
         [
             one.software,
@@ -97,8 +104,8 @@ def authors_table(authors: Authors) -> Table:
     return Table(header, lines)
 
 
-def circumstances(record: Content) -> str:
-    """Machine, threads, malloc, versions, commit and day on one line."""
+def environment(record: Content) -> str:
+    """Name machine, threads, malloc, versions, commit and day on one line."""
     facts, versions, malloc = record["hardware"], record["versions"], record.get("malloc")
     if isinstance(malloc, Mapping):
         malloc = " ".join(f"{name}={value}" for name, value in malloc.items())
@@ -131,15 +138,15 @@ def _norm_cell(row: Content) -> str:
 
 
 def _scaling(record: Content) -> list[tuple[str, Table]]:
-    found = []
+    tables_of = []
     for sweep, rows in _grouped(record["measured"], "sweep"):
         if sweep == "groups":
-            found.append(("Over groups", _pivot(rows, "layer", "dtype", _scaling_cell)))
+            tables_of.append(("Over groups", _pivot(rows, "layer", "dtype", _scaling_cell)))
             continue
         for dtype, same in _grouped(rows, "dtype"):
             title = f"Over {sweep}, {dtype}"
-            found.append((title, _pivot(same, "layer", sweep, _scaling_cell)))
-    return found
+            tables_of.append((title, _pivot(same, "layer", sweep, _scaling_cell)))
+    return tables_of
 
 
 def _scaling_cell(row: Content) -> str:
@@ -294,14 +301,14 @@ _TABLES: dict[str, Callable[[Content], list[tuple[str, Table]]]] = {
 
 
 def _grouped(rows: Iterable[Content], key: str) -> list[tuple[str, list[Content]]]:
-    found: dict[str, list[Content]] = {}
+    groups: dict[str, list[Content]] = {}
     for row in rows:
-        found.setdefault(row[key], []).append(row)
-    return list(found.items())
+        groups.setdefault(row[key], []).append(row)
+    return list(groups.items())
 
 
 def _pivot(rows: list[Content], down: str, across: str, cell: Callable[[Content], str]) -> Table:
-    """One line per value of `down`, one column per value of `across`."""
+    """Make one line per value of `down` and one column per value of `across`."""
     columns = list(dict.fromkeys(row[across] for row in rows))
     lines: list[list[Cell]] = []
     for name, same in _grouped(rows, down):
@@ -311,7 +318,7 @@ def _pivot(rows: list[Content], down: str, across: str, cell: Callable[[Content]
 
 
 def _listed(rows: list[Content], columns: Mapping[str, Callable[[Content], str]]) -> Table:
-    """One line per row; a row that was disturbed is marked in its last cell."""
+    """Make one line per row; a disturbed row is marked in its last cell."""
     lines: list[list[Cell]] = []
     for row in rows:
         *first, last = (text(row) for text in columns.values())
@@ -341,6 +348,6 @@ def _range(times: list[float]) -> str:
 
 
 def _times(times: list[float], of: list[float]) -> str:
-    """The ratio, or the least and the most that it can have been."""
+    """Format the ratio of two ranges: one number, or its minimum and maximum."""
     least, most = min(times) / max(of), max(times) / min(of)
     return f"{least:.1f}" if least == most else f"{least:.1f}–{most:.1f}"

@@ -11,7 +11,7 @@ CAUSALITY_TITLE = "Causality test"
 
 
 def causality_table(task: str, causality: Mapping[Path, CausalityRecord]) -> Table:
-    """One line per tested run of a task.
+    """Tabulate the tested runs of a task.
 
     causality: the records by path, of any task.
     """

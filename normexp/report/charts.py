@@ -1,20 +1,42 @@
-"""Validation curves of a task as the HTML page draws them: what is shown, and on which axes."""
+"""Validation curves of a task as an SVG in the HTML page, drawn by matplotlib.
 
-import math
+matplotlib was chosen because an inline SVG needs no script and no network, is sharp on paper, and
+takes its colours from the page's style, so that it follows the dark scheme; the scripts of plotly
+and Vega alone are larger than the page may be.
+"""
+
+import io
+import re
 import string
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
+from normexp.report import figures
 from normexp.report.aggregate import Row, row_name
 from normexp.report.formatting import with_marks
 from normexp.runs.records import Record
 
-MOST_TICKS = 6
-# Two keys nearer than this, in per cent of the chart's width and height, would overlap.
-KEY_WIDTH, KEY_HEIGHT = 5.0, 4.5
-# Part of the longest curve that is left free on the right for the lines to the keys.
-ROOM_FOR_KEYS = 0.03
+INCHES = (7.0, 4.4)
+AXES = (0.09, 0.1, 0.9, 0.87)  # left, bottom, width, height as parts of the figure
+COLOURS = [f"#0000f{n}" for n in range(6)]  # stands for the page's --c0, ..., --c5
+DASHES = ("-", (0, (5, 2.5)), (0, (1.5, 2)), (0, (7, 2, 1.5, 2)), (0, (4, 2, 1, 1.5, 1, 2)))
+VARIABLES = {
+    **{colour: f"--c{n}" for n, colour in enumerate(COLOURS)},
+    "#0000e0": "--text",
+    "#0000e1": "--muted",
+    "#0000e2": "--grid",
+}
+STYLE = figures.STYLE | {
+    "axes.edgecolor": "#0000e1",
+    "grid.color": "#0000e2",
+    "xtick.color": "#0000e1",
+    "ytick.color": "#0000e1",
+    "text.color": "#0000e0",
+    "font.size": 10,
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
+}
 
 
 @dataclass(frozen=True)
@@ -22,138 +44,121 @@ class Curve:
     """One line of a chart: validation loss per token in nats.
 
     Attributes:
+        key: Letter on the line.
         runs: The complete runs of a row, or one run that did not complete.
-        mean: (update, mean over the runs) wherever all of them were validated.
-        band: (update, lowest, highest) of more runs than one; else empty.
-        key: Letter at the end of the line.
-        key_at: Update and loss at which it is put.
+        points: (update, mean, lowest, highest over the runs) at the updates at which all of them
+            were validated.
     """
 
+    key: str
     name: str
     row: Row
     runs: dict[Path, Record]
-    mean: list[tuple[int, float]]
-    band: list[tuple[int, float, float]]
-    key: str = ""
-    key_at: tuple[float, float] = (0.0, 0.0)
+    points: list[tuple[int, float, float, float]]
+
+    @property
+    def is_complete(self) -> bool:
+        """False for a run that diverged or failed."""
+        return all(run.status == "complete" for run in self.runs.values())
 
 
 @dataclass(frozen=True)
 class Chart:
-    """Curves on common axes: updates from 0 to `right`, losses from `bottom` to `top`."""
+    """The curves of a task, and the updates that lie at the left and right end of the drawing."""
 
     curves: list[Curve]
+    svg: str
+    left: float
     right: float
-    bottom: float
-    top: float
-    updates: list[float]
-    losses: list[float]
-
-    def left_of(self, update: float) -> float:
-        """Per cent of the width."""
-        return 100 * update / self.right
-
-    def above(self, loss: float) -> float:
-        """Per cent of the height, from the top."""
-        return 100 * (self.top - loss) / (self.top - self.bottom)
 
 
-def chart(rows: list[Row]) -> Chart | None:
-    """The curves of a task; None where no run has two points.
+def chart(rows: list[Row], name: str) -> Chart | None:
+    """Draw the curves of a task; None if no run was validated twice.
 
     A run that did not complete is a line of its own. It does not stretch the axis of losses while
-    there are complete ones: what diverges would flatten everything else.
+    there are complete ones: a diverging one would flatten all others. name: a prefix for ids that
+    is unique on the page.
     """
-    found = [curve for row in rows for curve in _curves(row, with_marks(row_name(row, rows), row))]
-    if not found:
+    drawn = [
+        curve for row in rows for curve in _curves_of(row, with_marks(row_name(row, rows), row))
+    ]
+    if not drawn:
         return None
-    scaling = [curve for curve in found if _is_complete(curve)] or found
-    losses = [loss for curve in scaling for _, *ends in curve.band or curve.mean for loss in ends]
+    curves = [Curve(_key(number), *curve) for number, curve in enumerate(drawn)]
+    scaling = [curve for curve in curves if curve.is_complete] or curves
+    losses = [loss for curve in scaling for _, _, *ends in curve.points for loss in ends]
     spare = 0.05 * (max(losses) - min(losses)) or 0.5
-    bottom, top = min(losses) - spare, max(losses) + spare
-    longest = max(curve.mean[-1][0] for curve in found)
-    right = longest * (1 + ROOM_FOR_KEYS)
-    axes = Chart([], right, bottom, top, ticks(0, longest), ticks(bottom, top))
-    return replace(axes, curves=_with_keys(found, axes))
+    end = 1.02 * max(curve.points[-1][0] for curve in curves)
+    svg = _draw(curves, end, min(losses) - spare, max(losses) + spare)
+    svg = re.sub(r'(id="|url\(#)', rf"\1{name}-", svg)
+    left, _, width, _ = AXES
+    return Chart(curves, svg, -end * left / width, end * (1 - left) / width)
 
 
-def ticks(low: float, high: float) -> list[float]:
-    """At most `MOST_TICKS` multiples of 1, 2 or 5 times a power of ten from low to high."""
-    power = 10.0 ** math.floor(math.log10((high - low) / MOST_TICKS))
-    for step in (power, 2 * power, 5 * power, 10 * power):
-        first, last = math.ceil(low / step), math.floor(high / step)
-        if last - first < MOST_TICKS:
-            break
-    return [round(n * step, 12) for n in range(first, last + 1)]
-
-
-def _curves(row: Row, name: str) -> list[Curve]:
+def _curves_of(row: Row, name: str) -> list[tuple[str, Row, dict[Path, Record], list[tuple]]]:
     by_seed = sorted(row.runs.items(), key=lambda item: item[1].seed)
-    drawn = {path: run for path, run in by_seed if len(run.curve) > 1}
-    complete = {path: run for path, run in drawn.items() if run.status == "complete"}
-    found = []
-    if complete:
-        losses = [dict(run.curve) for run in complete.values()]
-        shared = sorted(set.intersection(*map(set, losses)))
-        values = {update: [one[update] for one in losses] for update in shared}
-        mean = [(update, fmean(every)) for update, every in values.items()]
-        several = values.items() if len(complete) > 1 else ()
-        band = [(update, min(every), max(every)) for update, every in several]
-        if len(mean) > 1:
-            found.append(Curve(name, row, complete, mean, band))
-    for path, run in drawn.items():
+    validated = {path: run for path, run in by_seed if len(run.curve) > 1}
+    groups = {name: {path: run for path, run in validated.items() if run.status == "complete"}}
+    for path, run in validated.items():
         if run.status != "complete":
-            own = f"{name}, seed {run.seed} ({run.status})"
-            found.append(Curve(own, row, {path: run}, run.curve, []))
-    return found
+            groups[f"{name}, seed {run.seed} ({run.status})"] = {path: run}
+    curves = []
+    for own_name, runs in groups.items():
+        losses = [dict(run.curve) for run in runs.values()]
+        updates = sorted(set.intersection(*map(set, losses))) if losses else []
+        every = [[one[update] for one in losses] for update in updates]
+        points = [
+            (u, fmean(own), min(own), max(own)) for u, own in zip(updates, every, strict=True)
+        ]
+        if len(points) > 1:
+            curves.append((own_name, row, runs, points))
+    return curves
 
 
-def _is_complete(curve: Curve) -> bool:
-    return all(run.status == "complete" for run in curve.runs.values())
+def _draw(curves: list[Curve], end: float, bottom: float, top: float) -> str:
+    # here, because matplotlib takes a second to load
+    import matplotlib.figure
+    import numpy as np
+
+    with matplotlib.rc_context(STYLE):
+        figure = matplotlib.figure.Figure(figsize=INCHES)
+        axes = figure.add_axes(AXES, xlim=(0, end), ylim=(bottom, top))
+        axes.tick_params(length=0)
+        axes.xaxis.set_major_formatter("{x:,.0f}")
+        for number, curve in enumerate(curves):
+            updates, means, lows, highs = map(np.array, zip(*curve.points, strict=True))
+            look = {"color": COLOURS[number % len(COLOURS)], "gid": f"key-{curve.key}"}
+            if len(curve.runs) > 1:
+                outline = np.append(updates, updates[::-1]), np.append(lows, highs[::-1])
+                axes.fill(*outline, alpha=0.18, linewidth=0, **look)
+            axes.plot(updates, means, linestyle=DASHES[number % len(DASHES)], **look)
+            # Letters stand at different parts of the curves, so that those of close ones do not
+            # overlap, and not at the beginning, where all curves are close.
+            part = 0.3 + 0.7 * (number + 0.5) / len(curves)
+            x = updates[0] + part * (updates[-1] - updates[0])
+            y = np.clip(np.interp(x, updates, means), bottom, top)
+            axes.text(x, y, curve.key, ha="center", va="center_baseline", **look)
+        file = io.StringIO()
+        figure.savefig(
+            file, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        )
+    return _for_the_page(file.getvalue())
 
 
-def _with_keys(curves: list[Curve], axes: Chart) -> list[Curve]:
-    """Each with a letter beside its end; letters that would overlap are moved apart in order."""
-    ends = [(axes.left_of(curve.mean[-1][0]), axes.above(curve.mean[-1][1])) for curve in curves]
-    heights = [min(max(top, 0.0), 100.0) for _, top in ends]
-    for number in sorted(range(len(ends)), key=lambda number: ends[number][0]):
-        near = [n for n, (left, _) in enumerate(ends) if abs(left - ends[number][0]) < KEY_WIDTH]
-        for n, height in zip(near, _spread([heights[n] for n in near]), strict=True):
-            heights[n] = height
-    room = axes.right * ROOM_FOR_KEYS * 2 / 3
-    keyed = []
-    for number, curve in enumerate(curves):
-        loss = axes.top - heights[number] / 100 * (axes.top - axes.bottom)
-        at = (curve.mean[-1][0] + room, loss)
-        keyed.append(replace(curve, key=_key(number), key_at=at))
-    return keyed
-
-
-def _spread(wanted: list[float]) -> list[float]:
-    """Heights in per cent at least `KEY_HEIGHT` apart, in the same order and as near as they can.
-
-    More than fit are spread evenly.
-    """
-    gap = min(KEY_HEIGHT, 100 / max(len(wanted) - 1, 1))
-    order = sorted(range(len(wanted)), key=lambda n: wanted[n])
-    clusters: list[tuple[float, int]] = []  # centre and number of heights
-    for n in order:
-        clusters.append((wanted[n], 1))
-        while len(clusters) > 1:
-            (upper, many), (lower, few) = clusters[-2:]
-            if lower - upper >= gap * (many + few) / 2:
-                break
-            clusters[-2:] = [((upper * many + lower * few) / (many + few), many + few)]
-    heights = []
-    for centre, number in clusters:
-        half = gap * (number - 1) / 2
-        centre = min(max(centre, half), 100 - half)
-        heights += [centre - half + gap * n for n in range(number)]
-    return [height for _, height in sorted(zip(order, heights, strict=True))]
+def _for_the_page(svg: str) -> str:
+    """Strip the parts that only a file needs and take the colours from the style of the page."""
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<style.*?</style>", "", svg)
+    svg = re.sub(r'width="\S+" height="\S+"', 'aria-hidden="true"', svg, count=1)
+    svg = re.sub(r'id="key-(\w+)"', r'data-key="\1"', svg)
+    svg = re.sub(r' id="(?!p[0-9a-f]{8})[^"]*"', "", svg)  # all but that of the clip path
+    svg = re.sub(r" font-family: [^;]*;", "", svg)
+    svg = re.sub(r"\s+", " ", svg)
+    return re.sub(r"#0000[ef]\d", lambda colour: f"var({VARIABLES[colour[0]]})", svg)
 
 
 def _key(number: int) -> str:
-    """A, B, ..., Z, AA, AB, ..."""
+    """Count A, B, ..., Z, AA, AB, ..."""
     letters = string.ascii_uppercase
     head = _key(number // len(letters) - 1) if number >= len(letters) else ""
     return head + letters[number % len(letters)]

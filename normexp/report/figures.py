@@ -1,7 +1,7 @@
-"""Figures as SVG: validation curves, and what benchmarks found.
+"""Figures as SVG files: validation curves and the ratios of benchmarks.
 
-Other versions of matplotlib draw the same curves with other bytes. So that a figure can be told to
-be up to date all the same, it carries the SHA-256 of what it shows.
+Another version of matplotlib writes the same figure with other bytes. A figure therefore carries
+the SHA-256 of its data, by which it is found to be up to date.
 """
 
 import hashlib
@@ -15,21 +15,19 @@ from typing import Any
 from normexp.report.aggregate import Row, row_name
 
 _DIGEST = re.compile(r"<dc:description>(\w+)</dc:description>")
-_STYLE = {
+STYLE = {
     "svg.hashsalt": "normexp",  # else the ids of elements are random
     "svg.fonttype": "none",  # text stays text
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
-    "grid.alpha": 0.3,
-    "font.size": 9,
 }
 
 
 def curves_svg(rows: list[Row]) -> str | None:
-    """Validation perplexity per token over updates, one line per run and one colour per row.
+    """Draw validation perplexity per token over updates, one line per run, one colour per row.
 
-    Rows that see the future are dashed. None where no run has a curve of two points.
+    Rows that see future tokens are dashed. None if no run was validated twice.
     """
     curves = [
         (row_name(row, rows), bool(row.first.sees_future_tokens), number, run.curve)
@@ -64,7 +62,7 @@ def curves_svg(rows: list[Row]) -> str | None:
 
 
 def norms_svg(rows: list[dict[str, Any]]) -> str:
-    """Bars of the ratio to nn.LayerNorm from the rows of the benchmark `norms`, with quartiles.
+    """Draw bars of the ratio to nn.LayerNorm, with quartiles, from rows of the benchmark `norms`.
 
     One panel per type, one group of bars per layer, one bar per shape.
     """
@@ -107,7 +105,7 @@ def norms_svg(rows: list[dict[str, Any]]) -> str:
 
 
 def scaling_svg(rows: list[dict[str, Any]]) -> str:
-    """Ratio to nn.LayerNorm over size, from the rows of the benchmark `scaling`.
+    """Draw the ratio to nn.LayerNorm over size, from the rows of the benchmark `scaling`.
 
     One column of panels per quantity that is varied, one row per type; bands span the quartiles.
     """
@@ -140,17 +138,17 @@ def scaling_svg(rows: list[dict[str, Any]]) -> str:
 
 
 def digest_of(svg: str) -> str | None:
-    """The SHA-256 that a figure of this module carries; None for another text."""
-    found = _DIGEST.search(svg)
-    return found[1] if found else None
+    """Read the SHA-256 of the data of a figure; None for any other text."""
+    match = _DIGEST.search(svg)
+    return match[1] if match else None
 
 
 def _svg(shown: object, inches: tuple[float, float], draw: Callable[[Any], None]) -> str:
-    """What `draw` makes of an empty figure; `shown` is everything that it shows."""
-    # here, because a report without figures needs no matplotlib, which takes a second to load
+    """Let `draw` fill an empty figure and write it as SVG; `shown` is the data, for the digest."""
+    # here, because matplotlib takes a second to load
     import matplotlib.figure
 
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE | {"grid.alpha": 0.3, "font.size": 9}):
         figure = matplotlib.figure.Figure(figsize=inches, layout="constrained")
         draw(figure)
         file = io.StringIO()
@@ -163,13 +161,13 @@ def _svg(shown: object, inches: tuple[float, float], draw: Callable[[Any], None]
 def _by_layer(
     rows: list[dict[str, Any]], sweep: str, dtype: str
 ) -> dict[str, list[dict[str, Any]]]:
-    """Rows of our layers by the name in the legend; over groups a layer is one curve."""
-    found: dict[str, list[dict[str, Any]]] = {}
+    """Group the rows of our layers by their name in the legend; groups of a layer are one curve."""
+    layers: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         ours = row["ratio_to_layer_norm"] != [1, 1, 1]
         if ours and (row["sweep"], row["dtype"]) == (sweep, dtype):
-            found.setdefault(row["layer"].split(",")[0], []).append(row)
-    return found
+            layers.setdefault(row["layer"].split(",")[0], []).append(row)
+    return layers
 
 
 def _values(rows: list[dict[str, Any]], key: str) -> list[Any]:

@@ -16,8 +16,9 @@ in {protocol}"""
 MARKS = {
     UNVERIFIED: "a published number that has not been verified at its source",
     BUDGET: "a smaller budget than the paper's: not comparable with the paper",
-    FUTURE: """a language model that sees the tokens it predicts, as the published ones do; its
-  perplexity is not the perplexity of a language model, and comparable only with its like""",
+    FUTURE: """a language model that sees future tokens, those it predicts among them, as the
+  published ones do; its number is not the perplexity of a language model, and only comparable
+  with others of this kind""",
 }
 
 METRIC_NAMES = {

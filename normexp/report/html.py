@@ -1,8 +1,8 @@
-"""`results/report.html`: everything that the records say on one page that needs no network.
+"""`results/report.html`: all results and records on one page that needs no network.
 
 The page is complete without scripts; its script sorts, filters and reads values off the charts. A
-content security policy allows that one script and no connection, so that nothing a record contains
-can run or load anything even if it got past the escaping.
+content security policy allows that one script and no connection, so that no text of a
+record could run or load anything even if the escaping failed.
 """
 
 import base64
@@ -49,7 +49,7 @@ SECTIONS = {
 
 @dataclass(frozen=True)
 class Unfinished:
-    """A run folder without a record: under way, or interrupted."""
+    """A run folder without a record, of a run that is under way or was interrupted."""
 
     path: Path
     changed: str
@@ -57,7 +57,7 @@ class Unfinished:
 
 @dataclass(frozen=True)
 class Line:
-    """A line of a table: where its numbers lead, and what it is filtered by."""
+    """A line of a table, with the link of its numbers and the values it is filtered by."""
 
     cells: list[Cell]
     href: str
@@ -68,7 +68,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Lines:
-    """A table with what the page needs of each line; numeric columns are aligned to the right."""
+    """A table with links and filters; numeric columns are aligned to the right."""
 
     title: str
     header: list[str]
@@ -77,7 +77,7 @@ class Lines:
 
     @property
     def numeric(self) -> list[bool]:
-        """By column."""
+        """Say for each column if it holds numbers."""
         return [
             any(isinstance(line.cells[i], Number) for line in self.lines)
             for i in range(len(self.header))
@@ -86,7 +86,7 @@ class Lines:
 
 @dataclass(frozen=True)
 class Section:
-    """What the page says of a task."""
+    """The part of the page about one task."""
 
     task: str
     id: str
@@ -98,16 +98,18 @@ class Section:
 
 
 def unfinished_runs(results: Path) -> list[Unfinished]:
-    """The run folders below `results`/runs that have a configuration and no record yet."""
-    found = []
+    """Find the run folders below `results`/runs that have a configuration and no record."""
+    unfinished = []
     for config in sorted((results / "runs").glob("*/*/config.yaml")):
         folder = config.parent
         if not (folder / "record.json").exists():
             log = folder / "log.txt"
             seconds = (log if log.exists() else config).stat().st_mtime
             changed = datetime.fromtimestamp(seconds, UTC).isoformat(" ", timespec="minutes")
-            found.append(Unfinished(folder.relative_to(results), changed.replace("+00:00", " UTC")))
-    return found
+            unfinished.append(
+                Unfinished(folder.relative_to(results), changed.replace("+00:00", " UTC"))
+            )
+    return unfinished
 
 
 def report_html(
@@ -117,7 +119,7 @@ def report_html(
     unfinished: Iterable[Unfinished],
     made_at: str,
 ) -> str:
-    """The whole page; made_at: as `utc_now()` gives it."""
+    """Write the whole page; made_at is the time in the format of `utc_now()`."""
     script = (TEMPLATES / "report.js").read_text(encoding="utf-8")
     content = _Content(rows_by_task, paper, causality)
     return _template().render(
@@ -152,7 +154,7 @@ def _template() -> jinja2.Template:
 
 
 class _Content:
-    """What the template shows, and the ids by which it is linked."""
+    """The content of the template and the ids of its links."""
 
     def __init__(
         self,
@@ -195,40 +197,40 @@ class _Content:
 
     @property
     def corpora(self) -> dict[str, Record]:
-        """By id, any run that was made with the corpus."""
+        """One run per corpus, by the id of the corpus."""
         return {self.corpus_id(run): run for run in self.runs.values()}
 
     def row_id(self, row: Row) -> str:
-        """Of the row's runs in detail."""
+        """Give the id of the detailed list of the row's runs."""
         return self._row_ids[id(row)]
 
     def href(self, row: Row) -> str:
-        """The record of a row's only run, or the list of its runs."""
+        """Link to the record of a row's only run, or to the list of its runs."""
         only = len(row.runs) == 1
         return "#" + (self.ids[next(iter(row.runs))] if only else self.row_id(row))
 
     def norm_of(self, label: str) -> str:
-        """The norm of the runs with that label; a label without runs stands for itself."""
+        """Give the norm of the runs with that label; the label itself if there are none."""
         return self._norms.get(label, label)
 
     def corpus_id(self, run: Record) -> str:
-        """Of what the record says of its corpus."""
+        """Give the id of the description of the run's corpus."""
         return self._corpora[_canonical(run.corpus)]
 
     def number_href(self, number: Number, line: Line) -> str:
-        """Where a number comes from: a published one from its source, ours from its records."""
+        """Link a published number to its source and a number of ours to its records."""
         entry = number.published
         return line.href if entry is None else "#" + self._published_ids[_name(entry)]
 
     def headline(self, run: Record) -> str:
-        """The metric that the run is judged by."""
+        """Give name and value of the run's primary metric."""
         value = run.metrics.get("test", {}).get(metric := PRIMARY_METRIC[run.kind])
         if not isinstance(value, int | float):
             return ""
         return f"test {metric_name(metric)} {formatting.number(value, metric)}"
 
     def causality_of(self, task: str) -> dict[Path, CausalityRecord]:
-        """The causality records of a task's runs."""
+        """Give the causality records of a task's runs."""
         return {path: record for path, record in self._causality.items() if record.task == task}
 
     def _section(self, task: str) -> Section:
@@ -238,22 +240,23 @@ class _Content:
         if compared.rows:
             tables.append(self._of_differences(compared, rows))
         after = []
+        task_id = self._new_id("task", task)
         if rows:
             if own:
                 after.append(self._of_causality(causality_table(task, own), own))
             after.append(self._of_rows("Runs", runs_table(rows), rows))
         return Section(
             task=task,
-            id=self._new_id("task", task),
+            id=task_id,
             published=self.paper.task(task),
             rows=rows,
             tables=tables,
-            chart=chart(rows),
+            chart=chart(rows, f"chart-{task_id}"),
             after_chart=after,
         )
 
     def _of_rows(self, title: str, table: Table, rows: list[Row]) -> Lines:
-        """Lines whose last cell links the records that they speak of, or none."""
+        """Make lines from a table whose last cell links the records of the line, or none."""
         lines = []
         for line in table.rows:
             paths = [link.target for link in line[-1]]
@@ -267,19 +270,19 @@ class _Content:
         return Lines(title, table.header, lines, table.notes)
 
     def _of_differences(self, table: Table, rows: list[Row]) -> Lines:
-        """Lines with links to the records of both rows."""
+        """Make lines with links to the records of both rows."""
         lines = []
-        for line, found in zip(table.rows, differences(rows), strict=True):
-            both = [found.row, found.baseline]
+        for line, difference in zip(table.rows, differences(rows), strict=True):
+            both = [difference.row, difference.baseline]
             links = [
                 Link(f"{row_name(row, rows)}, seed {run.seed}", path)
                 for row in both
                 for path, run in row.runs.items()
-                if run.seed in found.sample.values
+                if run.seed in difference.sample.values
             ]
             statuses = frozenset(self.runs[link.target].status for link in links)
-            href = self.href(found.row)
-            lines.append(Line([*line, links], href, found.row.first.norm, statuses))
+            href = self.href(difference.row)
+            lines.append(Line([*line, links], href, difference.row.first.norm, statuses))
         header = [*table.header, "records"]
         return Lines("Differences on the same seeds", header, lines, table.notes)
 
@@ -318,7 +321,7 @@ class _Content:
         return Lines("Runs that diverged or failed", header, lines, [])
 
     def _norm_names(self, published: Iterable[str]) -> dict[str, str]:
-        """By the name to filter by, how it is shown: "power (PN)", with its shortest label."""
+        """Map each norm in the filter to the name shown: "power (PN)", with its shortest label."""
         labels: dict[str, set[str]] = {}
         for label in {*self._norms, *published}:
             labels.setdefault(self.norm_of(label), set()).add(label)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from normexp.report.aggregate import Row
-from normexp.report.benchmark_tables import TITLES, Benchmarks, authors_table, circumstances, tables
+from normexp.report.benchmark_tables import TITLES, Benchmarks, authors_table, environment, tables
 from normexp.report.causality_table import CAUSALITY_TITLE, causality_table
 from normexp.report.formatting import ABOUT_THE_NUMBERS, MARKS
 from normexp.report.paper import Paper
@@ -31,8 +31,8 @@ BENCHMARKS_HEAD = """# Benchmarks
 
 <!-- Made by `python scripts/report.py` from the records; do not edit. -->
 
-Competitors take turns in one process. A ratio is the median (lower–upper quartile) of the ratios
-taken round by round; times beside it are medians. Numbers are comparable within one record only.
+The candidates are timed in turns in one process. A ratio is the median (lower–upper quartile) of
+the ratios of all rounds; times beside it are medians. Only numbers of one record are comparable.
 """
 
 
@@ -45,7 +45,9 @@ def results_page(
     causality: Mapping[Path, CausalityRecord],
     benchmarks: Path | None,
 ) -> str:
-    """The whole page; links are relative to the folder of `page`, PROTOCOL.md is in `home`.
+    """Write the page of all results.
+
+    Links are relative to the folder of `page`; PROTOCOL.md is in `home`.
 
     figures: the validation curves of the tasks that have any; benchmarks: the page on speed.
     """
@@ -84,7 +86,9 @@ def results_page(
 def benchmarks_page(
     benchmarks: Benchmarks, page: Path, home: Path, figures: Mapping[str, Path]
 ) -> str:
-    """The page of the benchmarks; links are relative to its folder, records lie in `home`.
+    """Write the page of the benchmarks.
+
+    Links are relative to the folder of `page`; the records are in `home`.
 
     figures: those there are, by the name of the benchmark.
     """
@@ -96,7 +100,7 @@ def benchmarks_page(
             parts.append(f"{_escape(record['what'])}:\n")
         parts.append(f"```sh\n{record['command']}\n```\n")
         link = _link(Link("record", home / f"{name}.json"), folder)
-        parts.append(f"{_escape(circumstances(record))}; {link}\n")
+        parts.append(f"{_escape(environment(record))}; {link}\n")
         if name in figures:
             parts.append(f"![{TITLES[name]}]({_relative(figures[name], folder)})\n")
         for title, content in tables(name, record):
@@ -113,7 +117,7 @@ def benchmarks_page(
 
 
 def table(content: Table, folder: Path) -> str:
-    """A table with its notes as a list below it."""
+    """Write a table with its notes as a list below it; links are relative to `folder`."""
     lines = [content.header, ["---"] * len(content.header)]
     lines += [[_cell(cell, folder) for cell in row] for row in content.rows]
     text = "".join(f"| {' | '.join(line)} |\n" for line in lines)

@@ -21,7 +21,7 @@ SHOWN = (
 
 
 def results_table(task: str, rows: list[Row], paper: Paper) -> Table:
-    """Norms by metrics: ours, the published number, and the difference if the settings are equal.
+    """Tabulate norms by metrics: ours, the published number, and the difference if comparable.
 
     A norm with a published number and without runs has a row of its own.
     """
@@ -60,7 +60,7 @@ def results_table(task: str, rows: list[Row], paper: Paper) -> Table:
 
 
 def differences_table(task: str, rows: list[Row], paper: Paper) -> Table:
-    """Differences to the baseline, paired by seed, with the verdict of the rule in PROTOCOL.md."""
+    """Tabulate differences to the baseline, paired by seed, with the verdicts of PROTOCOL.md."""
     lines: list[list[Cell]] = []
     for difference in differences(rows):
         row, baseline, metric = difference.row, difference.baseline, difference.metric
@@ -86,7 +86,7 @@ def differences_table(task: str, rows: list[Row], paper: Paper) -> Table:
 
 
 def runs_table(rows: list[Row]) -> Table:
-    """One line per run: its status, its cost, its hardware and the version of the code."""
+    """Tabulate status, cost, hardware and code version of every run."""
     lines: list[list[Cell]] = []
     for row in rows:
         for path, run in sorted(row.runs.items(), key=lambda item: item[1].seed):
@@ -115,7 +115,7 @@ def runs_table(rows: list[Row]) -> Table:
 
 
 def published_table(paper: Paper) -> Table:
-    """Every published number with its source."""
+    """Tabulate every published number with its source."""
     lines: list[list[Cell]] = [
         [
             entry.task,

@@ -1,4 +1,4 @@
-"""The page of the benchmarks says what the records say; when it does not, that is told."""
+"""The page of the benchmarks shows the values of the records; a stale page is found."""
 
 import copy
 import json
@@ -204,7 +204,7 @@ def test_what_was_not_measured_is_absent(results: Path) -> None:
     )
 
 
-def test_a_stale_page_or_figure_is_told(results: Path) -> None:
+def test_a_stale_page_or_figure_is_found(results: Path) -> None:
     write_files(_files(results))
     check_files(_files(results))
     path = results / "benchmarks" / "norms.json"

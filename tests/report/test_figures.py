@@ -1,4 +1,4 @@
-"""Curves show what the records say, and are told to be stale when they do not."""
+"""Figures show the values of the records, and a stale figure is found."""
 
 import math
 import re
@@ -90,7 +90,7 @@ def test_the_digest_follows_what_is_shown(rows) -> None:
     assert len({first, other, dashed}) == 3 and None not in (first, other)
 
 
-def test_a_stale_figure_is_told_and_another_drawing_of_the_same_is_not(
+def test_a_stale_figure_is_found_and_another_drawing_of_the_same_is_accepted(
     make_record, tmp_path: Path
 ) -> None:
     page = tmp_path / "README.md"

@@ -1,6 +1,7 @@
 """The HTML page used as a reader uses it, in headless Chromium."""
 
 import json
+import re
 import shutil
 import time
 from collections.abc import Iterator
@@ -47,7 +48,7 @@ def browser(tmp_path_factory) -> Iterator:
 
 
 class Reader:
-    """Somebody in front of a page."""
+    """A browser with one page, and the actions of a reader."""
 
     def __init__(self, driver, path: Path) -> None:
         self.driver, self.path = driver, path
@@ -69,15 +70,19 @@ class Reader:
         return self.driver.find_elements("css selector", selector)
 
     def column(self, table: str, number: int) -> list[str]:
-        """The texts that can be seen."""
+        """Give the visible texts of a column."""
         cells = (
             f"return [...document.querySelector('{table}').querySelectorAll('tbody td, tbody th')]"
         )
         mine = f"(cell) => cell.cellIndex === {number - 1} && cell.checkVisibility()"
         return self.run(f"{cells}.filter({mine}).map((cell) => cell.innerText)")
 
+    def top_of(self, element) -> float:
+        """Give the distance from the top of the window in pixels."""
+        return self.run("return arguments[0].getBoundingClientRect().top", element)
+
     def settle(self, holds) -> None:
-        """Wait until what the page does a moment later is done."""
+        """Wait until the condition holds; fail after 20 seconds."""
         deadline = time.monotonic() + 20
         while not holds():
             assert time.monotonic() < deadline
@@ -110,7 +115,7 @@ def page_of(records: dict[Path, Record], causality: dict[Path, CausalityRecord])
 
 @pytest.fixture
 def reader(browser, committed, tmp_path) -> Iterator[Reader]:
-    """Of the page of the committed records, where the test writes no other."""
+    """Prepare the page of the committed records; a test can write another one."""
     path = tmp_path / "report.html"
     path.write_text(committed, encoding="utf-8")
     someone = Reader(browser, path)
@@ -126,6 +131,12 @@ def reader(browser, committed, tmp_path) -> Iterator[Reader]:
 
 def screen(width: int) -> dict:
     return {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": width < 500}
+
+
+def part_of(plot, update: int) -> float:
+    """Where an update lies in a drawing, from 0 at its left end to 1 at its right one."""
+    left, right = (float(plot.get_attribute(f"data-{end}")) for end in ("left", "right"))
+    return (update - left) / (right - left)
 
 
 FUTURE = "#task-ptb_future table"  # the first is that of the results
@@ -183,8 +194,8 @@ def test_rows_and_runs_are_filtered_and_counted(reader) -> None:
     assert reader.column("#task-ptb table", 1) == []
     assert reader.find("#filtered").text.startswith("1 of ")
     assert [run.text for run in reader.find_all("#runs h4") if run.is_displayed()] == labels[:1]
-    shown = [curve for curve in reader.find_all("#task-ptb_future g") if curve.is_displayed()]
-    (key,) = [curve.get_attribute("data-key") for curve in shown]
+    drawn = reader.find_all("#task-ptb_future g[data-key]")
+    (key,) = {part.get_attribute("data-key") for part in drawn if part.is_displayed()}
     head = reader.find(f"#task-ptb_future tr[data-key='{key}'] th")
     assert head.get_attribute("textContent") == labels[0]
     reader.find("#filter button").click()
@@ -232,12 +243,13 @@ def test_failures_are_found_by_their_status(reader, make_record) -> None:
 def test_a_curve_is_switched_off_and_on(reader) -> None:
     reader.open()
     chart = "#task-ptb_future .chart"
-    line, key = reader.find(f"{chart} g[data-key=C]"), reader.find(f"{chart} .key[data-key=C]")
+    line = reader.find(f"{chart} g[data-key=C] path")
+    key = reader.find(f"{chart} g[data-key=C] text")
     box = reader.find(f"{chart} tr[data-key=C] input")
     assert line.is_displayed() and key.is_displayed()
     box.click()
     assert not line.is_displayed() and not key.is_displayed()
-    assert reader.find(f"{chart} g[data-key=B]").is_displayed()
+    assert reader.find(f"{chart} g[data-key=B] path").is_displayed()
     box.send_keys(" ")
     assert line.is_displayed() and key.is_displayed()
 
@@ -263,13 +275,18 @@ def test_the_cursor_reads_values_off_the_curves(reader) -> None:
         value = reader.find(f"{chart} tr[data-key=A] .at-cursor").text
         return reader.find(f"{chart} .cursor-head").text, value
 
-    right = float(plot.get_attribute("data-right"))
-    x = (800 / right - 0.5) * plot.size["width"]  # 780 is the nearest update
+    x = (part_of(plot, 800) - 0.5) * plot.size["width"]  # 780 is the nearest update
     ActionChains(reader.driver).move_to_element_with_offset(plot, x, 0).perform()
     assert shown() == ("at 780", expected(780))
     cursor = reader.find(f"{chart} .cursor")
     left = cursor.rect["x"] - plot.rect["x"]
-    assert left == pytest.approx(780 / right * plot.size["width"], abs=2)
+    assert left == pytest.approx(part_of(plot, 780) * plot.size["width"], abs=2)
+    # the drawing has the point of that update there
+    [line] = reader.find_all(f"{chart} g[data-key=A] path[style*='fill: none']")
+    points = re.findall(r"[ML] ([\d.]+) ([\d.]+)", line.get_attribute("d"))
+    view = float(reader.find(f"{chart} svg").get_dom_attribute("viewBox").split()[2])
+    drawn = float(points[sorted(curves[0]).index(780)][0]) / view * plot.size["width"]
+    assert left == pytest.approx(drawn, abs=2)
     plot.send_keys("\ue014")  # the right arrow
     assert shown() == ("at 1,040", expected(1040))
     for _ in range(9):
@@ -282,7 +299,7 @@ def test_the_cursor_prefers_updates_that_most_curves_have(reader) -> None:
     reader.open()
     plot = reader.find("#task-ptb_future .plot")
     reader.run("arguments[0].scrollIntoView({block: 'center'})", plot)
-    x = (1801 / float(plot.get_attribute("data-right")) - 0.5) * plot.size["width"]
+    x = (part_of(plot, 1801) - 0.5) * plot.size["width"]
     ActionChains(reader.driver).move_to_element_with_offset(plot, x, 0).perform()
     assert reader.find("#task-ptb_future .cursor-head").text == "at 1,816"
 
@@ -294,7 +311,7 @@ def test_a_link_opens_the_run_it_leads_to(reader) -> None:
             reader.open(f"#{RUN}")
             run = reader.find(f"[id='{RUN}']")
             reader.settle(run.is_displayed)
-            assert 0 <= reader.run("return arguments[0].getBoundingClientRect().top", run) < 800
+            reader.settle(lambda run=run: 0 <= reader.top_of(run) < 800)
             assert "attention=published" in run.text
             assert len(reader.find_all("details[open]")) == 1
         finally:
@@ -318,7 +335,8 @@ def test_without_scripts_it_is_a_page_to_read(reader) -> None:
         assert not reader.find("#filter").is_displayed()
         assert not any(box.is_displayed() for box in reader.find_all("input, select, button"))
         assert reader.column(FUTURE, 2)[1] == "197.86 (n = 1)"
-        assert len([line for line in reader.find_all("polyline") if line.is_displayed()]) >= 10
+        lines = reader.find_all("g[data-key] path[style*='fill: none']")
+        assert len([line for line in lines if line.is_displayed()]) >= 10
         assert reader.column("#task-ptb_future .legend", 7)[0] == "4.8056"
         summary = reader.find("#runs summary")
         summary.click()
@@ -344,17 +362,24 @@ def test_on_a_phone_only_tables_scroll_sideways(reader) -> None:
 
 
 def test_dark_where_the_reader_wants_it(reader) -> None:
-    seen = {}
+    seen, drawn = {}, {}
     for scheme in ("light", "dark"):
         feature = {"name": "prefers-color-scheme", "value": scheme}
         reader.devtools("Emulation.setEmulatedMedia", features=[feature])
         reader.open()
         style = "const s = getComputedStyle(document.body); return [s.backgroundColor, s.color]"
         seen[scheme] = reader.run(style)
+        [line] = reader.find_all("#task-precision_toy g[data-key=A] path[style*='fill: none']")
+        [label, *_] = reader.find_all("#task-precision_toy .plot g:not([data-key]) > text")
+        drawn[scheme] = line.value_of_css_property("stroke"), label.value_of_css_property("fill")
     reader.devtools("Emulation.setEmulatedMedia", features=[])
     assert seen == {
         "light": ["rgb(255, 255, 255)", "rgb(27, 31, 36)"],
         "dark": ["rgb(20, 24, 29)", "rgb(230, 233, 236)"],
+    }
+    assert drawn == {
+        "light": ("rgb(11, 99, 176)", "rgb(87, 96, 106)"),
+        "dark": ("rgb(108, 182, 255)", "rgb(164, 173, 182)"),
     }
 
 

@@ -14,7 +14,6 @@ import lxml.html
 import pytest
 
 from normexp.report.aggregate import rows_by_task
-from normexp.report.charts import KEY_HEIGHT, chart, ticks
 from normexp.report.html import TEMPLATES, report_html, unfinished_runs
 from normexp.report.paper import Paper, load_paper
 from normexp.runs.causality_record import CausalityRecord, load_causality_records
@@ -262,68 +261,120 @@ def test_contrast_suffices_in_both_schemes() -> None:
             assert contrast(colours[curve], colours["background"]) >= 4.5
 
 
+def drawn(figure) -> dict[str, dict[str, list]]:
+    """By key: points of the line, of the band and of the letter in the coordinates of the SVG."""
+    parts_of = {}
+    for group in figure.xpath(".//svg//g[@data-key]"):
+        parts = parts_of.setdefault(group.get("data-key"), {})
+        for path in group.xpath("./path"):
+            points = re.findall(r"[ML] (-?[\d.]+) (-?[\d.]+)", path.get("d"))
+            kind = "line" if "fill: none" in path.get("style") else "band"
+            parts[kind] = [(float(x), float(y)) for x, y in points]
+        for text in group.xpath("./text"):
+            assert words(text) == group.get("data-key")
+            parts["letter"] = [(float(text.get("x")), float(text.get("y")))]
+    return dict(sorted(parts_of.items()))
+
+
+def to_scale(points: list[tuple[float, float]], by) -> list[tuple[float, float]]:
+    """Updates and losses of points, given two points of a line and what they stand for."""
+    ((x1, y1), (u1, l1)), ((x2, y2), (u2, l2)) = by
+    return [
+        (u1 + (x - x1) * (u2 - u1) / (x2 - x1), l1 + (y - y1) * (l2 - l1) / (y2 - y1))
+        for x, y in points
+    ]
+
+
 def test_curves_are_means_with_bands(make_record) -> None:
     page = page_of(
         make_record(seed=1, curve=[(100, 4.0), (200, 3.0), (300, 2.5)]),
         make_record(seed=2, curve=[(100, 5.0), (200, 2.0)]),
-        make_record(seed=3, curve=[(100, 9.0), (200, 80.0)], status="diverged", reason="NaN"),
+        make_record(seed=3, curve=[(100, 4.75), (200, 80.0)], status="diverged", reason="NaN"),
         make_record(label="LN", curve=[(100, 4.5), (200, 4.25)]),
     )
-    ln, pn, diverged = page.xpath("//figure//svg/g")
-    assert ln.xpath("./polyline/@points") == ["100,4.5000 200,4.2500"] and not ln.xpath("./polygon")
-    assert pn.xpath("./polyline/@points") == ["100,4.5000 200,2.5000"]
-    [band] = pn.xpath("./polygon/@points")
-    assert band == "100,4.0000 200,2.0000 200,3.0000 100,5.0000"
-    assert diverged.xpath("./polyline/@points") == ["100,9.0000 200,80.0000"]
+    [figure] = page.xpath("//figure")
+    shown = drawn(figure)
+    assert list(shown) == ["A", "B", "C"]
+    ln, pn, diverged = shown.values()
+    assert "band" not in ln and "band" not in diverged
+    by = list(zip(ln["line"], [(100, 4.5), (200, 4.25)], strict=True))
+    near = {"rel": 1e-3}
+    assert to_scale(pn["line"], by) == [
+        pytest.approx(point, **near) for point in [(100, 4.5), (200, 2.5)]
+    ]
+    corners = {(round(u), round(loss, 2)) for u, loss in to_scale(pn["band"], by)}
+    assert corners == {(100, 4.0), (200, 2.0), (200, 3.0), (100, 5.0)}
+    assert to_scale(diverged["line"], by)[0] == pytest.approx((100, 4.75), **near)
+    points = figure.xpath(".//tbody/tr/@data-points")
+    assert points == [
+        "100,4.5000,4.5000,4.5000 200,4.2500,4.2500,4.2500",
+        "100,4.5000,4.0000,5.0000 200,2.5000,2.0000,3.0000",
+        "100,4.7500,4.7500,4.7500 200,80.0000,80.0000,80.0000",
+    ]
     lines = body(table(page, "Curves"))
     assert [line[1] for line in lines] == ["LN", "PN", "PN, seed 3 (diverged)"]
     assert lines[1][3:] == ["2", "2.5000", "200", "2.5000", "200"]
-    [view] = page.xpath("//figure//div/svg/@viewbox | //figure//div/svg/@viewBox")
-    _, top, width, height = map(float, view.split())
-    assert 200 <= width < 220
     # what did not complete does not stretch the axis of those that did: 2 to 5
-    assert 5 < -top < 5.5 and 3 < height < 3.6
+    [box] = figure.xpath(".//clippath/rect | .//clipPath/rect")
+    x, y, width, height = (float(box.get(name)) for name in ("x", "y", "width", "height"))
+    (left, top), (right, bottom) = to_scale([(x, y), (x + width, y + height)], by)
+    assert left == pytest.approx(0, abs=0.5) and 200 <= right < 220
+    assert 5 < top < 5.5 and 1.5 < bottom < 2
+    [plot] = figure.xpath("./div[@data-left]")
+    [view] = figure.xpath(".//svg/@viewbox | .//svg/@viewBox")
+    (left, _), (right, _) = to_scale([(0, 0), (float(view.split()[2]), 0)], by)
+    assert float(plot.get("data-left")) == pytest.approx(left, abs=0.5)
+    assert float(plot.get("data-right")) == pytest.approx(right, abs=0.5)
 
 
 def test_curves_are_told_apart_without_colour(committed) -> None:
-    for figure in committed.xpath("//figure"):
-        drawn = figure.xpath(".//svg/g")
-        keys = [line.get("data-key") for line in drawn]
+    figures = committed.xpath("//figure")
+    assert len(figures) >= 3
+    for figure in figures:
+        keys = list(drawn(figure))
         assert len(set(keys)) == len(keys)
-        assert keys == [words(key) for key in figure.xpath(".//span[starts-with(@class, 'key')]")]
         assert keys == [words(key) for key in figure.xpath(".//tbody//b")]
-        assert len({line.get("class") for line in drawn}) == min(len(drawn), 30)
-        if len(drawn) <= 5:
-            assert len({line.get("class").split()[1] for line in drawn}) == len(drawn)
+        assert keys == figure.xpath(".//tbody/tr/@data-key")
+        lines = figure.xpath(".//g[@data-key]/path[contains(@style, 'fill: none')]/@style")
+        assert len(lines) == len(keys)
+        assert len(set(lines)) == min(len(lines), 30)
+        dashes = {re.sub("stroke: [^;]*", "", style) for style in lines}
+        assert len(dashes) == min(len(lines), 5)
+
+
+def test_curves_take_their_colours_from_the_page(committed) -> None:
+    """So that they follow the dark scheme."""
+    styles = committed.xpath("//figure//svg//@style")
+    assert len(styles) > 100
+    colours = {c for style in styles for c in re.findall(r"(?:fill|stroke): ([^;]+)", style)}
+    allowed = {f"var(--{name})" for name in ("muted", "grid", *(f"c{n}" for n in range(6)))}
+    assert colours <= allowed | {"none"}
 
 
 @pytest.mark.parametrize("ends", [[2.0] * 6, [2.0, 2.01, 2.02, 3.0, 3.001], [1.0, 9.0, 5.0]])
-def test_keys_do_not_overlap_and_keep_the_order_of_their_curves(make_record, ends) -> None:
-    rows = rows_by_task(
-        {
-            Path(f"{n}"): make_record(label=f"X{n}", curve=[(1, 10.0), (9, end)])
-            for n, end in enumerate(ends)
-        }
+def test_letters_stand_on_their_curves_and_do_not_overlap(make_record, ends) -> None:
+    page = page_of(
+        *(make_record(label=f"X{n}", curve=[(1, 10.0), (9, end)]) for n, end in enumerate(ends))
     )
-    drawn = chart(rows["iwslt14"])
-    heights = {curve.mean[-1][1]: drawn.above(curve.key_at[1]) for curve in drawn.curves}
-    tops = sorted(drawn.above(curve.key_at[1]) for curve in drawn.curves)
-    gaps = [below - above for above, below in itertools.pairwise(tops)]
-    assert min(gaps) >= KEY_HEIGHT - 1e-9 and tops[0] >= 0 and tops[-1] <= 100
-    assert [heights[end] for end in sorted(heights)] == sorted(heights.values(), reverse=True)
+    shown = drawn(page.xpath("//figure")[0])
+    assert len(shown) == len(ends)
+    letters = []
+    for parts in shown.values():
+        ((x1, y1), (x2, y2)), [(x, y)] = parts["line"], parts["letter"]
+        assert x1 < x < x2
+        assert y == pytest.approx(y1 + (y2 - y1) * (x - x1) / (x2 - x1), abs=6)
+        letters.append(x)
+    assert min(b - a for a, b in itertools.pairwise(sorted(letters))) > 14
 
 
-@pytest.mark.parametrize(
-    ("low", "high", "expected"),
-    [
-        (0, 1816, [0, 500, 1000, 1500]),
-        (0, 60000, [0, 20000, 40000, 60000]),
-        (4.47, 6.3, [4.5, 5, 5.5, 6]),
-        (0.2, 0.25, [0.2, 0.21, 0.22, 0.23, 0.24, 0.25]),
-    ],
-)
-def test_ticks_are_round(low, high, expected) -> None:
-    assert ticks(low, high) == pytest.approx(expected)
+def test_the_letter_of_a_curve_that_leaves_the_chart_stays_in_it(make_record) -> None:
+    page = page_of(
+        make_record(label="LN", curve=[(1, 3.0), (9, 2.0)]),
+        make_record(label="PN", curve=[(1, 3.0), (9, 900.0)], status="diverged", reason="NaN"),
+    )
+    [(_, y)] = drawn(page.xpath("//figure")[0])["B"]["letter"]
+    [box] = page.xpath("//clippath/rect | //clipPath/rect")
+    assert y >= float(box.get("y")) - 1
 
 
 def test_without_curves_there_is_no_chart(make_record) -> None:
@@ -332,7 +383,7 @@ def test_without_curves_there_is_no_chart(make_record) -> None:
         assert not page.xpath("//figure") and "No validation curves" in words(page)
 
 
-def test_failures_and_runs_under_way_are_told(make_record, tmp_path: Path) -> None:
+def test_failures_and_runs_under_way_are_listed(make_record, tmp_path: Path) -> None:
     diverged = {"status": "diverged", "reason": "loss is\nNaN", "diverged_at_update": 1234}
     folders = [tmp_path / "runs" / "ptb" / name for name in ("PN-seed1", "PN-seed2", "PN-seed3")]
     for folder in folders:
@@ -357,7 +408,7 @@ def test_failures_and_runs_under_way_are_told(make_record, tmp_path: Path) -> No
     assert "3 records (1 complete, 1 diverged, 1 failed)" in words(page)
 
 
-def test_a_run_is_told_in_full(make_record) -> None:
+def test_every_field_of_a_run_is_shown(make_record) -> None:
     metrics = {"test": {"bleu_tokenised": 35.512345678901234, "sacrebleu": None}}
     page = page_of(make_record(metrics=metrics, code_dirty=True, budget="half an hour"))
     [run] = page.xpath("//*[@id='iwslt14-PN-seed1']")
@@ -412,7 +463,7 @@ def test_empty_one_and_many(make_record, published_paper) -> None:
     assert len(page.xpath("//div[@class='run']")) == 500
     [runs] = page.xpath("//section[@id='task-iwslt14']//table")[-1:]
     assert len(runs.xpath("./tbody/tr")) == 500
-    assert len(page.xpath("//figure//svg/g")) == 100
+    assert len({*page.xpath("//figure//svg//g/@data-key")}) == 100
 
 
 def test_the_committed_records_make_a_page_of_less_than_a_megabyte(committed) -> None:

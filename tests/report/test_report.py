@@ -204,7 +204,7 @@ def test_runs_of_different_configuration_or_corpus_are_not_averaged(runs, paper)
     assert "LN" in [row[0] for row in table.rows]  # the only one of its label: no hash
 
 
-def test_diverged_and_failed_runs_are_told_and_not_averaged(make_record, runs, paper):
+def test_diverged_and_failed_runs_are_reported_and_not_averaged(make_record, runs, paper):
     rows = grouped(
         *runs("PN", {1: 35.0}),
         make_record(
@@ -229,14 +229,14 @@ def test_diverged_and_failed_runs_are_told_and_not_averaged(make_record, runs, p
     assert statuses[1:3] == ["complete", "diverged at update 1,234: loss is NaN"]
 
 
-def test_a_value_that_is_not_finite_is_told(runs, paper):
+def test_a_value_that_is_not_finite_is_reported(runs, paper):
     rows = grouped(*runs("PN", {1: 30.0, 2: None}, **lm()))["ptb"]
     table = results_table("ptb", rows, paper)
     assert line(table, "PN §")["test PPL per word"] == "30.00 (n = 1)"
     assert "PN, seed 2: test PPL per word is not a finite number; not in the mean." in notes(table)
 
 
-def test_signatures_are_shown_and_told_apart(make_record, paper):
+def test_different_signatures_are_shown_separately(make_record, paper):
     def signed(label, signature):
         metrics = {"test": {"sacrebleu": 30.0, "sacrebleu_signature": signature}}
         return make_record(label=label, metrics=metrics)
@@ -357,7 +357,7 @@ def test_the_same_records_give_the_same_bytes_anywhere(results, paper, tmp_path)
     ]
 
 
-def test_a_report_that_does_not_match_its_records_is_told(results, paper):
+def test_a_report_that_does_not_match_its_records_is_refused(results, paper):
     page = results / "README.md"
     with pytest.raises(UserError, match=r"out of date: .*README\.md"):
         check_files(files_of(results, paper, page))
@@ -463,7 +463,7 @@ def test_the_script_writes_checks_and_prints(results, tmp_path):
     assert stale.returncode == 1 and "out of date" in stale.stderr
 
 
-def test_the_script_tells_a_fault_in_one_line(results, tmp_path):
+def test_the_script_reports_an_error_in_one_line(results, tmp_path):
     missing = report("--results", tmp_path / "nowhere")
     (results / "records" / "ptb" / "PN-seed1.json").write_text("{", encoding="utf-8")
     corrupt = report("--results", results)

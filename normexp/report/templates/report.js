@@ -76,21 +76,22 @@ function filter() {
 form.addEventListener("reset", () => setTimeout(filter)); // after the fields are empty
 form.addEventListener("submit", (event) => event.preventDefault());
 
-// Charts: curves follow their rows; the cursor reads the values at one update.
+// Charts: hidden rows hide their curves; the cursor shows the values at one update.
 const charts = all(".chart").map((chart) => {
   const plot = chart.querySelector(".plot");
   const cursor = chart.querySelector(".cursor");
   const head = chart.querySelector(".cursor-head");
-  const right = Number(plot.dataset.right);
+  const left = Number(plot.dataset.left); // update at the left end of the drawing
+  const width = Number(plot.dataset.right) - left;
   const curves = all("tbody tr", chart).map((row) => {
-    const drawn = all(`[data-key="${row.dataset.key}"]`, plot);
-    const point = ([update, loss]) => [Number(update), loss];
-    const points = (shape) =>
-      shape ? shape.getAttribute("points").split(" ").map((pair) => point(pair.split(","))) : [];
-    const band = points(drawn[0].querySelector("polygon"));
-    const low = new Map(band.slice(0, band.length / 2));
-    const high = new Map(band.slice(band.length / 2));
-    return { row, drawn, low, high, mean: new Map(points(drawn[0].querySelector("polyline"))) };
+    const points = row.dataset.points.split(" ").map((point) => point.split(","));
+    const values = new Map(
+      points.map(([update, mean, low, high]) => [
+        Number(update),
+        low === high ? mean : `${mean} (${low} to ${high})`,
+      ]),
+    );
+    return { row, values, drawn: all(`[data-key="${row.dataset.key}"]`, plot) };
   });
   const isShown = ({ row }) => !row.hidden && row.querySelector("input").checked;
   let at = null;
@@ -99,28 +100,26 @@ const charts = all(".chart").map((chart) => {
     curves.forEach((curve) => curve.drawn.forEach((part) => part.toggleAttribute("hidden", !isShown(curve))));
     cursor.hidden = at === null;
     if (at === null) return;
-    cursor.style.left = `${(100 * at) / right}%`;
+    cursor.style.left = `${(100 * (at - left)) / width}%`;
     head.textContent = `at ${at.toLocaleString("en")}`;
-    for (const { row, mean, low, high } of curves) {
-      const band = low.has(at) ? ` (${low.get(at)} to ${high.get(at)})` : "";
-      row.querySelector(".at-cursor").textContent = mean.has(at) ? mean.get(at) + band : "–";
-    }
+    for (const { row, values } of curves)
+      row.querySelector(".at-cursor").textContent = values.get(at) ?? "–";
   }
 
-  // The updates at which curves in sight have values, in order, and how many of them.
+  // [update, number of visible curves with a value there], in order.
   function updates() {
     const number = new Map();
-    for (const { mean } of curves.filter(isShown))
-      for (const update of mean.keys()) number.set(update, (number.get(update) ?? 0) + 1);
+    for (const { values } of curves.filter(isShown))
+      for (const update of values.keys()) number.set(update, (number.get(update) ?? 0) + 1);
     return [...number].sort((a, b) => a[0] - b[0]);
   }
 
-  // The nearest update, or one almost as near at which more curves have a value.
+  // Take the nearest update, or one almost as near at which more curves have a value.
   function read(event) {
     const box = plot.getBoundingClientRect();
-    const wanted = (right * (event.clientX - box.left)) / box.width;
-    const near = updates().sort((a, b) => Math.abs(a[0] - wanted) - Math.abs(b[0] - wanted));
-    const close = near.filter(([update]) => Math.abs(update - wanted) < 0.015 * right);
+    const pointed = left + (width * (event.clientX - box.left)) / box.width;
+    const near = updates().sort((a, b) => Math.abs(a[0] - pointed) - Math.abs(b[0] - pointed));
+    const close = near.filter(([update]) => Math.abs(update - pointed) < 0.015 * width);
     const most = Math.max(...close.map(([, number]) => number));
     at = (close.find(([, number]) => number === most) ?? near[0] ?? [null])[0];
     draw();
@@ -142,7 +141,7 @@ const charts = all(".chart").map((chart) => {
   return draw;
 });
 
-// A link to a run opens it, though it be filtered out or the browser leave it closed.
+// A link to a run opens it, also if it is filtered out or the browser leaves it closed.
 function open() {
   const target = document.getElementById(decodeURIComponent(location.hash.slice(1)));
   if (!target) return;
@@ -159,8 +158,8 @@ function open() {
 window.addEventListener("hashchange", open);
 open();
 
-// Of the tables in sight only those that scroll need the keyboard's attention. (To measure one in a
-// closed run would lay it out.)
+// Of the visible tables only those that scroll can be reached by Tab. Those in closed runs are not
+// measured, because that would lay them out.
 function fit() {
   const boxes = all("section > .scroll, .chart > .scroll");
   const scrolls = boxes.map((box) => box.scrollWidth > box.clientWidth);
