@@ -27,12 +27,12 @@ _SHORT_BATCH = 10  # rounds of a batch of single tokens, to one of the others
 
 
 def measure(rounds: int, record: Path, progress: bool) -> dict[str, Any]:
-    """An encoder with LN, with PN and with PN folded, and beam search with an untrained model.
+    """Time an encoder with LN, with PN and with PN folded, and beam search, of untrained models.
 
     Encoder: 6 pre-norm layers of 512 channels, embedding included, in float32 and bfloat16. Folding
     is done in float32, before the conversion. Beam search: fairseq's Transformer on the toy corpus,
     by normexp.evaluation.scores.translate and by what fairseq-generate does, with the same batches.
-    Writes to `record`, and returns, milliseconds or sentences per second by the median, quartiles
+    Writes to `record`, and returns, medians of milliseconds or of sentences per second, quartiles
     of the ratio to LN or to fairseq, and how many hypotheses differ between the two searches.
     """
     with tempfile.TemporaryDirectory() as folder:

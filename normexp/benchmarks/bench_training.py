@@ -70,13 +70,13 @@ CONFIGURATIONS = {
 
 
 def measure(rounds: int, record: Path, progress: bool) -> dict[str, Any]:
-    """Time the updates of every configuration in turn, on the CPU; write to `record`.
+    """Time the updates of every configuration, interleaved, on the CPU; write to `record`.
 
     An update is fairseq's Trainer.train_step on one generated batch of 100 sentence pairs with 20
     to 40 tokens a side, padded to 40. `loss` is the training loss in nats per token of the update
     after WARM_UPDATES others, with dropout: of equal configurations it differs by the masks.
-    Returns what it writes: medians, quartiles of the speed-up taken round by round, and tables of
-    what the operators of one update take (`ms` without the operators they call).
+    Returns what it writes: medians, quartiles of the speed-up computed round by round, and tables
+    of what the operators of one update take (`ms` without the operators they call).
     """
     chosen = chosen_kernels()
     try:

@@ -2,7 +2,7 @@
 
 ``data/<name>/`` holds archives/ (downloads), raw/ (plain text), text/ (tokenized, BPE, references),
 data-bin/ (for fairseq) and, written last, manifest.json. Each folder is complete or absent, so
-a preparation that was killed goes on behind its last finished stage.
+a killed preparation resumes after its last finished stage.
 """
 
 import contextlib
@@ -34,13 +34,13 @@ from normexp.files import write_json
 
 log = logging.getLogger(__name__)
 
-# Raise it when a change to this package changes prepared bytes: old preparations are then redone.
+# Increase it when a change to this package changes prepared bytes: then they are prepared anew.
 VERSION = 1
 TOOLS = ("sacremoses", "subword-nmt", "fairseq-fixed", "regex")
 
 
 def available_corpora(catalogue: Path = CATALOGUE) -> list[str]:
-    """Names that `prepare` takes."""
+    """Names of the corpora that `prepare` accepts."""
     return list(load_catalogue(catalogue))
 
 
@@ -81,7 +81,7 @@ def prepare(
 
 @contextlib.contextmanager
 def _explained(directory: Path):
-    """Failures of the machine rather than of the program, in words."""
+    """Raise a UserError for failures of the machine: a full or read-only disk, a killed process."""
     try:
         yield
     except OSError as error:
@@ -93,7 +93,7 @@ def _explained(directory: Path):
     except BrokenProcessPool as error:
         raise UserError(
             f"a process that prepared {directory} was killed, probably for want of memory; "
-            "the same command goes on behind the last finished stage"
+            "the same command resumes after the last finished stage"
         ) from error
 
 

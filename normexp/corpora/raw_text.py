@@ -30,8 +30,8 @@ def lines(stream: Iterable[str]) -> Iterator[str]:
 def ted_tags(stream: Iterable[str]) -> Iterator[str]:
     """The training text of IWSLT's TED talks, as in fairseq's prepare-iwslt14.sh.
 
-    Lines of links, numbers and keywords go; of titles and descriptions only the tags go, the text
-    stays as a training pair.
+    Lines with links, talk numbers and keywords are dropped. Of titles and descriptions only the
+    tags are dropped; the text is a training pair.
     """
     for line in lines(stream):
         if not any(tag in line for tag in ("<url>", "<talkid>", "<keywords>")):
