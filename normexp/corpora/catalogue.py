@@ -1,4 +1,4 @@
-"""The catalogue of corpora: where each comes from, how it is prepared, what must result.
+"""The catalogue of corpora: the sources, the recipe and the expected results of each.
 
 `data/catalogue.yaml` is the single description of every corpus; its keys are the fields of the
 models below, so a misspelt or missing key is an error that names it.
@@ -81,7 +81,7 @@ class Clean(_Model):
 
 
 class Expected(_Model):
-    """What must result; compared leaf by leaf with the manifest."""
+    """Expected results, compared leaf by leaf with the manifest."""
 
     enforced: bool = False  # a difference is an error rather than a warning
     splits: dict[SplitName, dict[str, Any]] = {}
