@@ -104,16 +104,16 @@ def _search_rows(cfg: DictConfig, task: Any, rounds: int, progress: bool) -> lis
     task.load_dataset("test")
     stock = copy.deepcopy(model)
     stock.make_generation_fast_(need_attn=False)
-    found: dict[str, list[Tensor]] = {}
+    hypotheses: dict[str, list[Tensor]] = {}
 
     def by_fairseq() -> None:
-        found["fairseq"] = _as_fairseq_generate(task, stock, device)
+        hypotheses["fairseq"] = _as_fairseq_generate(task, stock, device)
 
     def by_us() -> None:
-        found["ours"] = translate(loaded, "test", BEAM, 1.0, MAX_TOKENS, progress=False)
+        hypotheses["ours"] = translate(loaded, "test", BEAM, 1.0, MAX_TOKENS, progress=False)
 
     timings = interleave({"fairseq": by_fairseq, "ours": by_us}, rounds, progress)
-    pairs = list(zip(found["fairseq"], found["ours"], strict=True))
+    pairs = list(zip(hypotheses["fairseq"], hypotheses["ours"], strict=True))
     return [
         {
             "search": name,
