@@ -141,13 +141,13 @@ def _as_fairseq_generate(task: Any, model: nn.Module, device: torch.device) -> l
         max_tokens=MAX_TOKENS,
         max_positions=utils.resolve_max_positions(task.max_positions(), model.max_positions()),
     ).next_epoch_itr(shuffle=False)
-    found: dict[int, Tensor] = {}
+    best: dict[int, Tensor] = {}
     for sample in iterator:
         moved = utils.move_to_cuda(sample) if device.type == "cuda" else sample
         hypotheses = task.inference_step(generator, [model], moved)
         for sentence, beams in zip(sample["id"].tolist(), hypotheses, strict=True):
-            found[sentence] = beams[0]["tokens"].int().cpu()
-    return [found[sentence] for sentence in sorted(found)]
+            best[sentence] = beams[0]["tokens"].int().cpu()
+    return [best[sentence] for sentence in sorted(best)]
 
 
 def _rounded(values: list[float]) -> list[float]:

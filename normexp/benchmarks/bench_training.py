@@ -131,12 +131,12 @@ def _update(configuration: _Configuration) -> Callable[[], float]:
 
 
 def _logging_outputs(trainer: Trainer, sample: dict[str, Any]) -> list[dict[str, Any]]:
-    found = []
+    outputs = []
     original = trainer.task.train_step
 
     def seen(*args: Any, **kwargs: Any) -> Any:
         output = original(*args, **kwargs)
-        found.append(output[2])
+        outputs.append(output[2])
         return output
 
     trainer.task.train_step = seen
@@ -144,7 +144,7 @@ def _logging_outputs(trainer: Trainer, sample: dict[str, Any]) -> list[dict[str,
         trainer.train_step([sample])
     finally:
         trainer.task.train_step = original
-    return found
+    return outputs
 
 
 def _trainer(configuration: _Configuration) -> Trainer:

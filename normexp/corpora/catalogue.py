@@ -91,13 +91,13 @@ class Expected(_Model):
 
     @field_validator("members", "hashes")
     @classmethod
-    def _hashes(cls, found: dict) -> dict:
-        for name, value in found.items():
+    def _hashes(cls, hashes: dict) -> dict:
+        for name, value in hashes.items():
             if isinstance(value, dict):
                 cls._hashes(value)
             elif not re.fullmatch(HASH, value):
                 raise ValueError(f"{name}: {value!r} is not ALGORITHM:DIGEST")
-        return found
+        return hashes
 
 
 class KnownDeviation(_Model):

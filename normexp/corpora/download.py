@@ -40,8 +40,8 @@ def fetch(
     failures = []
     with locked(folder / ".lock"):  # corpora can share the folder
         for archive in archives:
-            if local is not None and (found := _local_copy(corpus, archive, folder, local)):
-                return found
+            if local is not None and (copy := _local_copy(corpus, archive, folder, local)):
+                return copy
         for archive in archives:
             path = folder / archive.file
             if path.exists() and _defect(path, archive) is None:
@@ -169,8 +169,8 @@ def _defect(path: Path, archive: Archive) -> str | None:
     if archive.size is not None and size != archive.size:
         return f"{size} bytes instead of {archive.size}"
     algorithm, _, digest = archive.hash.partition(":")
-    found = file_hash(path, algorithm)
-    if found != digest:
+    actual = file_hash(path, algorithm)
+    if actual != digest:
         origin = "" if archive.verified else f" (published by {archive.hash_source})"
-        return f"{algorithm} {found} instead of {digest}{origin}"
+        return f"{algorithm} {actual} instead of {digest}{origin}"
     return None

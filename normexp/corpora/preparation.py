@@ -14,6 +14,7 @@ import platform
 import shutil
 import sys
 import unicodedata
+from collections.abc import Iterator
 from concurrent.futures.process import BrokenProcessPool
 from importlib.metadata import version
 from pathlib import Path
@@ -21,10 +22,10 @@ from types import ModuleType
 
 from normexp.corpora.atomic_stage import build_stage, files_intact, locked, read_json
 from normexp.corpora.binarization import build_binary
-from normexp.corpora.catalogue import CATALOGUE, SPLITS, Corpus, load_catalogue
+from normexp.corpora.catalogue import CATALOGUE, SPLITS, Corpus, Part, load_catalogue
 from normexp.corpora.download import fetch
 from normexp.corpora.expected_counts import compare
-from normexp.corpora.parallel_text import write_rows, zip_texts
+from normexp.corpora.parallel_text import Row, write_rows, zip_texts
 from normexp.corpora.prepared import PreparedCorpus
 from normexp.corpora.process_pool import available_cores
 from normexp.corpora.raw_text import FORMATS, member_hash, open_member
@@ -80,7 +81,7 @@ def prepare(
 
 
 @contextlib.contextmanager
-def _explained(directory: Path):
+def _explained(directory: Path) -> Iterator[None]:
     """Raise a UserError for failures of the machine: a full or read-only disk, a killed process."""
     try:
         yield
@@ -225,7 +226,7 @@ def build_raw(
     return sizes | {"members": members}
 
 
-def _rows(corpus: Corpus, parts: list, paths: dict[str, Path]):
+def _rows(corpus: Corpus, parts: list[Part], paths: dict[str, Path]) -> Iterator[Row]:
     for part in parts:
         with contextlib.ExitStack() as stack:
             columns = [

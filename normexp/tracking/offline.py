@@ -74,7 +74,7 @@ class OfflineRun:
 
 def find_offline_runs(paths: Iterable[Path]) -> list[OfflineRun]:
     """All offline runs at or below these folders. Raises UserError for one that does not exist."""
-    found: dict[tuple[Path, str], set[Path]] = {}
+    logs_of: dict[tuple[Path, str], set[Path]] = {}
     for path in paths:
         if not path.is_dir():
             raise UserError(f"no folder {path}; name run folders, or a folder that holds some")
@@ -83,9 +83,9 @@ def find_offline_runs(paths: Iterable[Path]) -> list[OfflineRun]:
         for part in parts:
             for log in part.glob("run-*.wandb"):
                 key = part.parents[1], log.name.removeprefix("run-").removesuffix(".wandb")
-                found.setdefault(key, set()).add(log)
+                logs_of.setdefault(key, set()).add(log)
     # The names of a run's parts differ by their time only.
-    return [OfflineRun(*key, tuple(sorted(logs))) for key, logs in sorted(found.items())]
+    return [OfflineRun(*key, tuple(sorted(logs))) for key, logs in sorted(logs_of.items())]
 
 
 def check_connection() -> None:

@@ -215,9 +215,9 @@ def _read(logs: list[Path]) -> _Earlier:
         content = json.loads(shown.stdout)
         earlier.last_step = max(earlier.last_step, content.get("step") or -1)
         summary = content.get("summary") or {}
-        found = {name: summary.get(name) for name in BEST}
-        kept = {name: x[BEST[name]] for name, x in found.items() if isinstance(x, dict) and x}
-        _improve(earlier.best, kept)
+        logged = {name: summary.get(name) for name in BEST}
+        best = {name: x[BEST[name]] for name, x in logged.items() if isinstance(x, dict) and x}
+        _improve(earlier.best, best)
     return earlier
 
 
