@@ -1,26 +1,25 @@
 #!/usr/bin/env python
 """Make the W&B dashboard: a saved workspace, and the table of results.
 
-    python scripts/dashboard.py workspace       # panels that compare norms, seeds as band
-    python scripts/dashboard.py table           # the committed records, in the W&B run "results"
+    python scripts/dashboard.py workspace              # panels that compare norms, seeds as band
+    python scripts/dashboard.py workspace --task ptb   # of one task
+    python scripts/dashboard.py table                  # the committed records, in the run "results"
 
-The workspace is saved online. The table waits on disk for scripts/sync_wandb.py where there is no
-account or no network.
+The workspace is saved online. The table is written to disk for scripts/sync_wandb.py where there is
+no account or no network.
 """
 
-import argparse
 import logging
 from pathlib import Path
 
+from normexp.config.command_grammar import Parser
 from normexp.errors import exit_on_user_error
 from normexp.paths import RESULTS
 
 
 def main() -> None:
-    """Parse the command line and make one of both."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    """Parse the command line and make the workspace or the table."""
+    parser = Parser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     workspace = commands.add_parser("workspace", help="save the panels at W&B")
     workspace.add_argument("--entity", help="user or team at W&B (that of the key)")

@@ -4,21 +4,21 @@
     python scripts/download.py task=multi30k
     python scripts/download.py task=ptb data.local=/media/archives data.dir=/scratch/data
 
-data.dir is where prepared corpora lie (default: data), data.local a folder that is searched for
-the archives before the network is asked; data/README.md lists the archives. What is already
-prepared is only reported. Ends with a table of the counts obtained beside those expected.
+data.dir is the folder of prepared corpora (default: data), data.local a folder that is searched for
+the archives before they are downloaded; data/README.md lists the archives. A corpus that is already
+prepared is only reported. Prints a table of the counts obtained beside those expected.
 """
 
-import argparse
 import logging
 import sys
 
+from normexp.config.command_grammar import Parser
 from normexp.errors import UserError, exit_on_user_error
 from normexp.paths import CONFIGS
 
 
 def main() -> None:
-    """Parse the command line, prepare, print the table."""
+    """Parse the command line, prepare the corpus, print its table."""
     from hydra import compose, initialize_config_dir
     from hydra.errors import HydraException
     from rich.console import Console
@@ -31,14 +31,15 @@ def main() -> None:
     catalogue = load_catalogue()
     tasks = sorted(path.stem for path in (CONFIGS / "task").glob("*.yaml"))
     corpora = [name for name in catalogue if name not in tasks]
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=__doc__,
         epilog=f"tasks: {', '.join(tasks)}; corpora without a task: {', '.join(corpora)}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("task", metavar="task=NAME", help="a task, or a corpus without one")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="data.dir, data.local")
-    arguments = parser.parse_args()
+    arguments, unknown = parser.parse_known_args()
+    if unknown:
+        parser.error(f"no such option: {unknown[0]}; write task=NAME, data.dir=..., data.local=...")
     key, _, name = arguments.task.partition("=")
     if key != "task" or not name:
         parser.error(f"the first argument is task=NAME, not {arguments.task!r}")

@@ -1,16 +1,18 @@
 #!/usr/bin/env python
-"""Upload the offline W&B runs; whatever is uploaded already is left out.
+"""Upload the offline W&B runs, except for what is uploaded already.
 
-    python scripts/sync_wandb.py                # all below results/runs
-    python scripts/sync_wandb.py --dry-run      # what that would upload
+    python scripts/sync_wandb.py                                  # all below results/runs
+    python scripts/sync_wandb.py results/runs/ptb /scratch/runs   # these only
+    python scripts/sync_wandb.py --dry-run                        # show what would be uploaded
 
-Runs that are still being written are left for the next call. So is what failed or was interrupted.
+Runs that are still being written are left for the next call, and so are failed or interrupted
+uploads.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
+from normexp.config.command_grammar import Parser
 from normexp.errors import UserError, exit_on_user_error
 from normexp.paths import RESULTS
 from normexp.tracking.offline import UploadError, check_connection, find_offline_runs, upload
@@ -19,14 +21,12 @@ RUNS = RESULTS / "runs"
 
 
 def main() -> None:
-    """Find, upload, tell."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    """Find the runs and upload their parts, one by one."""
+    parser = Parser(description=__doc__)
     parser.add_argument(
         "paths", nargs="*", type=Path, help=f"run folders, or folders that hold some ({RUNS})"
     )
-    parser.add_argument("--dry-run", action="store_true", help="only say what would be uploaded")
+    parser.add_argument("--dry-run", action="store_true", help="upload nothing, show what would be")
     options = parser.parse_args()
     if not options.paths and not RUNS.is_dir():
         raise UserError(f"no runs below {RUNS} yet; train something first, or name folders")

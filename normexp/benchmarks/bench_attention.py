@@ -20,11 +20,12 @@ NAMES = ("ours", "einsum")
 
 
 def measure(rounds: int, record: Path, progress: bool) -> dict[str, Any]:
-    """Forward and backward of one attention layer in float32, ours and the einsum, interleaved.
+    """Time forward and backward of one attention layer in float32, ours and the einsum.
 
-    Writes to `record`, and returns, for each shape and mask the quartiles of the time per token and
-    of the ratio between the two, and the memory that a step needs beyond its inputs and parameters
-    (bytes; on the CPU the growth of a fresh process). Raises AssertionError where the two differ.
+    Writes to `record`, and returns, for each shape and mask quartiles of the microseconds per token
+    and of the ratio between the two, and the bytes that a step needs beyond its inputs and
+    parameters (on the CPU the growth of a fresh process). Raises AssertionError where the two
+    differ.
     """
     measured = []
     for shape, (length, batch, width, head_dim) in SHAPES.items():

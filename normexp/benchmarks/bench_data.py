@@ -1,4 +1,4 @@
-"""Whether training waits for its data: time of reading a batch beside that of a training step."""
+"""Time of reading a batch of training data, beside that of the training step on it."""
 
 import itertools
 import tempfile
@@ -18,12 +18,12 @@ _PARTS = ("reading", "training step")
 
 
 def measure(rounds: int, record: Path, progress: bool) -> dict[str, Any]:
-    """Batches of both toy corpora as a training reads them, and the step that consumes them.
+    """Time reading batches of both toy corpora, and the training steps on them.
 
-    Writes to `record`, and returns, for each part the quartiles of milliseconds per batch and of
-    its ratio to the step, batches and target tokens per second by the median. Reading is fairseq's
-    iterator in this process, shuffled, with the batches of the project's configuration; the model
-    is the configuration's, in float32.
+    Writes to `record`, and returns, for each of the two the quartiles of milliseconds per batch and
+    of the ratio to the step, and medians of batches and of target tokens per second. Reading is
+    fairseq's iterator in this process, shuffled, with the batches of the project's configuration;
+    the model is the configuration's, in float32.
     """
     measured = []
     with tempfile.TemporaryDirectory() as folder:

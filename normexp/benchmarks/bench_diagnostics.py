@@ -1,4 +1,4 @@
-"""What the diagnostics of logged updates cost: time beside that of a training update."""
+"""Cost of the diagnostics of logged updates: their time beside that of a training update."""
 
 import itertools
 import tempfile
@@ -20,13 +20,13 @@ _PARTS = ("update", "update with diagnostics", "diagnostics alone")
 
 
 def measure(rounds: int, record: Path, progress: bool) -> dict[str, Any]:
-    """Updates of a small Transformer with and without diagnostics, one norm at all sites.
+    """Time updates of a small Transformer with and without diagnostics, one norm at all sites.
 
-    Writes to `record`, and returns, for each norm the quartiles of an update's milliseconds, of
-    those of the diagnostics, measured alone, and of two ratios taken round by round: an update with
-    diagnostics to one without, and the diagnostics alone to an update. `share_of_training` is what
-    the latter comes to with the log_interval of configs/train.yaml. The small model of
-    configs/model and the toy corpus make the updates short, so elsewhere the shares are smaller.
+    Writes to `record`, and returns, for each norm quartiles of an update's milliseconds, of those
+    of the diagnostics alone, and of two ratios computed round by round: an update with diagnostics
+    to one without, and the diagnostics alone to an update. `share_of_training` is the latter over
+    the log_interval of configs/train.yaml. The small model of configs/model and the toy corpus make
+    the updates short, so elsewhere the shares are smaller.
     """
     with tempfile.TemporaryDirectory() as folder:
         measured = [_row(norm, Path(folder), rounds, progress) for norm in NORMS]

@@ -27,12 +27,12 @@ _SHORT_BATCH = 10  # rounds of a batch of single tokens, to one of the others
 
 
 def measure(rounds: int, record: Path, progress: bool) -> dict[str, Any]:
-    """An encoder with LN, with PN and with PN folded, and beam search with an untrained model.
+    """Time an encoder with LN, with PN and with PN folded, and beam search, of untrained models.
 
     Encoder: 6 pre-norm layers of 512 channels, embedding included, in float32 and bfloat16. Folding
     is done in float32, before the conversion. Beam search: fairseq's Transformer on the toy corpus,
     by normexp.evaluation.scores.translate and by what fairseq-generate does, with the same batches.
-    Writes to `record`, and returns, milliseconds or sentences per second by the median, quartiles
+    Writes to `record`, and returns, medians of milliseconds or of sentences per second, quartiles
     of the ratio to LN or to fairseq, and how many hypotheses differ between the two searches.
     """
     with tempfile.TemporaryDirectory() as folder:
@@ -104,16 +104,16 @@ def _search_rows(cfg: DictConfig, task: Any, rounds: int, progress: bool) -> lis
     task.load_dataset("test")
     stock = copy.deepcopy(model)
     stock.make_generation_fast_(need_attn=False)
-    found: dict[str, list[Tensor]] = {}
+    hypotheses: dict[str, list[Tensor]] = {}
 
     def by_fairseq() -> None:
-        found["fairseq"] = _as_fairseq_generate(task, stock, device)
+        hypotheses["fairseq"] = _as_fairseq_generate(task, stock, device)
 
     def by_us() -> None:
-        found["ours"] = translate(loaded, "test", BEAM, 1.0, MAX_TOKENS, progress=False)
+        hypotheses["ours"] = translate(loaded, "test", BEAM, 1.0, MAX_TOKENS, progress=False)
 
     timings = interleave({"fairseq": by_fairseq, "ours": by_us}, rounds, progress)
-    pairs = list(zip(found["fairseq"], found["ours"], strict=True))
+    pairs = list(zip(hypotheses["fairseq"], hypotheses["ours"], strict=True))
     return [
         {
             "search": name,
@@ -141,13 +141,13 @@ def _as_fairseq_generate(task: Any, model: nn.Module, device: torch.device) -> l
         max_tokens=MAX_TOKENS,
         max_positions=utils.resolve_max_positions(task.max_positions(), model.max_positions()),
     ).next_epoch_itr(shuffle=False)
-    found: dict[int, Tensor] = {}
+    best: dict[int, Tensor] = {}
     for sample in iterator:
         moved = utils.move_to_cuda(sample) if device.type == "cuda" else sample
         hypotheses = task.inference_step(generator, [model], moved)
         for sentence, beams in zip(sample["id"].tolist(), hypotheses, strict=True):
-            found[sentence] = beams[0]["tokens"].int().cpu()
-    return [found[sentence] for sentence in sorted(found)]
+            best[sentence] = beams[0]["tokens"].int().cpu()
+    return [best[sentence] for sentence in sorted(best)]
 
 
 def _rounded(values: list[float]) -> list[float]:

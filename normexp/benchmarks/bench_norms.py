@@ -96,9 +96,9 @@ def measure_layers(
     """
     for dtype_name, dtype in DTYPES.items():
         calls, kernels = candidates(shape, dtype, layers)
-        chosen = {name: calls[name] for name in (*torch_layers, *layers)}
-        timings = interleave(chosen, rounds, progress)
-        for name in chosen:
+        names = (*torch_layers, *layers)
+        timings = interleave({name: calls[name] for name in names}, rounds, progress)
+        for name in names:
             row = {
                 "dtype": dtype_name,
                 "layer": name,

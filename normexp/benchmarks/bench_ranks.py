@@ -1,4 +1,4 @@
-"""What statistics of all ranks cost in a training step: two processes on this machine, by gloo."""
+"""Cost of statistics synchronized over ranks: two processes on this machine, with gloo."""
 
 import contextlib
 import tempfile
@@ -21,7 +21,7 @@ from normexp.norms.kernels.choice import chosen_kernels, use_kernels
 RANKS = 2
 LAYERS = 12
 TIME, BATCH, CHANNELS = 64, 8, 256
-_CALLS = 5  # of a turn
+_CALLS = 5  # of a candidate in a round
 
 CANDIDATES: dict[str, tuple[str, dict[str, Any], str]] = {
     "layer": ("layer", {}, "auto"),
@@ -34,10 +34,10 @@ CANDIDATES: dict[str, tuple[str, dict[str, Any], str]] = {
 
 
 def measure(rounds: int, record: Path, progress: bool) -> dict[str, Any]:
-    """Forward and backward of a chain of layers on two ranks of one thread each, in turn.
+    """Time forward and backward of chains of layers, interleaved, on two ranks of one thread each.
 
-    Writes to `record`, and returns, for each competitor the quartiles of the milliseconds of a step
-    and of its ratio to nn.LayerNorm, and the number of collectives in a step. All rounds are kept.
+    Writes to `record`, and returns, for each candidate quartiles of the milliseconds of a step and
+    of its ratio to nn.LayerNorm, and the number of collectives in a step. All rounds are kept.
     """
     with tempfile.TemporaryDirectory() as folder:
         arguments = (rounds, progress, Path(folder))

@@ -73,13 +73,13 @@ CONFIGURATIONS = {
 
 
 def measure(rounds: int, record: Path, progress: bool) -> dict[str, Any]:
-    """Time the updates of every configuration in turn, on the CPU; write to `record`.
+    """Time the updates of every configuration, interleaved, on the CPU; write to `record`.
 
     An update is fairseq's Trainer.train_step on one generated batch of 100 sentence pairs with 20
     to 40 tokens a side, padded to 40. `loss` is the training loss in nats per token of the update
     after WARM_UPDATES others, with dropout: of equal configurations it differs by the masks.
-    Returns what it writes: medians, quartiles of the speed-up taken round by round, and tables of
-    what the operators of one update take (`ms` without the operators they call).
+    Returns what it writes: medians, quartiles of the speed-up computed round by round, and tables
+    of what the operators of one update take (`ms` without the operators they call).
     """
     chosen = chosen_kernels()
     try:
@@ -134,12 +134,12 @@ def _update(configuration: _Configuration) -> Callable[[], float]:
 
 
 def _logging_outputs(trainer: Trainer, sample: dict[str, Any]) -> list[dict[str, Any]]:
-    found = []
+    outputs = []
     original = trainer.task.train_step
 
     def seen(*args: Any, **kwargs: Any) -> Any:
         output = original(*args, **kwargs)
-        found.append(output[2])
+        outputs.append(output[2])
         return output
 
     trainer.task.train_step = seen
@@ -147,7 +147,7 @@ def _logging_outputs(trainer: Trainer, sample: dict[str, Any]) -> list[dict[str,
         trainer.train_step([sample])
     finally:
         trainer.task.train_step = original
-    return found
+    return outputs
 
 
 def _trainer(configuration: _Configuration) -> Trainer:

@@ -1,4 +1,4 @@
-"""Under what circumstances a benchmark was measured: what stands in every record beside it."""
+"""The record of a benchmark: its measurements, and the conditions under which they were made."""
 
 import os
 from pathlib import Path
@@ -10,17 +10,17 @@ from normexp.files import write_json
 from normexp.paths import REPOSITORY
 from normexp.runs.provenance import code_version, hardware_facts, package_versions, utc_now
 
-# On a CPU the faults of fresh pages cost more than many layers; these decide how many there are.
+# On a CPU page faults of fresh memory cost more than many layers; these decide their number.
 _MALLOC = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_", "LD_PRELOAD")
 
 
 def write_record(
     record: Path, benchmark: str, options: dict[str, Any], measured: dict[str, Any]
 ) -> dict[str, Any]:
-    """Write to `record`, and return, what was measured and under what circumstances.
+    """Write `measured` with the conditions of the measurement to `record`, and return both.
 
-    These are the command (`options` are those of scripts/benchmark.py, without dashes; torch's
-    number of threads is added), hardware, malloc settings, versions, commit and time.
+    The conditions are the command (made of `options`, those of scripts/benchmark.py without
+    dashes, and torch's number of threads), hardware, malloc settings, versions, commit and time.
     """
     commit, dirty = code_version(REPOSITORY)
     given = " ".join(f"--{name} {value}" for name, value in options.items())

@@ -1,4 +1,4 @@
-"""What benchmarks compute with: the toy corpora, and models and tasks of the project's configs."""
+"""Toy corpora, models and tasks of the project's configs, for benchmarks to compute with."""
 
 from pathlib import Path
 from typing import Any

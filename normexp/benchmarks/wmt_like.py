@@ -1,8 +1,8 @@
 """Made-up English-German text that costs a preparation as much work as WMT14's does.
 
-It means nothing; what it shares with the real text is what decides time and memory: lengths of
-sentences and words, a vocabulary whose rare words keep coming, punctuation for the tokenizer's
-rules, and a few pairs that the length filter drops.
+It has no meaning. It shares with the real text what decides time and memory: lengths of sentences
+and words, a vocabulary whose rare words keep coming, punctuation for the tokenizer's rules, and a
+few pairs that the length filter drops.
 """
 
 from collections.abc import Iterator
@@ -23,7 +23,7 @@ _ENDS = Zipf([".", "?", "!", ":", " usw.", ".\u201d"])
 
 
 def word(rank: int, language: str) -> str:
-    """The word of a rank (from 0): the rarer, the longer; no two ranks share one."""
+    """The word of a rank (from 0); rarer words are longer, and no two ranks share one."""
     syllables = []
     number = rank
     while number >= 0:
@@ -62,7 +62,7 @@ def _sentence(rng: Random, words: Zipf[int], language: str, length: int) -> str:
 
 
 def _decorated(rng: Random, text: str) -> str:
-    """Now and then something that the tokenizer has a rule for."""
+    """The word, sometimes changed into something that the tokenizer has a rule for."""
     point = rng.random()
     if point > 0.15:
         return text

@@ -29,5 +29,5 @@ class Parser(argparse.ArgumentParser):
             action = self._option_string_actions.get(option)
             if equals and action is not None:
                 form = option if action.nargs == 0 else f"{option} {value}"
-                self.error(f"{argument} is no key of a run's configuration; write {form}")
+                self.error(f"{argument}: this command has an option for it; write {form}")
         return super().parse_known_args(args, namespace)

@@ -1,4 +1,4 @@
-"""Stages of a preparation: a folder is either finished, with its record inside, or not there."""
+"""Atomic stages of a preparation: the folder of a stage is complete, with its record, or absent."""
 
 import json
 import logging
@@ -45,7 +45,7 @@ def read_json(path: Path) -> dict | None:
 
 
 def files_intact(directory: Path, files: dict[str, dict]) -> bool:
-    """Whether every recorded file is there with its recorded size."""
+    """Whether every recorded file exists with its recorded size."""
     return all(
         (directory / name).is_file() and (directory / name).stat().st_size == record["bytes"]
         for name, record in files.items()
@@ -53,11 +53,12 @@ def files_intact(directory: Path, files: dict[str, dict]) -> bool:
 
 
 def build_stage(directory: Path, fingerprint: str, build: Callable[[Path], dict]) -> dict:
-    """The record of a finished stage: what `build` returned, and size and sha256 of every file.
+    """Build a stage unless it is finished, and return its record.
 
-    `build(folder)` is called only if `directory` is not a finished stage of the same
-    `fingerprint`; it fills a folder of another name, which takes its place when complete. The
-    caller holds a lock that keeps others from building the same stage.
+    The record has what `build` returned ("result"), and the size and sha256 of every file
+    ("files"). `build(folder)` is called only if `directory` is not a finished stage of the same
+    `fingerprint`; it fills a temporary folder, which then replaces `directory`. The caller holds a
+    lock that keeps others from building the same stage.
     """
     record = read_json(directory / RECORD)
     if (

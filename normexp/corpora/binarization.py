@@ -1,8 +1,8 @@
 """The binarized stage: fairseq's dictionaries and data files, as fairseq-preprocess makes them.
 
-Its parts are called rather than the program because the program configures the logging of the
-whole process, reads a CR inside a line as a line end, waits for ever when one of its processes is
-killed, and takes five times as long.
+fairseq's functions are called and not its program, which configures the logging of the whole
+process, reads a CR inside a line as a line end, waits forever when one of its processes is killed,
+and takes five times as long.
 """
 
 import hashlib
@@ -22,12 +22,12 @@ from normexp.corpora.text import final_text
 
 
 def build_binary(corpus: Corpus, text: Path, folder: Path, workers: int, progress: bool) -> dict:
-    """Make fairseq's data folder from the text stage.
+    """Make fairseq's data folder from the text stage, and return its counts.
 
-    The same files as ``fairseq-preprocess --joined-dictionary`` (where the recipe says so) or
+    The files are those of ``fairseq-preprocess --joined-dictionary`` (where the recipe says so) or
     ``--only-source`` with its defaults: mmap files, no frequency threshold, the dictionary padded
-    to a multiple of 8. Returns dictionary sizes and, per split, the number of sentences and per
-    language tokens (with one end-of-sentence each), unknown tokens, tokens of the longest
+    to a multiple of 8. The counts are dictionary sizes and, per split, the number of sentences and
+    per language tokens (with one end-of-sentence each), unknown tokens, tokens of the longest
     sentence, and the hash of the sentence lengths.
     """
     dictionaries = {}

@@ -1,4 +1,4 @@
-"""The catalogue of corpora: where each comes from, how it is prepared, what must come out.
+"""The catalogue of corpora: the sources, the recipe and the expected results of each.
 
 `data/catalogue.yaml` is the single description of every corpus; its keys are the fields of the
 models below, so a misspelt or missing key is an error that names it.
@@ -81,7 +81,7 @@ class Clean(_Model):
 
 
 class Expected(_Model):
-    """What must come out; compared leaf by leaf with the manifest."""
+    """Expected results, compared leaf by leaf with the manifest."""
 
     enforced: bool = False  # a difference is an error rather than a warning
     splits: dict[SplitName, dict[str, Any]] = {}
@@ -91,17 +91,17 @@ class Expected(_Model):
 
     @field_validator("members", "hashes")
     @classmethod
-    def _hashes(cls, found: dict) -> dict:
-        for name, value in found.items():
+    def _hashes(cls, hashes: dict) -> dict:
+        for name, value in hashes.items():
             if isinstance(value, dict):
                 cls._hashes(value)
             elif not re.fullmatch(HASH, value):
                 raise ValueError(f"{name}: {value!r} is not ALGORITHM:DIGEST")
-        return found
+        return hashes
 
 
 class KnownDeviation(_Model):
-    """A wrong value that has been seen before, and why it comes about."""
+    """A wrong value that has been seen before, and its cause."""
 
     quantity: str  # such as "splits.valid.sentences"
     value: Any
@@ -118,7 +118,7 @@ class Corpus(_Model):
     description: str
     licence: str
     homepage: str = ""
-    generator: str | None = None  # module of normexp.corpora with generate(seed, sizes)
+    generator: str | None = None  # module in normexp.corpora with generate(seed, sizes)
     seed: int = 0
     sizes: dict[SplitName, int] = {}  # lines per split, for a generator
     archives: dict[str, list[Archive]] = {}
@@ -143,7 +143,7 @@ class Corpus(_Model):
         )  # fmt: skip
         used = self.used_archives()
         recipe["archives"] = {key: recipe["archives"][key] for key in used}
-        # Only where there are some, so that corpora without keep the fingerprint they have had.
+        # Only where there are some: fingerprints of other corpora must not change.
         if self.kept_step_texts:
             recipe["kept_step_texts"] = sorted(self.kept_step_texts)
         return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()
@@ -191,7 +191,7 @@ class Corpus(_Model):
     def kept_step_texts(self) -> set[str]:
         """Files ``<split>.<step>.<language>`` with train's text between the steps.
 
-        They are kept for no other reason than that their hashes are known.
+        They are kept only to compare their hashes with the expected ones.
         """
         prefix = f"text/{STEP_TEXTS}/"
         return {

@@ -1,4 +1,4 @@
-"""clean-corpus-n.perl: drop sentence pairs that are empty, too long or too unequal in length."""
+"""clean-corpus-n.perl: drop sentence pairs that are empty, too long or too different in length."""
 
 from collections.abc import Iterable, Iterator
 from itertools import chain

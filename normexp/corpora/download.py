@@ -22,17 +22,17 @@ log = logging.getLogger(__name__)
 # us, since the hash is that of the packed file.
 HEADERS = {"User-Agent": "normexp/0.1 (research)", "Accept-Encoding": "identity"}
 TIMEOUT = 30  # seconds without a byte
-CHUNK = 1 << 16  # bytes; what has come of one when a transfer breaks off is lost
+CHUNK = 1 << 16  # bytes; an incomplete one is lost when a transfer breaks off
 
 
 def fetch(
     corpus: Corpus, archives: list[Archive], folder: Path, local: Path | None, progress: bool
 ) -> Path:
-    """A verified copy of one of the interchangeable `archives`.
+    """Find or download one of the interchangeable `archives`; return the path of a verified copy.
 
-    Looked for in `local` (``local/<corpus>/<file>``, ``local/<file>``, both also gzipped), then in
-    `folder` from an earlier call, then downloaded to `folder`, mirrors in the catalogue's order.
-    Files in `local` are used where they lie.
+    It is looked for in `local` (``local/<corpus>/<file>``, ``local/<file>``, both also gzipped),
+    then in `folder` from an earlier call, then downloaded to `folder`, from the mirrors in the
+    catalogue's order. Files in `local` are used where they lie.
 
     Raises UserError if a local file has the wrong hash, or if every mirror failed; the message
     names the file, what became of each mirror, and where to put the file by hand.
@@ -40,8 +40,8 @@ def fetch(
     failures = []
     with locked(folder / ".lock"):  # corpora can share the folder
         for archive in archives:
-            if local is not None and (found := _local_copy(corpus, archive, folder, local)):
-                return found
+            if local is not None and (copy := _local_copy(corpus, archive, folder, local)):
+                return copy
         for archive in archives:
             path = folder / archive.file
             if path.exists() and _defect(path, archive) is None:
@@ -95,9 +95,9 @@ def _unpacked(packed: Path, path: Path, archive: Archive) -> Path:
 
 
 def _download(url: str, path: Path, archive: Archive, progress: bool) -> str | None:
-    """Fetch `url` to `path`, going on behind what an earlier attempt left, whatever its mirror.
+    """Download `url` to `path`, resuming what an earlier attempt left, from whichever mirror.
 
-    Returns what went wrong, or None.
+    Returns the reason of a failure, or None.
     """
     partial = _partial(path)
     log.info("downloading %s", url)
@@ -108,7 +108,7 @@ def _download(url: str, path: Path, archive: Archive, progress: bool) -> str | N
                 _transfer(url, partial, progress)
             except requests.RequestException as error:
                 if present < _size(partial) <= (archive.size or math.inf):
-                    continue  # it broke off, but brought something
+                    continue  # it broke off, but some bytes came
                 return _reason(error)
         defect = _defect(partial, archive)
         if defect is None:
@@ -117,11 +117,11 @@ def _download(url: str, path: Path, archive: Archive, progress: bool) -> str | N
         partial.unlink()
         if not present:
             return defect
-        # Pieces that do not fit each other, maybe of different files.
+        # The pieces do not fit together; they may be of different files.
 
 
 def _transfer(url: str, partial: Path, progress: bool) -> None:
-    """Append to `partial` what it lacks of `url`. Raises requests.RequestException."""
+    """Append to `partial` the bytes of `url` that it lacks. Raises requests.RequestException."""
     present = _size(partial)
     headers = HEADERS | ({"Range": f"bytes={present}-"} if present else {})
     with partial.open("ab") as file:
@@ -169,8 +169,8 @@ def _defect(path: Path, archive: Archive) -> str | None:
     if archive.size is not None and size != archive.size:
         return f"{size} bytes instead of {archive.size}"
     algorithm, _, digest = archive.hash.partition(":")
-    found = file_hash(path, algorithm)
-    if found != digest:
+    actual = file_hash(path, algorithm)
+    if actual != digest:
         origin = "" if archive.verified else f" (published by {archive.hash_source})"
-        return f"{algorithm} {found} instead of {digest}{origin}"
+        return f"{algorithm} {actual} instead of {digest}{origin}"
     return None

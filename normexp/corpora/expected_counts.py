@@ -1,4 +1,4 @@
-"""What a prepared corpus should be, beside what it is."""
+"""Comparison of a prepared corpus with what the catalogue expects of it."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ class Comparison:
 
     @property
     def agrees(self) -> bool:
-        """Whether the value came out as expected."""
+        """Whether the value is the expected one."""
         return self.expected == self.obtained
 
     def __str__(self) -> str:
@@ -29,7 +29,7 @@ class Comparison:
 
 
 def compare(corpus: Corpus, manifest: dict, directory: Path) -> list[Comparison]:
-    """Every expected value of the catalogue beside that of the corpus in `directory`."""
+    """Compare every expected value of the catalogue with that of the corpus in `directory`."""
     expected = {
         "splits": corpus.expected.splits,
         "dictionary_types": corpus.expected.dictionary_types,

@@ -11,8 +11,8 @@ _BLOCK = 1 << 20
 def stream_hash(stream: BinaryIO, algorithm: str, size: int) -> str:
     """Hexadecimal digest of a stream of `size` bytes.
 
-    `git_blob` is what `git hash-object` prints: SHA-1 over ``blob <size>\\0`` and the bytes; some
-    corpora are known by nothing else, because somebody once committed them.
+    `git_blob` is what `git hash-object` prints: SHA-1 over ``blob <size>\\0`` and the bytes; no
+    other hash of some corpora is published.
     """
     digest = hashlib.new("sha1" if algorithm == "git_blob" else algorithm)
     if algorithm == "git_blob":

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import IO
 
 from normexp.corpora.raw_text import lines
 from normexp.errors import UserError
@@ -10,7 +11,7 @@ from normexp.errors import UserError
 Row = tuple[str, ...]
 
 
-def open_text(path: Path, mode: str = "r"):
+def open_text(path: Path, mode: str = "r") -> IO[str]:
     """Open UTF-8 text in which only ``\\n`` ends a line: corpora hold lone CR and U+2028."""
     return path.open(mode, encoding="utf-8", newline="\n")
 

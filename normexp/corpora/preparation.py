@@ -2,7 +2,7 @@
 
 ``data/<name>/`` holds archives/ (downloads), raw/ (plain text), text/ (tokenized, BPE, references),
 data-bin/ (for fairseq) and, written last, manifest.json. Each folder is complete or absent, so
-a preparation that was killed goes on behind its last finished stage.
+a killed preparation resumes after its last finished stage.
 """
 
 import contextlib
@@ -14,6 +14,7 @@ import platform
 import shutil
 import sys
 import unicodedata
+from collections.abc import Iterator
 from concurrent.futures.process import BrokenProcessPool
 from importlib.metadata import version
 from pathlib import Path
@@ -21,10 +22,10 @@ from types import ModuleType
 
 from normexp.corpora.atomic_stage import build_stage, files_intact, locked, read_json
 from normexp.corpora.binarization import build_binary
-from normexp.corpora.catalogue import CATALOGUE, SPLITS, Corpus, load_catalogue
+from normexp.corpora.catalogue import CATALOGUE, SPLITS, Corpus, Part, load_catalogue
 from normexp.corpora.download import fetch
 from normexp.corpora.expected_counts import compare
-from normexp.corpora.parallel_text import write_rows, zip_texts
+from normexp.corpora.parallel_text import Row, write_rows, zip_texts
 from normexp.corpora.prepared import PreparedCorpus
 from normexp.corpora.process_pool import available_cores
 from normexp.corpora.raw_text import FORMATS, member_hash, open_member
@@ -34,13 +35,13 @@ from normexp.files import write_json
 
 log = logging.getLogger(__name__)
 
-# Raise it when a change to this package changes prepared bytes: old preparations are then redone.
+# Increase it when a change to this package changes prepared bytes: then they are prepared anew.
 VERSION = 1
 TOOLS = ("sacremoses", "subword-nmt", "fairseq-fixed", "regex")
 
 
 def available_corpora(catalogue: Path = CATALOGUE) -> list[str]:
-    """Names that `prepare` takes."""
+    """Names of the corpora that `prepare` accepts."""
     return list(load_catalogue(catalogue))
 
 
@@ -80,8 +81,8 @@ def prepare(
 
 
 @contextlib.contextmanager
-def _explained(directory: Path):
-    """Failures of the machine rather than of the program, in words."""
+def _explained(directory: Path) -> Iterator[None]:
+    """Raise a UserError for failures of the machine: a full or read-only disk, a killed process."""
     try:
         yield
     except OSError as error:
@@ -93,7 +94,7 @@ def _explained(directory: Path):
     except BrokenProcessPool as error:
         raise UserError(
             f"a process that prepared {directory} was killed, probably for want of memory; "
-            "the same command goes on behind the last finished stage"
+            "the same command resumes after the last finished stage"
         ) from error
 
 
@@ -225,7 +226,7 @@ def build_raw(
     return sizes | {"members": members}
 
 
-def _rows(corpus: Corpus, parts: list, paths: dict[str, Path]):
+def _rows(corpus: Corpus, parts: list[Part], paths: dict[str, Path]) -> Iterator[Row]:
     for part in parts:
         with contextlib.ExitStack() as stack:
             columns = [

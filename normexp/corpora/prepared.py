@@ -10,8 +10,8 @@ from normexp.corpora.text import REFERENCE
 class PreparedCorpus:
     """A corpus on disk, ready for fairseq.
 
-    `manifest` holds tool versions, counts per split and the hash of every file; it says nothing
-    of the machine, so equal manifests mean equal corpora.
+    `manifest` holds tool versions, counts per split and the hash of every file, and nothing about
+    the machine, so equal manifests mean equal corpora.
     """
 
     name: str
@@ -25,7 +25,7 @@ class PreparedCorpus:
 
     @property
     def data_bin(self) -> Path:
-        """What fairseq's `task.data` takes."""
+        """The folder for fairseq's `task.data`."""
         return self.directory / "data-bin"
 
     @property

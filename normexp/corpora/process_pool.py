@@ -33,7 +33,7 @@ def map_rows(function: Callable[[Row], T], rows: Iterable[Row], workers: int) ->
         yield from map(function, head)
         yield from map(function, rows)
         return
-    # Not multiprocessing.Pool: it hangs for ever when a worker is killed, this one raises.
+    # Not multiprocessing.Pool, which hangs forever when a worker is killed; this one raises.
     with ProcessPoolExecutor(workers, initializer=_install, initargs=(function,)) as pool:
         pending = deque([pool.submit(_apply, head)])
         while chunk := list(islice(rows, _CHUNK)):
@@ -51,7 +51,7 @@ def _install(function: Callable[[Row], Any]) -> None:
 
 
 def _end_with_parent() -> None:
-    """Ends this worker when the process it works for is killed; it would wait for work for ever."""
+    """End this worker when its parent process is killed; it would wait for work forever."""
     multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
     os._exit(1)
 

@@ -13,9 +13,12 @@ import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 from normexp.corpora.hashing import stream_hash
 from normexp.errors import UserError
+
+Entry = TypeVar("Entry", tarfile.TarInfo, zipfile.ZipInfo)
 
 # Far above any text used here (the longest has 550 MB); stops a decompression bomb.
 MAX_MEMBER_BYTES = 4 << 30
@@ -30,8 +33,8 @@ def lines(stream: Iterable[str]) -> Iterator[str]:
 def ted_tags(stream: Iterable[str]) -> Iterator[str]:
     """The training text of IWSLT's TED talks, as in fairseq's prepare-iwslt14.sh.
 
-    Lines of links, numbers and keywords go; of titles and descriptions only the tags go, the text
-    stays as a training pair.
+    Lines with links, talk numbers and keywords are dropped. Of titles and descriptions only the
+    tags are dropped; the text is a training pair.
     """
     for line in lines(stream):
         if not any(tag in line for tag in ("<url>", "<talkid>", "<keywords>")):
@@ -106,18 +109,18 @@ class _Bounded(io.RawIOBase):
 def _open_binary(path: Path, member: str) -> Iterator[io.IOBase]:
     if path.name.endswith((".tgz", ".tar.gz", ".tar")):
         with tarfile.open(path) as archive:
-            found = _only([m for m in archive if _is_named(m.name, member)], path, member)
-            if not found.isreg():
+            entry = _only([m for m in archive if _is_named(m.name, member)], path, member)
+            if not entry.isreg():
                 raise UserError(f"{member} in {path} is not a regular file")
-            yield archive.extractfile(found)
+            yield archive.extractfile(entry)
     elif path.name.endswith(".zip"):
         with zipfile.ZipFile(path) as archive:
-            found = _only([m for m in archive.infolist() if _is_named(m.filename, member)],
+            entry = _only([m for m in archive.infolist() if _is_named(m.filename, member)],
                           path, member)  # fmt: skip
             # A link in a zip file is a regular entry with the link's type in the Unix mode.
-            if found.is_dir() or (found.external_attr >> 28) == 0xA:
+            if entry.is_dir() or (entry.external_attr >> 28) == 0xA:
                 raise UserError(f"{member} in {path} is not a regular file")
-            with archive.open(found) as binary:
+            with archive.open(entry) as binary:
                 yield binary
     elif path.name.endswith(".gz"):
         with gzip.open(path) as binary:
@@ -131,7 +134,7 @@ def _is_named(name: str, member: str) -> bool:
     return f"/{name}".endswith(f"/{member}")
 
 
-def _only(found: list, path: Path, member: str):
-    if len(found) != 1:
-        raise UserError(f"{path} holds {len(found)} files named {member} instead of one")
-    return found[0]
+def _only(entries: list[Entry], path: Path, member: str) -> Entry:
+    if len(entries) != 1:
+        raise UserError(f"{path} holds {len(entries)} files named {member} instead of one")
+    return entries[0]

@@ -24,7 +24,7 @@ TOKENIZED, SEGMENTED, REFERENCE, CODES = "tokenized", "bpe", "reference", "bpe.c
 
 
 def build_text(corpus: Corpus, raw: Path, folder: Path, workers: int, progress: bool) -> dict:
-    """Make `folder` from the plain text in `raw`; returns the number of words per split.
+    """Make `folder` from the plain text in `raw`; return the number of words per split.
 
     ``tokenized/<split>.<language>`` is the text after the steps, ``bpe/<split>.<language>`` after
     BPE, ``reference/<split>.<target>`` the untouched target text. All files of one split have the
@@ -46,7 +46,7 @@ def tokenize_splits(corpus: Corpus, raw: Path, folder: Path, workers: int, progr
     for split in SPLITS:
         if not corpus.splits[split].every:
             paths = [raw / f"{split}.{language}" for language in corpus.languages]
-            # The raw target goes along as one more column and shares the fate of its row.
+            # The raw target is one more column, so that it is kept or dropped with its row.
             paths += paths[1:]
             rows = tqdm(read_rows(paths), f"{corpus.name} {split}", disable=not progress)
             with contextlib.ExitStack() as stack:
@@ -96,7 +96,7 @@ class _Steps:
 
 
 class _BoundedCache(dict):
-    """Forgets everything when it is full; what is frequent is soon there again."""
+    """A dictionary that is emptied when it is full; frequent words soon return."""
 
     MAX_WORDS = 100_000
 

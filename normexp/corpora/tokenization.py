@@ -1,7 +1,7 @@
-"""The text steps a recipe can name, line by line, equal to the Moses scripts of 2018-11-07 and on.
+"""Text steps of the recipes, line by line, equal to the Moses scripts since 2018-11-07.
 
-sacremoses 0.2.0 does the work. The places where it differs from the Perl scripts are mended here;
-they matter because every published split of IWSLT14 depends on the tokenizer through the length
+sacremoses 0.2.0 does the work; where it differs from the Perl scripts it is corrected here. This
+matters because every published split of IWSLT14 depends on the tokenizer through the length
 filter (see data/README.md).
 """
 

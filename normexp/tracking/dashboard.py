@@ -45,10 +45,10 @@ _THROUGHPUT = {"train_inner/wps": "Target tokens per second", "train_inner/gnorm
 
 
 def workspace(entity: str, project: str, task: str | None = None) -> Any:
-    """The workspace, not saved yet; needs neither a key nor a network.
+    """Build the workspace without saving it; needs neither a key nor a network.
 
-    entity: user or team at W&B. task: show its runs only. Raises UserError where the package
-    wandb-workspaces is missing.
+    entity: user or team at W&B. task: the only one to show (default: all). Raises UserError
+    where the package wandb-workspaces is missing.
     """
     try:
         import wandb_workspaces.reports.v2 as wr
@@ -116,8 +116,8 @@ def workspace(entity: str, project: str, task: str | None = None) -> Any:
 def save_workspace(entity: str | None, project: str, task: str | None = None) -> str:
     """Save the workspace at W&B, as a new one at each call, and return its address.
 
-    entity: that of the API key by default. Raises UserError where there is no key, no network or
-    W&B refuses, within seconds.
+    entity: user or team (default: that of the API key). Raises UserError, within seconds, where
+    there is no key, no network or W&B refuses.
     """
     import wandb
 
@@ -150,7 +150,7 @@ def log_results(results: Path, project: str) -> int:
         for line in result_lines(rows, paper, results)
     ]
     folder = results / "runs" / "dashboard"
-    # A table's content waits for its upload there, by default somewhere in the home folder.
+    # W&B keeps a table's content there until its upload; by default in the home folder.
     os.environ["WANDB_DATA_DIR"] = str((folder / "wandb" / "data").absolute())
     about = {"run_id": TABLE, "name": TABLE, "group": "report", "job_type": "report"}
     with Tracker.start(

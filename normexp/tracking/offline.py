@@ -1,7 +1,7 @@
-"""W&B's offline runs on disk: which there are, which are uploaded, and their upload.
+"""W&B's offline runs on disk: find them, and upload what is not uploaded.
 
-A run that was interrupted has several parts with one id, folders `offline-run-<start>-<id>`. Each
-is uploaded by a call of `wandb sync` of its own, because (all seen with wandb 0.31) that command
+An interrupted run has several parts with one id, folders `offline-run-<start>-<id>`. Each is
+uploaded by its own call of `wandb sync`, because that command (all seen with wandb 0.31)
 
 - takes the parts of a run in any order when it is given several, while the server appends;
 - exits with status 0 when an upload failed, and even leaves its mark of success,
@@ -33,7 +33,7 @@ _RETRIED = ("GRAPHQL", "FILE_STREAM", "FILE_TRANSFER")
 
 
 class UploadError(Exception):
-    """W&B did not take a part; the message is W&B's."""
+    """A part could not be uploaded; the message gives W&B's reason."""
 
 
 def is_offline(log: Path) -> bool:
@@ -61,7 +61,7 @@ class OfflineRun:
 
     @property
     def waiting(self) -> tuple[Path, ...]:
-        """What is to be uploaded: parts that are not yet, and that hold anything."""
+        """Parts to upload: those that are not uploaded and not empty."""
         return tuple(
             log for log in self.logs if not is_uploaded(log) and log.stat().st_size > _HEADER_BYTES
         )
@@ -74,7 +74,7 @@ class OfflineRun:
 
 def find_offline_runs(paths: Iterable[Path]) -> list[OfflineRun]:
     """All offline runs at or below these folders. Raises UserError for one that does not exist."""
-    found: dict[tuple[Path, str], set[Path]] = {}
+    logs_of: dict[tuple[Path, str], set[Path]] = {}
     for path in paths:
         if not path.is_dir():
             raise UserError(f"no folder {path}; name run folders, or a folder that holds some")
@@ -83,9 +83,9 @@ def find_offline_runs(paths: Iterable[Path]) -> list[OfflineRun]:
         for part in parts:
             for log in part.glob("run-*.wandb"):
                 key = part.parents[1], log.name.removeprefix("run-").removesuffix(".wandb")
-                found.setdefault(key, set()).add(log)
+                logs_of.setdefault(key, set()).add(log)
     # The names of a run's parts differ by their time only.
-    return [OfflineRun(*key, tuple(sorted(logs))) for key, logs in sorted(found.items())]
+    return [OfflineRun(*key, tuple(sorted(logs))) for key, logs in sorted(logs_of.items())]
 
 
 def check_connection() -> None:
@@ -108,19 +108,19 @@ def check_connection() -> None:
 
 
 def upload(log: Path) -> None:
-    """Upload one part by `wandb sync`; after an interruption it is uploaded anew.
+    """Upload one part by `wandb sync`, after an interruption again from its beginning.
 
-    The server appends. What it had of a part before an interruption it then has twice, with the
-    same steps and values: curves and summary stay as they are.
+    The server appends, so it then has the lines from before the interruption twice, with the same
+    steps and values: curves and summary do not change.
 
-    Raises UploadError where W&B says so, or where another process is at it.
+    Raises UploadError where W&B reports a failure or another process is uploading the part.
     """
     sync = [sys.executable, "-m", "wandb", "sync", str(log.parent)]
     with _holding(_begun(log)), tempfile.TemporaryDirectory() as elsewhere:
         _mark(log).unlink(missing_ok=True)
         limits = {f"WANDB__{what}_RETRY_MAX": "3" for what in _RETRIED}
         environment = os.environ | limits | {"WANDB_DIR": elsewhere, "WANDB_SILENT": "false"}
-        for name in ("WANDB_MODE", "WANDB_SERVICE"):  # a mode, or a process, of its own
+        for name in ("WANDB_MODE", "WANDB_SERVICE"):  # they would change how it syncs
             environment.pop(name, None)
         try:
             done = subprocess.run(
@@ -129,7 +129,7 @@ def upload(log: Path) -> None:
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 text=True,
-                cwd=elsewhere,  # it leaves its own log where it is called
+                cwd=elsewhere,  # W&B writes its own log to the working folder
                 env=environment,
                 timeout=UPLOAD_TIMEOUT_SECONDS,
             )
@@ -146,17 +146,18 @@ def upload(log: Path) -> None:
 
 
 def _mark(log: Path) -> Path:
-    """Where `wandb sync` leaves its mark."""
+    """The file that `wandb sync` creates after an upload."""
     return log.with_suffix(".wandb.synced")
 
 
 def _begun(log: Path) -> Path:
-    """There while an upload is under way, and after one that did not succeed."""
+    """A file that exists during an upload, and after one that failed."""
     return log.with_suffix(".wandb.uploading")
 
 
 @contextmanager
 def _holding(path: Path) -> Iterator[None]:
+    """Hold a lock on the file `path`. Raises UploadError where another process holds it."""
     # No soft lock where the file system has no locks: a killed process would leave it behind.
     try:
         held = FileLock(path, fallback_to_soft=False).acquire(blocking=False)

@@ -1,8 +1,8 @@
 """Weights & Biases tracking that never stops, delays or hangs a training run.
 
 The run's own files (`metrics.jsonl`, the record) are the evidence; W&B is a view of them that a
-run can do without. So whatever goes wrong here becomes one warning, tracking is off from then on,
-and training goes on.
+run can do without. So any failure here becomes one warning, tracking is off from then on, and
+training continues.
 """
 
 import glob
@@ -34,7 +34,7 @@ SPARE_BYTES = 64 * 1024
 STEP = "num_updates"
 """The common x axis of all curves."""
 BEST = {"valid/loss": "min", "valid/nll_loss": "min", "valid/ppl": "min", "valid/bleu": "max"}
-"""Curves whose best value so far stands in the summary, such as {"valid/loss": {"min": 3.5}}.
+"""Curves whose best value so far is in the summary, such as {"valid/loss": {"min": 3.5}}.
 
 W&B can do that too, but starts anew when a run is resumed and lets NaN win.
 """
@@ -74,8 +74,8 @@ class Tracker:
         """Open the run `run_id` below `run_dir/wandb`, or resume it if it exists there.
 
         `online` without an API key or without a network, or with earlier parts of the run that
-        are not uploaded yet, becomes `offline` with one line of notice; nobody is ever asked for a
-        key. Raises UserError for an unknown mode and nothing else.
+        are not uploaded yet, becomes `offline` with a one-line notice; W&B never prompts for a
+        key. Raises UserError for an unknown mode and no other error.
         """
         if mode not in MODES:
             raise UserError(f"unknown tracking mode '{mode}'; choose one of {', '.join(MODES)}")
@@ -105,7 +105,7 @@ class Tracker:
             if logs:
                 run.summary.update(_nested(earlier.best) | {"status": "running", "reason": None})
         except Exception as error:
-            _warn("tracking is off, training goes on", error)
+            _warn("tracking is off, training continues", error)
             return cls()
         # An online run that is resumed knows its last step from the server.
         earlier.last_step = max(earlier.last_step, run.starting_step - 1)
@@ -113,7 +113,7 @@ class Tracker:
 
     @property
     def is_on(self) -> bool:
-        """Whether there is a run that values go to."""
+        """Whether values are logged to a run."""
         return self._run is not None
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
@@ -138,7 +138,7 @@ class Tracker:
         self._attempt(lambda: self._run.summary.update(dict(metrics)))
 
     def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-        """Log a table; a later one of the same name takes its place."""
+        """Log a table; a later one of the same name replaces it."""
 
         def log() -> None:
             import wandb
@@ -175,7 +175,7 @@ class Tracker:
             action()
         except Exception as error:
             self._run = None
-            _warn("tracking is off from here on, training goes on", error)
+            _warn("tracking is off from here on, training continues", error)
 
 
 def _warn(consequence: str, error: Exception) -> None:
@@ -205,7 +205,7 @@ def _logs(run_dir: Path, run_id: str) -> list[Path]:
 
 
 def _read(logs: list[Path]) -> _Earlier:
-    """Nothing is read back by W&B itself when an offline run is resumed."""
+    """Read what earlier processes logged; W&B does not when an offline run is resumed."""
     earlier = _Earlier()
     for log in logs:
         inspect = [sys.executable, "-m", "wandb", "leet", "inspect", "--summary", "--json"]
@@ -215,14 +215,14 @@ def _read(logs: list[Path]) -> _Earlier:
         content = json.loads(shown.stdout)
         earlier.last_step = max(earlier.last_step, content.get("step") or -1)
         summary = content.get("summary") or {}
-        found = {name: summary.get(name) for name in BEST}
-        kept = {name: x[BEST[name]] for name, x in found.items() if isinstance(x, dict) and x}
-        _improve(earlier.best, kept)
+        logged = {name: summary.get(name) for name in BEST}
+        best = {name: x[BEST[name]] for name, x in logged.items() if isinstance(x, dict) and x}
+        _improve(earlier.best, best)
     return earlier
 
 
 def _improve(best: dict[str, float], values: Mapping[str, float]) -> dict[str, float]:
-    """Take over into `best` the values that are better, and return these."""
+    """Update `best` with the values that are better, and return these."""
     better = {
         name: value
         for name in BEST.keys() & values.keys()

@@ -14,10 +14,10 @@ class StatisticsWatch:
     """Finds, after a failed update, the site at which statistics were first not finite.
 
     A layer with running statistics counts the passes whose statistics were not finite
-    (`RunningNorm.num_rejected`). The watch copies all counts before and after each forward pass of an
-    update, because afterwards NaN has spread to all sites in one direction or the other. That costs
-    two copies of one integer per layer and forward pass, without waiting for the device. The watch
-    is false, and costs nothing, where the model has no such layer.
+    (`RunningNorm.num_rejected`). The watch copies all counts before and after each forward pass
+    of an update, because afterwards NaN has spread to all sites in one direction or the other.
+    That costs two copies of one integer per layer and forward pass, without waiting for the
+    device. The watch is false, and costs nothing, where the model has no such layer.
     """
 
     def __init__(self, model: nn.Module, criterion: nn.Module):

@@ -34,7 +34,7 @@ def test_the_error_names_the_right_form(parser, capsys, argument, form, parse) -
     with pytest.raises(SystemExit, match="2"):
         getattr(parser, parse)(["task=ptb", argument])
     message = capsys.readouterr().err.splitlines()[-1]
-    assert f"{argument} is no key" in message and message.endswith(f"write {form}")
+    assert f"error: {argument}: " in message and message.endswith(f"write {form}")
 
 
 def test_subcommands_follow_the_grammar(capsys: pytest.CaptureFixture) -> None:

@@ -1,6 +1,7 @@
 """From a name to fairseq's data: the whole way, again, interrupted, and twice at once."""
 
 import errno
+import multiprocessing
 import os
 import shutil
 import subprocess
@@ -30,12 +31,25 @@ SIZES = {"train": 1500, "valid": 40, "test": 60}
 
 
 def stock_fairseq(corpus, target: Path, *options: str) -> None:
-    """fairseq-preprocess on the text stage, in a process of its own."""
+    """fairseq-preprocess on the text stage, in a child process, since it configures logging.
+
+    The child is forked: importing fairseq would take longer than all the rest.
+    """
     folder = corpus.directory / "text" / ("bpe" if corpus.bpe else "tokenized")
     suffix = "" if corpus.kind == "translation" else ".en"
     prefixes = [f"--{split}pref={folder / split}{suffix}" for split in ("train", "valid", "test")]
-    command = [sys.executable, "-m", "fairseq_cli.preprocess", *prefixes, f"--destdir={target}"]
-    subprocess.run([*command, *options], check=True, capture_output=True)
+    arguments = [*prefixes, f"--destdir={target}", *options]
+    child = multiprocessing.get_context("fork").Process(target=preprocess, args=(arguments,))
+    child.start()
+    child.join()
+    assert child.exitcode == 0
+
+
+def preprocess(arguments: list[str]) -> None:
+    from fairseq_cli.preprocess import cli_main
+
+    sys.argv = ["fairseq-preprocess", *arguments]
+    cli_main()
 
 
 def assert_same_data(data_bin: Path, stock: Path) -> None:

@@ -142,6 +142,12 @@ def test_help_says_how_to_use_it() -> None:
         assert text in shown.stdout
 
 
+@pytest.mark.parametrize("arguments", [["--task", "ptb"], ["ptb"]])
+def test_the_other_grammar_is_refused(arguments: list[str]) -> None:
+    shown = download(*arguments)
+    assert shown.returncode == 2 and "task=NAME" in shown.stderr.splitlines()[-1]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -117,11 +117,13 @@ def test_no_records_are_an_error(tmp_path):
         log_results(tmp_path, "normexp")
 
 
-def test_the_script_tells_errors_in_one_line(tmp_path):
+def test_the_script_reports_errors_in_one_line():
     script = [sys.executable, str(REPOSITORY / "scripts/dashboard.py")]
     shown = subprocess.run([*script, "workspace"], capture_output=True, text=True, timeout=120)
     assert shown.returncode == 1 and "error: no API key" in shown.stderr
     assert shown.stderr.count("\n") == 1
+    shown = subprocess.run([*script, "workspace", "task=ptb"], capture_output=True, text=True)
+    assert shown.returncode == 2 and "write --task ptb" in shown.stderr
 
 
 def test_the_package_is_named_where_it_is_missing(monkeypatch):

@@ -161,10 +161,15 @@ def test_without_a_network_the_script_says_so_and_marks_nothing(runs):
     assert sum(len(run.waiting) for run in find_offline_runs([runs])) == 3
 
 
-def test_a_wrong_key_is_told(runs, wandb_server):
+def test_a_wrong_key_is_reported(runs, wandb_server):
     wandb_server.refuse = lambda path, body: 401
     check_connection()
     [_, run] = find_offline_runs([runs])
     with pytest.raises(UploadError, match="ERROR"):
         upload(run.logs[0])
     assert run.waiting == run.logs
+
+
+def test_the_other_grammar_is_refused() -> None:
+    shown = synchronize("dry_run=true")
+    assert shown.returncode == 2 and "write --dry-run" in shown.stderr

@@ -300,7 +300,7 @@ def test_a_full_disk_turns_tracking_off(small_disk, caplog):
     assert "tracking is off" in notice and "No space left" in notice
 
 
-def test_a_disk_that_fills_up_during_the_run_is_told(small_disk, caplog):
+def test_a_disk_that_fills_up_during_the_run_is_reported(small_disk, caplog):
     with start(small_disk) as tracker:
         fill(small_disk)
         for step in range(200):
