@@ -11,18 +11,16 @@ that the model sees future tokens. The test of a run writes a record,
 results/causality/<task>/<label>-seed<k>.json, from which scripts/report.py makes a table.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
+from normexp.config.command_grammar import Parser
 from normexp.errors import exit_on_user_error
 
 
 def main() -> int:
     """Parse the command line, test, print; return 2 if the model sees future tokens."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__)
     parser.add_argument("model", type=Path, help="run folder, or checkpoint of a language model")
     parser.add_argument("--data", type=Path, help="binarized corpus; needed for a checkpoint")
     parser.add_argument("--user-dir", type=Path, help="fairseq plugin that the checkpoint needs")

@@ -9,17 +9,15 @@ Prints the metrics beside those of the record. KEY=VALUE changes settings of the
 or `data.dir` and `data.local`. Nothing but the translations in hypotheses/ is written.
 """
 
-import argparse
 from pathlib import Path
 
+from normexp.config.command_grammar import Parser
 from normexp.errors import exit_on_user_error
 
 
 def main() -> None:
     """Parse the command line, evaluate, print."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__)
     parser.add_argument("run_folder", type=Path, help="results/runs/<task>/<label>-seed<k>")
     parser.add_argument(
         "overrides", nargs="*", metavar="KEY=VALUE", help="such as evaluation.beam=1"
@@ -31,8 +29,6 @@ def main() -> None:
         "affine at inference",
     )
     arguments = parser.parse_intermixed_args()
-    if any(override.startswith("fold=") for override in arguments.overrides):
-        parser.error("fold=true is now --fold")
 
     from normexp.evaluation import reevaluation
 

@@ -12,17 +12,15 @@ fairseq-train with --finetune-from-model OUT and the model's own settings: the n
 on where they were, the optimizer starts anew.
 """
 
-import argparse
 from pathlib import Path
 
+from normexp.config.command_grammar import Parser
 from normexp.errors import exit_on_user_error
 
 
 def main() -> None:
     """Parse the command line, import, print what was found."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__)
     parser.add_argument("source", metavar="IN", type=Path, help="checkpoint of the authors' code")
     parser.add_argument("target", metavar="OUT", type=Path, help="checkpoint to write")
     parser.add_argument("--force", action="store_true", help="overwrite OUT")

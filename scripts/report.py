@@ -7,12 +7,12 @@ python scripts/report.py --check         # fail if the committed files are out o
 python scripts/report.py --console-only  # print, write nothing
 """
 
-import argparse
 import sys
 from pathlib import Path
 
 from rich.console import Console
 
+from normexp.config.command_grammar import Parser
 from normexp.errors import UserError, exit_on_user_error
 from normexp.files import whole_file
 from normexp.paths import REPOSITORY, RESULTS
@@ -29,9 +29,7 @@ from normexp.runs.records import load_records
 
 def main() -> None:
     """Parse the command line, then write and print the tables, or check them."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__)
     parser.add_argument(
         "--results", type=Path, default=RESULTS, help="folder that holds records/ (%(default)s)"
     )
@@ -49,8 +47,6 @@ def main() -> None:
     )
     what.add_argument("--console-only", action="store_true", help="print, write no file")
     what.add_argument("--check", action="store_true", help="fail if the files are out of date")
-    if any(argument.startswith("html=") for argument in sys.argv[1:]):
-        parser.error("html=true is now --html")
     options = parser.parse_args()
 
     if not options.results.is_dir():

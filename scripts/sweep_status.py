@@ -18,10 +18,10 @@ Takes the overrides of `scripts/train.py -m`; nothing is started or changed.
 Exit status 0 if every run is done or diverged, 3 if any is not, 1 after an error.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
+from normexp.config.command_grammar import Parser
 from normexp.errors import exit_on_user_error
 from normexp.sweeps import slurm_queue
 from normexp.sweeps.run_status import status_of
@@ -33,9 +33,7 @@ UNFINISHED = 3
 
 def main() -> int:
     """Parse the command line, look, print."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__)
     parser.add_argument(
         "-m", "--multirun", action="store_true", help="as for train.py; may be left out"
     )

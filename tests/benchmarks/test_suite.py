@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from normexp.benchmarks.suite import BENCHMARKS
-from normexp.report.benchmark_tables import TITLES, circumstances
+from normexp.report.benchmark_tables import TITLES, environment
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "benchmark.py"
 
@@ -62,7 +62,7 @@ def test_threads_reach_the_record_and_the_table_is_printed(
     assert content["command"].endswith("norms --rounds 2 --threads 2")
     printed = capsys.readouterr().out
     assert "power_released" in printed and str(record) in printed
-    line = circumstances(content)
+    line = environment(content)
     assert "2 threads" in line and "malloc MALLOC_TOP_PAD_=1000" in line
 
 
