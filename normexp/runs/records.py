@@ -8,12 +8,14 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import ConfigDict, StringConstraints, TypeAdapter, ValidationError
 
+from normexp.config.identity import config_hash
+from normexp.config.settings import ExperimentSettings, validated
 from normexp.errors import UserError, invalid_fields
 from normexp.files import whole_file
 
@@ -183,7 +185,11 @@ def describe(record: Record) -> str:
 
 
 def read_record(path: Path) -> Record:
-    """Read a record. Raises UserError naming the file and its first invalid fields."""
+    """Read a record. Raises UserError naming the file and its first invalid fields.
+
+    `config_hash` is computed anew from `config`, so that records written under an earlier rule of
+    hashing are those of the same runs as today's.
+    """
     try:
         content = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse)
     except OSError as error:
@@ -196,9 +202,14 @@ def read_record(path: Path) -> Record:
             f"{path}: record schema {version} is unknown; this version reads {SCHEMA_VERSION}"
         )
     try:
-        return _RECORD.validate_json(json.dumps(content))
+        record = _RECORD.validate_json(json.dumps(content))
     except ValidationError as error:
         raise UserError(f"{path}: {invalid_fields(error)}") from None
+    try:
+        settings = validated(ExperimentSettings, record.config)
+    except UserError:  # settings that this version does not know: nothing of today is equal to them
+        return record
+    return replace(record, config_hash=config_hash(settings))
 
 
 def load_records(results_dir: Path) -> dict[Path, Record]:

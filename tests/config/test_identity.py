@@ -16,6 +16,7 @@ from normexp.config.settings import (
     SpeedSettings,
     validated,
 )
+from normexp.runs.records import read_record
 
 RECORDS = sorted((REPOSITORY / "results" / "records").glob("*/*.json"))
 
@@ -63,6 +64,13 @@ def test_a_new_setting_leaves_every_recorded_hash_as_it_is(path: Path) -> None:
     # but another value than before is another run
     written["evaluation"]["temperature"] = 0.5
     assert config_hash(validated(Later, written)) != record["config_hash"]
+
+
+def test_a_record_of_an_earlier_rule_is_the_same_run(tmp_path: Path) -> None:
+    record = recorded(RECORDS[0])
+    path = tmp_path / "record.json"
+    path.write_text(json.dumps(record | {"config_hash": "0123456789ab"}), encoding="utf-8")
+    assert read_record(path).config_hash == record["config_hash"]
 
 
 STOCK = ["speed.fast_dropout=false", "speed.fused_loss=false", "speed.fused_adam=false"]
