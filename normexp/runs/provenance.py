@@ -10,12 +10,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
-
 
 def command_of_this_run() -> list[str]:
     """Return script and arguments; for a run of a sweep, the arguments of this run alone."""
+    from hydra.core.hydra_config import HydraConfig  # here, because reports run without it
+    from hydra.types import RunMode
+
     if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
         return ["scripts/train.py", *HydraConfig.get().overrides.task]
     return sys.argv
