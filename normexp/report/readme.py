@@ -90,7 +90,8 @@ def results_block(rows_by_task: Mapping[str, list[Row]], paper: Paper, link: str
     ]
     small = _table("small models, not the paper's setting", SMALL, rows_by_task, paper)
     marks = (
-        f"≈ the author says “around”; {formatting.UNVERIFIED} not verified at its source; "
+        "≈ “around”, says the author, not in the paper; "
+        f"{formatting.UNVERIFIED} not verified at its source; "
         f"{formatting.FUTURE} the model sees the tokens it predicts.\n"
     )
     return "\n".join(

@@ -31,7 +31,7 @@ def results_table(task: str, rows: list[Row], paper: Paper) -> Table:
     for split, metric in metrics:
         header.append(f"{split} {metric_name(metric)}")
         if _has_paper(published, split, metric):
-            header += ["paper", "ours − paper"]
+            header += ["published", "ours − published"]
     header += ["runs", "records"]
 
     lines: list[tuple[tuple[int, str], list[Cell]]] = []
@@ -81,7 +81,7 @@ def differences_table(task: str, rows: list[Row], paper: Paper) -> Table:
                 theirs,
             ]
         )
-    header = ["difference", "metric", "mean ± sd", "95 % interval", "verdict", "paper"]
+    header = ["difference", "metric", "mean ± sd", "95 % interval", "verdict", "published"]
     return Table(header, lines)
 
 

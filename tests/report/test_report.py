@@ -128,11 +128,11 @@ def test_a_row_shows_ours_the_papers_and_the_difference(runs, paper):
     pn = line(table, "PN")
     # mean 35.6, deviations -0.6 0.4 0.2, variance 0.56 / 2
     assert pn["test BLEU (tokenised)"] == "35.60 ± 0.53 (n = 3)"
-    assert (pn["paper"], pn["ours − paper"]) == ("35.9", "−0.3")
+    assert (pn["published"], pn["ours − published"]) == ("35.9", "−0.3")
     assert pn["runs"] == "3 of 3 complete"
     ln = line(table, "LN")
     assert ln["test BLEU (tokenised)"] == "35.10 (n = 1)"
-    assert (ln["paper"], ln["ours − paper"]) == ("35.5", "−0.4")
+    assert (ln["published"], ln["ours − published"]) == ("35.5", "−0.4")
 
 
 def test_norms_come_in_the_papers_order(runs, paper):
@@ -146,8 +146,8 @@ def test_a_norm_that_only_the_paper_has_is_shown_without_a_run(runs, paper):
     table = results_table("iwslt14", grouped(*runs("PN-released", {1: 35.0}))["iwslt14"], paper)
     assert [row[0] for row in table.rows] == ["LN", "BN", "PN-released"]
     bn = line(table, "BN")
-    assert (bn["test BLEU (tokenised)"], bn["paper"], bn["runs"]) == ("—", "34.4 †", "no runs")
-    assert bn["ours − paper"] == ""
+    assert (bn["test BLEU (tokenised)"], bn["published"], bn["runs"]) == ("—", "34.4 †", "no runs")
+    assert bn["ours − published"] == ""
     assert "† published number, not verified" in notes(table)
 
 
@@ -156,9 +156,9 @@ def test_a_small_budget_is_marked_and_never_compared_with_the_paper(runs, paper)
     rows = grouped(*runs("PN", {1: 35.0}, budget=budget), *runs("LN", {1: 34.0}))["iwslt14"]
     table = results_table("iwslt14", rows, paper)
     pn = line(table, "PN ‡")
-    assert (pn["paper"], pn["ours − paper"]) == ("not comparable", "")
+    assert (pn["published"], pn["ours − published"]) == ("not comparable", "")
     assert f"‡ PN: {budget}." in notes(table)
-    assert line(table, "LN")["ours − paper"] == "−1.5"
+    assert line(table, "LN")["ours − published"] == "−1.5"
     assert differences(rows) == []  # nor with a run of the full budget
 
 
@@ -176,7 +176,7 @@ def test_only_a_model_that_sees_the_future_is_compared_with_the_published_ones(
     rows = grouped(*records)["ptb"]
     table = results_table("ptb", rows, paper)
     pn = line(table, name)
-    assert (pn["paper"], pn["ours − paper"]) == (paper_cell, difference)
+    assert (pn["published"], pn["ours − published"]) == (paper_cell, difference)
     assert ("sees the tokens it predicts" in notes(table)) == sees
     [compared] = differences_table("ptb", rows, paper).rows
     assert compared[-1] == ("−5.6" if sees else "not comparable")
@@ -184,7 +184,7 @@ def test_only_a_model_that_sees_the_future_is_compared_with_the_published_ones(
 
 def test_tasks_that_share_the_papers_numbers(runs, paper):
     rows = grouped(*runs("PN", {1: 50.0}, **lm(task="table2_ptb")))["table2_ptb"]
-    assert line(results_table("table2_ptb", rows, paper), "PN §")["ours − paper"] == "+2.4"
+    assert line(results_table("table2_ptb", rows, paper), "PN §")["ours − published"] == "+2.4"
 
 
 def test_runs_of_different_configuration_or_corpus_are_not_averaged(runs, paper):
@@ -541,7 +541,10 @@ def test_the_layer_of_a_published_number_is_named_wherever_it_is_shown(runs, tmp
     path.write_text(PAPER.replace("value: 35.9", layer), encoding="utf-8")
     paper = load_paper(path)
     rows = {"iwslt14": grouped(*runs("PN", {1: 35.0}))["iwslt14"]}
-    assert line(results_table("iwslt14", rows["iwslt14"], paper), "PN")["paper"] == "≈ 35.90 ± 0.25"
+    assert (
+        line(results_table("iwslt14", rows["iwslt14"], paper), "PN")["published"]
+        == "≈ 35.90 ± 0.25"
+    )
     files = report_files(rows, paper, tmp_path / "README.md", tmp_path)
     name = "PN ≈ 35.90 ± 0.25: with % groups"
     assert name in files[tmp_path / "README.md"]
