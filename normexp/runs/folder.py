@@ -139,7 +139,7 @@ def _lock(folder: RunFolder) -> FileLock:
     """Hold the folder until the lock returned is released."""
     path = folder.path / LOCK
     while True:
-        lock = FileLock(path)
+        lock = FileLock(path, fallback_to_soft=False)  # a soft lock would outlive a killed run
         try:
             folder.path.mkdir(parents=True, exist_ok=True)
             path.touch()
