@@ -98,7 +98,7 @@ def _statistics(sites: _Sites) -> dict[str, Tensor]:
                 scalars[f"{site}/{name}_mean"] = value.mean()
             else:
                 scalars[f"{site}/{name}_norm"] = value.norm()
-        if hasattr(module, "rejected"):
+        if hasattr(module, "num_rejected"):
             scalars[f"{site}/rejected"] = module.num_rejected.double()
     return scalars
 
