@@ -1,5 +1,6 @@
 """Benchmarks choose kernels for the process, which tests restore; tiny models of the toy tasks."""
 
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,10 +16,11 @@ SMALL = [
 
 
 @pytest.fixture(autouse=True)
-def kernels_as_before() -> Iterator[None]:
-    before = chosen_kernels()
+def process_as_before() -> Iterator[None]:
+    kernels, level = chosen_kernels(), logging.getLogger("fairseq").level
     yield
-    use_kernels(before)
+    use_kernels(kernels)
+    logging.getLogger("fairseq").setLevel(level)
 
 
 @pytest.fixture
