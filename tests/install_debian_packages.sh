@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Installs the programs that some tests need, where Debian's packages can be installed: SLURM for
-# tests/slurm/, Chromium for the tests of the HTML report. Without them those tests are skipped and
+# tests/sweeps/, Chromium for the tests of the HTML report. Without them those tests are skipped and
 # say so. Never fails: says why it did nothing.
 set -u
 packages=(slurm-wlm munge chromium chromium-driver)
