@@ -276,7 +276,7 @@ def test_nothing_waits_for_the_device(case: str, monkeypatch: pytest.MonkeyPatch
             torch.cuda.set_sync_debug_mode("default")
 
 
-@every_case
+@pytest.mark.parametrize("case", default_cases(CASES, {"power", "power_released"}))
 def test_compiles_without_graph_breaks(case: str) -> None:
     torch.manual_seed(10)
     norm, call = build(case, 60, torch.float32), CASES[case].call
