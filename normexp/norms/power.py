@@ -175,7 +175,7 @@ class PowerNorm(QuadraticNorm):
 
         nu advances in backward passes that reach the layer's weight, as those of `.backward()` do.
         """
-        saved, totals = replayed or (None, None)
+        saved, iteration = replayed or (None, None)
         nu = self.nu.clone()
         copies = self.running_psi2.clone(), nu, self.step.clone(), self.num_rejected.clone()
         weight = self.weight if self.weight.requires_grad else self.weight.detach().requires_grad_()
@@ -186,12 +186,12 @@ class PowerNorm(QuadraticNorm):
             *(x, padding_mask, weight, self.bias, *copies, saved),
             *(self.eps, self.alpha_fwd, self.alpha_bwd, 0, self.bound_nu),
         )
-        if totals is None:
-            totals = _Totals()
+        if iteration is None:
+            iteration = _Iteration()
             partial_sums = torch.cat([sum_sq, saved[-1:].to(sum_sq.dtype)])
-            use = functools.partial(self._finish_forward, totals)
+            use = functools.partial(self._finish_forward, iteration)
             DEFERRED.add((self, "psi2"), partial_sums, use)
-            self._deferred_cache.store(sum_sq, saved, totals)
+            self._deferred_cache.store(sum_sq, saved, iteration)
         if y.requires_grad:
 
             def before_backward(_: Tensor) -> None:
@@ -201,7 +201,7 @@ class PowerNorm(QuadraticNorm):
 
             def after_backward(d_weight: Tensor) -> None:
                 products = d_weight.detach() * weight.detach()
-                use = functools.partial(self._finish_backward, totals)
+                use = functools.partial(self._finish_backward, iteration)
                 DEFERRED.add((self, "nu"), products, use)
 
             y.register_hook(before_backward)
@@ -209,18 +209,18 @@ class PowerNorm(QuadraticNorm):
         return y
 
     @torch.no_grad()
-    def _finish_forward(self, totals: "_Totals", total: Tensor) -> None:
+    def _finish_forward(self, iteration: "_Iteration", total: Tensor) -> None:
         """total (C + 1,): sums of x^2 and the number of tokens, of all ranks."""
-        totals.n = total[-1]
-        psi2_batch = total[:-1] / totals.n.clamp(min=1)
+        iteration.n = total[-1]
+        psi2_batch = total[:-1] / iteration.n.clamp(min=1)
         # The state is still that of the forward: the next one first flushes what is deferred.
-        totals.gamma = psi2_batch / (self.running_psi2 + self.eps)
-        self._advance_psi2(psi2_batch, totals.n)
+        iteration.gamma = psi2_batch / (self.running_psi2 + self.eps)
+        self._advance_psi2(psi2_batch, iteration.n)
 
     @torch.no_grad()
-    def _finish_backward(self, totals: "_Totals", total: Tensor) -> None:
+    def _finish_backward(self, iteration: "_Iteration", total: Tensor) -> None:
         """total (C,): sums of g x_hat, of all ranks."""
-        self._advance_nu(total / totals.n.clamp(min=1), totals.gamma, totals.n)
+        self._advance_nu(total / iteration.n.clamp(min=1), iteration.gamma, iteration.n)
 
     def _past_warmup(self) -> bool:
         # Reading the step waits for a GPU; once past the warm-up it need not be read again.
@@ -234,8 +234,8 @@ class PowerNorm(QuadraticNorm):
 
 
 @dataclass
-class _Totals:
-    """Of one deferred forward, once they are known: N and Gamma (C,) of all ranks."""
+class _Iteration:
+    """One deferred forward and its backward: N and Gamma (C,) of all ranks, once known."""
 
     n: Tensor | None = None
     gamma: Tensor | None = None

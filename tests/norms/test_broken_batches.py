@@ -31,7 +31,7 @@ def train(norm: torch.nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tens
 def spoil(values: np.ndarray, batch: Batch, with_value: float) -> np.ndarray:
     """A copy with one entry of a real token replaced."""
     spoilt = values.copy()
-    t, b = np.argwhere(batch.real)[0]
+    t, b = np.argwhere(batch.token_mask)[0]
     spoilt[t, b, 1] = with_value
     return spoilt
 
@@ -55,7 +55,7 @@ def test_broken_forward_is_counted_and_left_out(name: str, steps: int, value: fl
     twin = copy.deepcopy(norm)
     batch = random_batch(4, 3, 50)
     y, _ = train(norm, Batch(spoil(batch.x, batch, value), batch.pad, batch.gy))
-    assert not y[torch.from_numpy(batch.real)].isfinite().all(), "the loss must show it"
+    assert not y[torch.from_numpy(batch.token_mask)].isfinite().all(), "the loss must show it"
     assert norm.num_rejected >= 1
     for what, expected in state(twin).items():
         assert torch.equal(state(norm)[what], expected), what
@@ -112,7 +112,7 @@ def test_broken_backward_is_counted_and_left_out(name: str, steps: int, value: f
     train(healthy, batch)
     before = state(norm)
     _, gx = train(norm, Batch(batch.x, batch.pad, spoil(batch.gy, batch, value)))
-    assert not gx[torch.from_numpy(batch.real)].isfinite().all()
+    assert not gx[torch.from_numpy(batch.token_mask)].isfinite().all()
     assert norm.num_rejected == (1 if name in CHANGED_IN_BACKWARD else 0)
     for what, obtained in state(norm).items():
         unchanged = what in CHANGED_IN_BACKWARD.get(name, ())
@@ -166,7 +166,7 @@ def test_broken_token_stays_alone_without_state(name: str) -> None:
     norm = build_norm(name, C, **quick_options(name)).double()
     batch = random_batch(4, 3, 50)
     y, gx = train(norm, Batch(spoil(batch.x, batch, np.nan), batch.pad, batch.gy))
-    t, b = np.argwhere(batch.real)[0]
+    t, b = np.argwhere(batch.token_mask)[0]
     untouched = np.ones((4, 3), dtype=bool)
     untouched[slice(None) if getattr(norm, "mixes_positions", False) else t, b] = False
     expected_y, expected_gx = train(copy.deepcopy(norm), batch)

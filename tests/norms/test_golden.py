@@ -25,12 +25,12 @@ class ReferenceSteps:
 
 def compare(recording: Recording, step: int | str, obtained: dict[str, np.ndarray]) -> set[str]:
     """Assert that everything recorded in a step was obtained; returns the names compared."""
-    real = ~recording.inputs(step)[1].T
+    token_mask = ~recording.inputs(step)[1].T
     compared = set()
     for name, expected in recording.results(step):
         value = np.asarray(obtained[name], dtype=np.float64)
-        if name in ("y", "gx") and recording.only_real:
-            value, expected = value[real], expected[real]
+        if name in ("y", "gx") and recording.tokens_only:
+            value, expected = value[token_mask], expected[token_mask]
         np.testing.assert_allclose(
             value.reshape(expected.shape),
             expected,

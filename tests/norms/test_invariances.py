@@ -153,11 +153,11 @@ def test_inference_is_training_on_average(name: str, t: int, b: int, seed: int) 
     x, pad = torch.from_numpy(batch.x), torch.from_numpy(batch.pad)
     tiny = {"eps": 1e-12} if "eps" in norm_options(name) else {}  # for the factor to be exact
     norm = build_norm(name, C, **quick_options(name), **tiny).double()
-    real = batch.real
+    token_mask = batch.token_mask
     if not list(norm.buffers()):
         assert torch.equal(norm(x, pad), norm.eval()(x, pad))
         return
-    positions = {"real tokens": real.sum(), "all positions": real.size}
+    positions = {"real tokens": token_mask.sum(), "all positions": token_mask.size}
     n = positions.get(UNBIASED_OVER.get(name), np.inf)
     if n < 3:  # no variance, or one that is nothing but rounding
         return
@@ -167,4 +167,4 @@ def test_inference_is_training_on_average(name: str, t: int, b: int, seed: int) 
             penalty_of(norm)
         y_eval = norm.eval()(x, pad)
     factor = 1.0 if np.isinf(n) else np.sqrt((n - 1) / n)
-    np.testing.assert_allclose(y_eval[real], factor * y[real], rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(y_eval[token_mask], factor * y[token_mask], rtol=1e-6, atol=1e-6)

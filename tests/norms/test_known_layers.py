@@ -32,7 +32,7 @@ def double(name: str, **options: object) -> torch.nn.Module:
 def tensors(t: int, b: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """x, mask, gy; no gradient at padded positions."""
     batch = random_batch(t, b, seed, c=C)
-    gy = batch.gy * batch.real[..., None]
+    gy = batch.gy * batch.token_mask[..., None]
     return torch.from_numpy(batch.x), torch.from_numpy(batch.pad), torch.from_numpy(gy)
 
 
@@ -57,16 +57,16 @@ def test_batch_is_torchs_over_the_real_tokens(t: int, b: int, seed: int) -> None
     torchs.load_state_dict(ours.state_dict(), strict=False)
     for step in range(3):
         x, mask, gy = tensors(t, b, seed + step)
-        real = ~mask.t()
-        if real.sum() < 2:  # torch refuses a single token
+        token_mask = ~mask.t()
+        if token_mask.sum() < 2:  # torch refuses a single token
             continue
         y, gx = forward_backward(ours, x, gy, mask)
-        expected_y, expected_gx = forward_backward(torchs, x[real], gy[real])
-        torch.testing.assert_close(y[real], expected_y, rtol=1e-10, atol=1e-10)
-        torch.testing.assert_close(gx[real], expected_gx, rtol=1e-10, atol=1e-10)
+        expected_y, expected_gx = forward_backward(torchs, x[token_mask], gy[token_mask])
+        torch.testing.assert_close(y[token_mask], expected_y, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(gx[token_mask], expected_gx, rtol=1e-10, atol=1e-10)
         torch.testing.assert_close(ours.running_mean, torchs.running_mean)
         torch.testing.assert_close(ours.running_var, torchs.running_var)
-    torch.testing.assert_close(ours.eval()(x, mask)[real], torchs.eval()(x[real]))
+    torch.testing.assert_close(ours.eval()(x, mask)[token_mask], torchs.eval()(x[token_mask]))
 
 
 STOCK: dict[str, Callable[[torch.nn.Module, torch.Tensor], torch.Tensor]] = {
@@ -112,8 +112,10 @@ def test_power_in_warmup_is_power_v(t: int, b: int, seed: int) -> None:
         for norm in (power, power_v):
             norm.zero_grad()
             y, gx = forward_backward(norm, x, gy, mask)
-            real = ~mask.t()
-            results.append([y[real], gx[real], norm.weight.grad, norm.bias.grad, norm.running_psi2])
+            token_mask = ~mask.t()
+            results.append(
+                [y[token_mask], gx[token_mask], norm.weight.grad, norm.bias.grad, norm.running_psi2]
+            )
         for of_power, of_power_v in zip(*results, strict=True):
             torch.testing.assert_close(of_power, of_power_v, rtol=1e-12, atol=1e-12)
 
@@ -169,7 +171,9 @@ def test_sentences_in_instance_are_independent() -> None:
     x, mask, gy = tensors(6, 4, seed=3)
     y, gx = forward_backward(norm, x, gy, mask)
     for b in range(4):
-        real = ~mask[b]
-        if real.any():
-            alone = forward_backward(norm, x[real, b], gy[real, b])
-            torch.testing.assert_close((y[real, b], gx[real, b]), alone, rtol=1e-10, atol=1e-10)
+        token_mask = ~mask[b]
+        if token_mask.any():
+            alone = forward_backward(norm, x[token_mask, b], gy[token_mask, b])
+            torch.testing.assert_close(
+                (y[token_mask, b], gx[token_mask, b]), alone, rtol=1e-10, atol=1e-10
+            )

@@ -66,11 +66,15 @@ def run(name: str, batches: list[Batch]) -> dict[str, list[np.ndarray]]:
     results: dict[str, list[np.ndarray]] = {}
     for batch in batches[:-1]:
         step = layer.train_step(batch.x, batch.pad, batch.gy)
-        named = {"y": step.y[batch.real], "gx": step.gx[batch.real], "penalty": step.penalty}
+        named = {
+            "y": step.y[batch.token_mask],
+            "gx": step.gx[batch.token_mask],
+            "penalty": step.penalty,
+        }
         for what, value in (named | step.gradients | layer.state()).items():
             results.setdefault(what, []).append(np.asarray(value))
     last = batches[-1]
-    results["y_eval"] = [layer.infer(last.x, last.pad)[last.real]]
+    results["y_eval"] = [layer.infer(last.x, last.pad)[last.token_mask]]
     return results
 
 
@@ -87,7 +91,9 @@ def with_padding(batch: Batch, seed: int, difference: str, extra: int) -> tuple[
 
     quiet = Batch(filled(batch.x, 1.0), pad, filled(batch.gy, 0.0))
     if difference == "number":
-        return Batch(batch.x, batch.pad, np.where(batch.real[..., None], batch.gy, 0.0)), quiet
+        return Batch(
+            batch.x, batch.pad, np.where(batch.token_mask[..., None], batch.gy, 0.0)
+        ), quiet
     loud = Batch(filled(batch.x, 30.0), pad, filled(batch.gy, 1.0))
     return {
         "values": (quiet, Batch(loud.x, pad, quiet.gy)),
@@ -138,9 +144,9 @@ def test_anything_may_stand_at_padding(name: str, garbage: float) -> None:
     """Not even NaN gets out of padding, where a layer takes nothing from there."""
     batches = [random_batch(5, 3, seed) for seed in range(4)]
     for batch in batches:
-        batch.gy[~batch.real] = 0.0
+        batch.gy[~batch.token_mask] = 0.0
     spoilt = [
-        Batch(np.where(batch.real[..., None], batch.x, garbage), batch.pad, batch.gy)
+        Batch(np.where(batch.token_mask[..., None], batch.x, garbage), batch.pad, batch.gy)
         for batch in batches
     ]
     clean, dirty = run(name, batches), run(name, spoilt)

@@ -50,7 +50,7 @@ def compare_state(layer: LayerSteps, reference: Reference, when: str) -> None:
 
 def visible(reference: Reference, values: np.ndarray, batch: Batch) -> np.ndarray:
     """values (T, B, C) where the layer promises something."""
-    return values if reference.padding_takes_part else values[batch.real]
+    return values if reference.padding_takes_part else values[batch.token_mask]
 
 
 @pytest.mark.parametrize("name", available_norms())
@@ -79,7 +79,7 @@ def compare_run(name: str, options: dict, batches: list[Batch], jump: int) -> Re
         if step == 4 and "step" in reference.state:
             layer.norm.step += jump
             reference.state["step"] = reference.state["step"] + jump
-        gy = batch.gy if reference.padding_takes_part else batch.gy * batch.real[..., None]
+        gy = batch.gy if reference.padding_takes_part else batch.gy * batch.token_mask[..., None]
         obtained = layer.train_step(batch.x, batch.pad, gy)
         expected = reference.train_step(batch.x, batch.pad, gy)
         for what in ("y", "gx"):

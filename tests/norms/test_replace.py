@@ -102,11 +102,11 @@ def train(
     forward: Callable[..., Tensor], encoder: nn.Module, mask: Tensor | None, steps: int = 3
 ) -> None:
     optimizer = torch.optim.SGD(encoder.parameters(), lr=0.05)
-    real = torch.ones(B, T, dtype=torch.bool) if mask is None else ~mask
+    token_mask = torch.ones(B, T, dtype=torch.bool) if mask is None else ~mask
     for step in range(steps):
         y = forward(encoder.train(), states(step), mask)
         optimizer.zero_grad()
-        y[real].sin().mean().backward()
+        y[token_mask].sin().mean().backward()
         for norm in encoder.modules():
             if hasattr(norm, "penalty"):
                 norm.penalty()
@@ -149,13 +149,13 @@ def test_an_encoder_equals_its_formulas_in_training_and_in_inference(
     train(run_by_hand, twin, mask)
     assert_same_state(encoder, twin)
     encoder.eval(), twin.eval()
-    real = slice(None) if mask is None else ~mask
-    expected = run_by_hand(twin, states(9), mask)[real]
+    token_mask = slice(None) if mask is None else ~mask
+    expected = run_by_hand(twin, states(9), mask)[token_mask]
     with torch.no_grad():
-        without_grad = run(encoder, states(9), mask)[real]
+        without_grad = run(encoder, states(9), mask)[token_mask]
     with torch.inference_mode():
-        inference_mode = run(encoder, states(9), mask)[real]
-    for y in (run(encoder, states(9), mask)[real], without_grad, inference_mode):
+        inference_mode = run(encoder, states(9), mask)[token_mask]
+    for y in (run(encoder, states(9), mask)[token_mask], without_grad, inference_mode):
         torch.testing.assert_close(y, expected, rtol=1e-9, atol=1e-11)
     assert not fast_path_calls
 

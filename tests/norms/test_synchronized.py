@@ -90,6 +90,14 @@ def test_state_is_the_same_on_all_ranks_to_the_bit(results: Results, case: str) 
         assert_same(other["half_precision"][case], results[0]["half_precision"][case])
 
 
+def test_differentiable_gradient_is_the_same(results: Results) -> None:
+    """Of the losses of all ranks, too: both ways of computing it sum what the ranks found."""
+    for of_rank in results:
+        for case, (written_out, by_autograd) in of_rank["differentiable"].items():
+            for obtained, expected in zip(by_autograd, written_out, strict=True):
+                torch.testing.assert_close(obtained, expected, rtol=1e-9, atol=1e-9, msg=case)
+
+
 @every_case
 def test_one_collective_per_pass(results: Results, kernels: str, case: str) -> None:
     """PN past its warm-up: one of both passes, which begins when they are over; inference: none."""

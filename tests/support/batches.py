@@ -47,7 +47,7 @@ class Batch:
         return f"<{self.x.shape}, rms {np.sqrt((self.x**2).mean()):.3g}, {self.pad.sum()} padded>"
 
     @property
-    def real(self) -> np.ndarray:
+    def token_mask(self) -> np.ndarray:
         """(T, B) bool, True = real token."""
         return ~self.pad.T
 

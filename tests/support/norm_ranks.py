@@ -263,6 +263,20 @@ def data_parallel_private(rank: int, world: int) -> dict[str, object]:
     return results
 
 
+def differentiable(rank: int, world: int) -> dict[str, object]:
+    """Gradients at x and the weight as they are, and as functions that can be differentiated."""
+    results = {}
+    for case in ("batch", "regularized_batch", "power_v"):
+        norm = CASES[case].build(sync=True)
+        for step in (0, 2):
+            x, loss = forward(norm, batch_of(rank, step, world))
+            inputs = x, norm.weight
+            written_out = torch.autograd.grad(loss, inputs, retain_graph=True)
+            by_autograd = torch.autograd.grad(loss, inputs, create_graph=True)
+            results[f"{case}-{step}"] = [list(written_out), [g.detach() for g in by_autograd]]
+    return results
+
+
 def half_precision(rank: int, world: int) -> dict[str, object]:
     """Models in bfloat16, the state after a few steps."""
     results = {}
@@ -331,6 +345,7 @@ SCENARIOS = [
     checkpointing,
     data_parallel,
     data_parallel_private,
+    differentiable,
     half_precision,
 ]
 

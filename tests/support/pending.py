@@ -18,7 +18,7 @@ class PendingPower(Power):
     """Algorithm 2 with the forward and the backward of an iteration apart."""
 
     def forward(self, of: Batch) -> tuple:
-        x = of.x[of.real]
+        x = of.x[of.token_mask]
         psi2_batch, before = (x**2).mean(0), self.state["running_psi2"]
         in_warmup = self.state["step"] < self.warmup_steps
         divisor = np.sqrt((psi2_batch if in_warmup else before) + self.eps)
@@ -28,10 +28,10 @@ class PendingPower(Power):
 
     def backward(self, saved: tuple) -> np.ndarray:
         of, x_hat, divisor, in_warmup = saved
-        g, nu = self.parameters["weight"] * of.gy[of.real], self.state["nu"]
+        g, nu = self.parameters["weight"] * of.gy[of.token_mask], self.state["nu"]
         gamma, lam = (x_hat**2).mean(0), (g * x_hat).mean(0)
         gx = np.zeros_like(of.x)
-        gx[of.real] = (g - (lam if in_warmup else nu) * x_hat) / divisor
+        gx[of.token_mask] = (g - (lam if in_warmup else nu) * x_hat) / divisor
         pace = 1 - self.alpha_bwd
         if self.bound_nu:
             pace = np.minimum(pace, 1 / gamma)
@@ -44,7 +44,7 @@ class PendingPowerReleased(PowerReleased):
 
     def forward(self, of: Batch) -> tuple:
         z = self.scaled(of.x)
-        psi2_batch, running = (z[of.real] ** 2).mean(0), self.state["running_psi2"]
+        psi2_batch, running = (z[of.token_mask] ** 2).mean(0), self.state["running_psi2"]
         step = self.state["step"] = self.state["step"] + 1
         x_hat = z / np.sqrt((psi2_batch if step <= self.warmup_steps else running) + self.eps)
         if step < self.warmup_steps:
@@ -67,7 +67,7 @@ class PendingUnified(Unified):
     """Unified normalization, its forward and its backward apart."""
 
     def forward(self, of: Batch) -> tuple:
-        psi2_batch, running = (of.x[of.real] ** 2).mean(0), self.state["running_psi2"]
+        psi2_batch, running = (of.x[of.token_mask] ** 2).mean(0), self.state["running_psi2"]
         step = self.state["step"] = self.state["step"] + 1
         slot, window = step % self.window_size, self.state["psi2_window"]
         before = window.copy()

@@ -66,8 +66,8 @@ class Recording:
                 yield ours, self._arrays[f"{theirs}{step}"]
 
     @property
-    def only_real(self) -> bool:
-        """Whether y and gx were recorded at real positions only."""
+    def tokens_only(self) -> bool:
+        """Whether y and gx were recorded at real tokens only."""
         return self.norm == "regularized_batch"
 
 

@@ -12,6 +12,7 @@ from normexp.norms import build_norm
 from normexp.norms.kernels import triton
 from normexp.norms.kernels.choice import use_kernels
 from support.stateful import assert_same, state
+from support.thorough import default_cases
 
 assert triton.load()
 kernels = triton.operators()
@@ -129,18 +130,17 @@ def plain(norm: nn.Module, x: Tensor, mask: Tensor | None) -> tuple:
 # --- Results
 
 
-@pytest.mark.parametrize(
-    ("channels", "dtype", "seed"),
-    [
-        *((60, torch.float64, 1), (513, torch.float32, 2)),
-        *((12, torch.bfloat16, 3), (1, torch.float16, 4)),
-    ],
-    ids=str,
-)
-@every_case
-def test_equal_to_the_plain_layer(case: str, channels: int, dtype: torch.dtype, seed: int) -> None:
+SIZES = [(60, torch.float64), (513, torch.float32), (12, torch.bfloat16), (1, torch.float16)]
+EQUALITIES = [(case, *size) for size in SIZES for case in CASES]
+# Every kernel in float64, every size and type with one of them.
+EQUAL_BY_DEFAULT = [one for one in EQUALITIES if one[2] == torch.float64 or one[0] == "power"]
+
+
+@pytest.mark.parametrize("setting", default_cases(EQUALITIES, EQUAL_BY_DEFAULT), ids=str)
+def test_equal_to_the_plain_layer(setting: tuple[str, int, torch.dtype]) -> None:
     """Outputs, gradients and state over the end of the warm-up and over unusable batches."""
-    torch.manual_seed(seed)
+    case, channels, dtype = setting
+    torch.manual_seed(1 + [size for _, size in SIZES].index(dtype))
     norm = build(case, channels, dtype)
     expected_norm = copy.deepcopy(norm)
     for batch in ("first", "padding", "no mask", "broken", "list", "empty"):
@@ -276,7 +276,7 @@ def test_nothing_waits_for_the_device(case: str, monkeypatch: pytest.MonkeyPatch
             torch.cuda.set_sync_debug_mode("default")
 
 
-@every_case
+@pytest.mark.parametrize("case", default_cases(CASES, {"power", "power_released"}))
 def test_compiles_without_graph_breaks(case: str) -> None:
     torch.manual_seed(10)
     norm, call = build(case, 60, torch.float32), CASES[case].call
