@@ -6,7 +6,12 @@ from pathlib import Path
 import hypothesis
 import pytest
 from support.made_up_records import make_record  # noqa: F401 (a fixture)
-from support.whole_runs import data_dir, little_text, overrides  # noqa: F401 (fixtures)
+from support.whole_runs import (  # noqa: F401 (fixtures)
+    data_dir,
+    few_sentences_dir,
+    little_text,
+    overrides,
+)
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 

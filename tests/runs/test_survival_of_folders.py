@@ -361,7 +361,7 @@ def test_too_little_memory_to_evaluate(finished_run, tmp_path, monkeypatch) -> N
 
     with monkeypatch.context() as patch:
         patch.setattr(scores, "score", score)
-        with pytest.raises(UserError, match=r"while evaluating.*scores.max_tokens below 16000"):
+        with pytest.raises(UserError, match=r"while evaluating.*evaluation.max_tokens below 16000"):
             pipeline.run(composed(*command))
     assert pipeline.run(composed(*command)).status == "complete"
 
