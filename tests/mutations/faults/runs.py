@@ -37,7 +37,7 @@ RUNS = [
         "if adaptive_loss != adaptive_softmax:",
         "if adaptive_loss and not adaptive_softmax:",
         "an adaptive softmax with another loss is let through",
-        ("config/test_configs", "fairseq_plugin/test_criterions"),
+        CONFIGS,
     ),
     Fault(
         "config/validation.py",
