@@ -31,7 +31,7 @@ demo: install  ## train LN, BN, PN-V and PN on two toy tasks and print the table
 	@$(BIN)/python scripts/report.py --results results/demo --console-only
 
 # Whole files go to one process, which keeps what the tests of a file share.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 FAST := $(addprefix tests/norms/test_,golden.py references.py arguments.py known_layers.py) \
 	tests/config tests/runs/test_records.py tests/test_imports.py
 

@@ -23,6 +23,15 @@ hypothesis.settings.register_profile("no_deadline", deadline=None)
 hypothesis.settings.load_profile("no_deadline")
 
 
+# Files of few long tests. They begin first, or one process would be left alone with one of them.
+LONG = ("test_survival", "test_distributed", "test_evaluation", "test_triton", "test_interruptions")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put long files first; `make test` gives whole files to its processes in this order."""
+    items.sort(key=lambda item: item.path.stem not in LONG)
+
+
 @pytest.fixture
 def local_data() -> Path:
     """Folder with the real PTB and Multi30k files, or a visible skip where there is none."""
