@@ -7,10 +7,11 @@ FAIRSEQ := fairseq-fixed==0.12.3.1
 CACHE := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/normexp
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint clean
+.PHONY: help install demo fast test test-all lint clean
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z%-]+:.*## / {sub("%", "PART", $$1); printf "  make %-10s %s\n", $$1, $$2}' \
+		$(MAKEFILE_LIST)
 
 install: $(VENV)/.installed  ## environment in .venv: PyTorch, fairseq, normexp; does nothing when up to date
 
@@ -29,8 +30,24 @@ demo: install  ## train LN, BN, PN-V and PN on two toy tasks and print the table
 		wait $$first && exit $$second
 	@$(BIN)/python scripts/report.py --results results/demo --console-only
 
-test: install  ## all tests (about 12 minutes, 2 cores)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+# Whole files go to one process, which keeps what the tests of a file share.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+FAST := $(addprefix tests/norms/test_,golden.py references.py arguments.py known_layers.py) \
+	tests/config tests/runs/test_records.py tests/test_imports.py
+
+fast: install  ## the tests to run after every change: layers, configs, records, imports (45 seconds)
+	$(PYTEST) -m "not thorough" $(FAST)
+
+test-%: install  ## tests of a part, e.g. test-norms: PART is a folder of tests/
+	$(PYTEST) -m "not thorough" tests/$*
+
+test-plugin: test-fairseq_plugin ;
+
+test: install  ## all tests but the thorough ones (8 minutes, 2 cores)
+	$(PYTEST) -m "not thorough"
+
+test-all: install  ## all tests
+	$(PYTEST)
 
 lint: install  ## ruff
 	$(BIN)/ruff check .

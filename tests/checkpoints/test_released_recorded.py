@@ -49,7 +49,6 @@ def lines(text: str, letter: str) -> dict[int, list[str]]:
     return {int(number): rest.split("\t") for number, rest in found}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", RECORDED)
 def test_stock_generate_gives_the_recorded_translations(
     name: str, imported: dict[str, Path], data: Path, tmp_path: Path

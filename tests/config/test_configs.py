@@ -222,6 +222,7 @@ BAD = [
         "layer",
         "belong together",
     ),
+    (["task=toy_language_model", "model=tensorized_wikitext103"], "layer", "belong together"),
     (
         ["fairseq.criterion._name=label_smoothed_cross_entropy"],
         "regularized_batch",

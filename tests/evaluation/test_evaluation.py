@@ -4,18 +4,22 @@ import math
 import re
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
-from support.small_runs import REPOSITORY, composed
+from support.small_runs import REPOSITORY, SMALL, composed
 
 from normexp import pipeline
 from normexp.checkpoints import store
-from normexp.corpora import prepare
+from normexp.corpora import PreparedCorpus, prepare
 from normexp.corpora.tokenization import tokenize_aggressive
 from normexp.errors import UserError
 from normexp.evaluation import bleu, reevaluation, scores
+from normexp.runs.records import Record
 
 
 def fairseq(tool: str, *arguments: str) -> str:
@@ -35,21 +39,52 @@ def fairseq(tool: str, *arguments: str) -> str:
     return shown.stdout + shown.stderr
 
 
-@pytest.fixture
-def trained(overrides, tmp_path, data_dir):
-    """A short run of a task: its record, the evaluated checkpoint and the corpus."""
+@dataclass(frozen=True)
+class Trained:
+    """A short run: its record, the folder with its checkpoints, and the corpus."""
 
-    def build(task: str, *more: str):
-        record = pipeline.run(composed(*overrides(task, *more)))
-        folder = next((tmp_path / "results/runs" / task).iterdir()) / "checkpoints"
-        return record, folder, prepare(task, data_dir)
+    record: Record
+    folder: Path
+    corpus: PreparedCorpus
+
+
+def train(overrides: list[str], results: Path, data_dir: Path) -> Trained:
+    cfg = composed(*overrides, f"data.dir={data_dir}", f"results_dir={results}")
+    record = pipeline.run(cfg)
+    folder = next((results / "runs" / record.task).iterdir()) / "checkpoints"
+    return Trained(record, folder, prepare(record.task, data_dir))
+
+
+@pytest.fixture
+def trained(overrides, tmp_path, data_dir) -> Callable[..., Trained]:
+    """A short run of a task on the whole corpus."""
+
+    def build(task: str, *more: str) -> Trained:
+        return train([*overrides(task), *more], tmp_path / "results", data_dir)
+
+    return build
+
+
+@pytest.fixture(scope="module")
+def on_little_text(tmp_path_factory, little_text) -> Callable[[str, str], Trained]:
+    """on_little_text(task, norm): such a run, made once for all tests; they leave it as it is."""
+
+    @cache
+    def build(task: str, norm: str) -> Trained:
+        settings = [
+            *(f"task={task}", f"norm={norm}", *SMALL[task], "tracking=disabled"),
+            *("fairseq.optimization.max_epoch=2", "fairseq.dataset.max_tokens=1000"),
+        ]
+        if task == "toy_translation":
+            settings.append("evaluation.compound_split=true")
+        return train(settings, tmp_path_factory.mktemp(norm), little_text)
 
     return build
 
 
 def test_bleu_is_stock_fairseqs(trained) -> None:
     """Learned enough to score; odd number of sentences per batch; every sentence counted."""
-    record, folder, corpus = trained(
+    run = trained(
         "toy_translation",
         "norm=power",
         "evaluation.beam=3",
@@ -64,9 +99,9 @@ def test_bleu_is_stock_fairseqs(trained) -> None:
     )
     shown = fairseq(
         "fairseq-generate",
-        str(corpus.data_bin),
+        str(run.corpus.data_bin),
         "--path",
-        str(folder / "checkpoint2.pt"),
+        str(run.folder / "checkpoint2.pt"),
         "--beam",
         "3",
         "--lenpen",
@@ -80,7 +115,7 @@ def test_bleu_is_stock_fairseqs(trained) -> None:
     assert len(re.findall(r"^H-", shown, re.MULTILINE)) == 500
     stock = float(re.search(r"BLEU4 = ([\d.]+)", shown)[1])
     assert stock > 1
-    assert round(record.metrics["test"]["bleu_tokenised"], 2) == stock
+    assert round(run.record.metrics["test"]["bleu_tokenised"], 2) == stock
 
 
 ADAPTIVE = [
@@ -93,8 +128,15 @@ ADAPTIVE = [
 
 
 @pytest.mark.parametrize("model", [[], ADAPTIVE], ids=["transformer", "tensorized, adaptive"])
-def test_perplexity_is_stock_fairseqs(model: list[str], trained) -> None:
-    record, folder, corpus = trained("toy_language_model", "norm=power", *model)
+def test_perplexity_is_stock_fairseqs(
+    model: list[str], on_little_text, overrides, tmp_path, little_text
+) -> None:
+    if model:
+        settings = overrides("toy_language_model", "norm=power", *model)
+        run = train(settings, tmp_path / "results", little_text)
+    else:
+        run = on_little_text("toy_language_model", "power")
+    record, folder, corpus = run.record, run.folder, run.corpus
     assert record.sees_future_tokens is False
     shown = fairseq(
         "fairseq-eval-lm",
@@ -121,23 +163,23 @@ def test_perplexity_is_stock_fairseqs(model: list[str], trained) -> None:
 
 
 @pytest.mark.parametrize("task", ["toy_translation", "toy_language_model"])
-def test_evaluation_refuses_to_leave_anything_out(task, trained, monkeypatch) -> None:
+def test_evaluation_refuses_to_leave_anything_out(task, on_little_text, monkeypatch) -> None:
     """One batch lost on the way is an error, not a score."""
-    _, folder, corpus = trained(task, "evaluation.splits=[valid]")
-    loaded = scores.load_model(folder / store.LAST, corpus.data_bin)
+    run = on_little_text(task, "batch" if task == "toy_translation" else "power")
+    loaded = scores.load_model(run.folder / store.LAST, run.corpus.data_bin)
     whole = scores._batches
     monkeypatch.setattr(scores, "_batches", lambda *arguments: list(whole(*arguments))[:-1])
     with pytest.raises(UserError, match=r"scored \d+ tokens of test, which has \d+"):
         scores.score(loaded, "test", 1000, progress=False)
     if task == "toy_translation":
-        with pytest.raises(UserError, match=r"translated \d+ sentences of test, which has 500"):
+        with pytest.raises(UserError, match=r"translated \d+ sentences of test, which has 12"):
             scores.translate(loaded, "test", 1, 1.0, 1000, progress=False)
 
 
-@pytest.mark.parametrize("max_tokens", [300, 4000])
-def test_score_does_not_depend_on_the_batches(max_tokens, trained) -> None:
-    _, folder, corpus = trained("toy_translation", "norm=batch", "evaluation.splits=[valid]")
-    loaded = scores.load_model(folder / store.LAST, corpus.data_bin)
+@pytest.mark.parametrize("max_tokens", [100, 4000])
+def test_score_does_not_depend_on_the_batches(max_tokens, on_little_text) -> None:
+    run = on_little_text("toy_translation", "batch")
+    loaded = scores.load_model(run.folder / store.LAST, run.corpus.data_bin)
     nll, tokens = scores.score(loaded, "test", max_tokens, progress=False)
     # by hand: one sentence at a time, without padding
     dataset, total = loaded.task.dataset("test"), 0.0
@@ -147,7 +189,7 @@ def test_score_does_not_depend_on_the_batches(max_tokens, trained) -> None:
             logits, _ = loaded.model(**sample["net_input"])
             picked = logits.log_softmax(-1).gather(-1, sample["target"].unsqueeze(-1))
             total -= float(picked.sum())
-    assert tokens == corpus.tokens("test")
+    assert tokens == run.corpus.tokens("test")
     assert nll == pytest.approx(total, rel=1e-5)
 
 
@@ -222,19 +264,19 @@ def test_compound_split_bleu_takes_text_without_marks_of_hyphens() -> None:
     assert trapped != pytest.approx(bleu.tokenised_bleu(*by_hand), abs=0.1)
 
 
-def test_compound_split_bleu_is_recorded_where_asked_for(trained) -> None:
-    more = ("norm=layer", "evaluation.compound_split=true", "evaluation.splits=[test]")
-    record, folder, corpus = trained("toy_translation", *more)
-    hypotheses = (folder.parent / "hypotheses/test.txt").read_text().split("\n")[:-1]
-    references = corpus.raw_reference("test").read_text().split("\n")[:-1]
-    assert record.metrics["test"]["bleu_compound_split"] == pytest.approx(
+def test_compound_split_bleu_is_recorded_where_asked_for(on_little_text) -> None:
+    run = on_little_text("toy_translation", "batch")
+    hypotheses = (run.folder.parent / "hypotheses/test.txt").read_text().split("\n")[:-1]
+    references = run.corpus.raw_reference("test").read_text().split("\n")[:-1]
+    assert run.record.metrics["test"]["bleu_compound_split"] == pytest.approx(
         bleu.compound_split_bleu(hypotheses, references, "en")
     )
 
 
-def test_a_folded_model_scores_the_same(trained, capsys) -> None:
+def test_a_folded_model_scores_the_same(on_little_text, capsys) -> None:
     """`evaluate.py RUN --fold`, whose table sets now beside the record; refused for LN."""
-    record, folder, _ = trained("toy_language_model", "norm=power", "evaluation.splits=[valid]")
+    run = on_little_text("toy_language_model", "power")
+    record, folder = run.record, run.folder
     capsys.readouterr()
     reevaluation.main(folder.parent, [], fold=True)
     shown = capsys.readouterr().out
@@ -247,7 +289,7 @@ def test_a_folded_model_scores_the_same(trained, capsys) -> None:
         reevaluation.main(folder.parent, ["seed=2"], fold=True)
 
 
-def test_folding_of_layer_norms_is_refused(trained) -> None:
-    _, folder, _ = trained("toy_language_model", "norm=layer", "evaluation.splits=[valid]")
+def test_folding_of_layer_norms_is_refused(on_little_text) -> None:
+    folder = on_little_text("toy_language_model", "layer").folder
     with pytest.raises(UserError, match=r"no norm of this model can be folded.*LayerNorm"):
         reevaluation.main(folder.parent, [], fold=True)

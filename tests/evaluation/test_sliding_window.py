@@ -1,8 +1,10 @@
 """Perplexity depends on the text and on the context allowed, and on nothing else."""
 
+import copy
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from fairseq import models, tasks
 from fairseq.data import FairseqDataset
 from hypothesis import given
 from hypothesis import strategies as st
-from support.small_runs import composed
+from support.small_runs import SMALL, composed
 
 from normexp import pipeline
 from normexp.config.fairseq_config import trainer_config
@@ -46,14 +48,19 @@ def test_windows_predict_every_position_once(length: int, context_window: int, s
     assert position == length
 
 
-@pytest.fixture
-def load(overrides: Callable[..., list[str]], data_dir: Path) -> Callable[..., LoadedModel]:
-    """Build a small model with statistics of a few batches, in float64; blocks of LENGTH tokens."""
-    corpus = prepare("toy_language_model", data_dir)
+@pytest.fixture(scope="module")
+def load(little_text: Path) -> Callable[..., LoadedModel]:
+    """Build a small model with statistics of a few batches, in float64; blocks of LENGTH tokens.
 
-    def build(model: str, norm: str, *more: str) -> LoadedModel:
+    Every call has a task and a configuration of its own, and shares the model with the others.
+    """
+    corpus = prepare("toy_language_model", little_text)
+
+    @cache
+    def build(model: str, norm: str, *more: str) -> tuple[torch.nn.Module, Any]:
         settings = composed(
-            *[o for o in overrides("toy_language_model") if "decoder_ffn" not in o],
+            "task=toy_language_model",
+            *[o for o in SMALL["toy_language_model"] if "decoder_ffn" not in o],
             *MODELS[model],
             f"norm={norm}",
             f"fairseq.task.tokens_per_sample={LENGTH}",
@@ -62,18 +69,23 @@ def load(overrides: Callable[..., list[str]], data_dir: Path) -> Callable[..., L
         )
         typed = validate(settings).fairseq
         fairseq_cfg = trainer_config(typed, corpus.data_bin, None, Path("unused"))
-        task = tasks.setup_task(fairseq_cfg.task)
         torch.manual_seed(1)
-        built = models.build_model(fairseq_cfg.model, task).double()
+        built = models.build_model(fairseq_cfg.model, tasks.setup_task(fairseq_cfg.task)).double()
         for parameter in built.parameters():  # far from a start at which context hardly matters
             with torch.no_grad():
                 parameter.add_(torch.randn_like(parameter), alpha=0.3)
         generator = torch.Generator().manual_seed(2)
         for _ in range(3):
             built(torch.randint(4, 20, (4, LENGTH), generator=generator))[0].sum().backward()
-        return LoadedModel(built.eval(), task, fairseq_cfg, torch.device("cpu"))
+        return built.eval(), fairseq_cfg
 
-    return build
+    def load(model: str, norm: str, *more: str) -> LoadedModel:
+        built, shared_cfg = build(model, norm, *more)
+        fairseq_cfg = copy.deepcopy(shared_cfg)
+        task = tasks.setup_task(fairseq_cfg.task)
+        return LoadedModel(built, task, fairseq_cfg, torch.device("cpu"))
+
+    return load
 
 
 def _repacked(loaded: LoadedModel, **changes: object) -> LoadedModel:
@@ -182,9 +194,10 @@ def test_enough_context_makes_the_stride_immaterial(load: Callable[..., LoadedMo
 
 
 def test_context_helps_a_trained_model_and_is_recorded(
-    overrides: Callable[..., list[str]],
+    overrides: Callable[..., list[str]], little_text: Path
 ) -> None:
-    small = overrides("toy_language_model", "evaluation.context_window=20", "norm=power")
+    window = f"data.dir={little_text}", "evaluation.context_window=20"
+    small = overrides("toy_language_model", *window, "norm=power")
     record = pipeline.run(composed(*small))
     test = record.metrics["test"]
     assert test["streamed_perplexity_per_token"] == pytest.approx(

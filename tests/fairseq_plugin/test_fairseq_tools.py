@@ -1,13 +1,18 @@
 """The stock command-line tools with --user-dir, each in its own process."""
 
+import logging
 import os
 import re
 import shutil
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
+from hydra.version import VersionBase
+from packaging.version import Version
+from support.forked_processes import run
 
 PLUGIN = Path(__file__).resolve().parents[2] / "normexp" / "fairseq_plugin"
 TRAINING = (
@@ -24,12 +29,31 @@ def _run(command: list[str], folder: Path, python_path: str = "") -> str:
     return done.stderr + done.stdout
 
 
-def _tool(name: str, data: Path, flags: str, folder: Path, plugin: Path = PLUGIN) -> str:
-    tool = str(Path(sys.executable).parent / f"fairseq-{name}")
-    return _run([tool, str(data), "--user-dir", str(plugin), *flags.split()], folder)
+def _arguments(name: str, data: Path, flags: str) -> list[str]:
+    return [f"fairseq-{name}", str(data), "--user-dir", str(PLUGIN), *flags.split()]
 
 
-@pytest.mark.slow
+def _tool(name: str, data: Path, flags: str, folder: Path) -> str:
+    """A tool as users start it."""
+    program, *arguments = _arguments(name, data, flags)
+    return _run([str(Path(sys.executable).parent / program), *arguments], folder)
+
+
+def _forked_tool(name: str, data: Path, flags: str, folder: Path) -> str:
+    """A tool in a process that is forked from this one, which takes no time to begin."""
+
+    def work() -> None:
+        os.chdir(folder)
+        sys.argv = _arguments(name, data, flags)
+        VersionBase.instance().version_base = Version("1.1")  # which another test may have changed
+        logging.basicConfig(stream=sys.stdout, level=logging.INFO)
+        import_module(f"fairseq_cli.{name}").cli_main()
+
+    done = run(work)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stderr + done.stdout
+
+
 def test_translation_with_train_resume_and_generate(tmp_path: Path, translation_data: Path) -> None:
     flags = (
         f"--arch normexp_translation_tiny --encoder-layers 1 {TRAINING} "
@@ -40,11 +64,12 @@ def test_translation_with_train_resume_and_generate(tmp_path: Path, translation_
     assert "PowerNorm(128" in log and "warmup_steps=4" in log
     assert re.search(r"valid on 'valid' subset \| loss \d.*\| bleu [\d.]+.*num_updates 12", log)
 
-    log = _tool("train", translation_data, flags.replace("update 12", "update 15"), tmp_path)
+    resumed = flags.replace("update 12", "update 15")
+    log = _forked_tool("train", translation_data, resumed, tmp_path)
     assert "Loaded checkpoint checkpoints/checkpoint_last.pt (epoch" in log
     assert re.search(r"num_updates 15\b", log)
 
-    output = _tool(
+    output = _forked_tool(
         "generate",
         translation_data,
         "--path checkpoints/checkpoint_last.pt --beam 2 --cpu --max-len-a 0 --max-len-b 9 "
@@ -55,13 +80,12 @@ def test_translation_with_train_resume_and_generate(tmp_path: Path, translation_
     assert "Generate test with beam=2: BLEU4 = " in output
 
 
-@pytest.mark.slow
 def test_language_model_with_train_and_eval_lm(tmp_path: Path, language_model_data: Path) -> None:
     flags = (
         f"--task language_modeling --arch normexp_lm_tiny {TRAINING} --tokens-per-sample 16 "
         "--criterion cross_entropy --save-dir checkpoints"
     )
-    log = _tool("train", language_model_data, flags, tmp_path)
+    log = _forked_tool("train", language_model_data, flags, tmp_path)
     assert log.count("PowerNorm(128") == 3  # in the layers, which are printed once, and final
 
     output = _tool(

@@ -5,19 +5,34 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
-import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from omegaconf import OmegaConf
-from support.small_runs import REPOSITORY, composed, run_script, train_script
+from support.forked_processes import run, script
+from support.small_runs import composed, run_script, script_process, train_script
 
 from normexp import pipeline
 from normexp.checkpoints import store
+from normexp.corpora import prepare
+from normexp.corpora.catalogue import CATALOGUE
 from normexp.errors import UserError
 from normexp.runs import records
+from normexp.runs.metrics_file import MetricsFile
+
+
+@pytest.fixture
+def small(overrides: Callable[..., list[str]], little_text: Path) -> Callable[..., list[str]]:
+    """Overrides of a small run on little text with several updates per epoch."""
+
+    def build(task: str, *more: str) -> list[str]:
+        tokens = "fairseq.dataset.max_tokens=600"
+        return overrides(task, f"data.dir={little_text}", tokens, *more)
+
+    return build
 
 
 def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
@@ -53,8 +68,8 @@ def run_folder(results: Path, task: str, name: str) -> Path:
         ),
     ],
 )
-def test_run_leaves_its_record_and_folder(task, test_metrics, overrides, tmp_path) -> None:
-    cfg = composed(*overrides(task, "norm=power", "norm.sites.decoder_ffn=batch", "label=mixed"))
+def test_run_leaves_its_record_and_folder(task, test_metrics, small, tmp_path) -> None:
+    cfg = composed(*small(task, "norm=power", "norm.sites.decoder_ffn=batch", "label=mixed"))
     record = pipeline.run(cfg)
     results = tmp_path / "results"
     assert records.load_records(results) == {
@@ -81,7 +96,7 @@ def test_run_leaves_its_record_and_folder(task, test_metrics, overrides, tmp_pat
     assert {line["tag"] for line in lines} == {"train_inner", "train", "valid", "diagnostics"}
     assert any("/nu_norm" in key for line in lines for key in line)
     if task == "toy_translation":
-        assert len((folder / "hypotheses/test.txt").read_text().split("\n")) == 501
+        assert len((folder / "hypotheses/test.txt").read_text().split("\n")) == 13
 
     # the same again does nothing, and evaluating again gives the same numbers
     before = (folder / "checkpoints/checkpoint_last.pt").stat().st_mtime_ns
@@ -93,13 +108,14 @@ def test_run_leaves_its_record_and_folder(task, test_metrics, overrides, tmp_pat
     assert rows and all(now.strip() == then.strip() for _, _, now, then in rows)
 
 
-def test_run_walks_through_streams(overrides, tmp_path) -> None:
+def test_run_walks_through_streams(small, tmp_path) -> None:
     streams = (
         "fairseq.task._name=normexp_language_modeling",
         "+fairseq.task.streams=40",
         "+fairseq.dataset.batch_size=20",
+        "fairseq.dataset.max_tokens=16000",
     )
-    record = pipeline.run(composed(*overrides("toy_language_model", "norm=power", *streams)))
+    record = pipeline.run(composed(*small("toy_language_model", "norm=power", *streams)))
     length = record.config["fairseq"]["task"]["tokens_per_sample"]
     (num_tokens,) = record.corpus["counts"]["train"]["tokens"].values()
     longest = -(-num_tokens // 40)
@@ -113,10 +129,26 @@ def test_run_walks_through_streams(overrides, tmp_path) -> None:
     assert not record.sees_future_tokens
 
 
+def kill_in_the_third_epoch() -> None:
+    """SIGKILL of this process at the second update of that epoch."""
+    log, epochs, updates = MetricsFile.__call__, [], []
+
+    def logged(self: MetricsFile, tag: str, step: int, values: dict[str, float]) -> None:
+        log(self, tag, step, values)
+        if tag == "train":
+            epochs.append(step)
+        elif tag == "train_inner" and len(epochs) == 2:
+            updates.append(step)
+        if len(updates) == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    MetricsFile.__call__ = logged
+
+
 @pytest.mark.parametrize("task", ["toy_translation", "toy_language_model"])
-def test_killed_run_resumes_as_if_nothing_had_happened(task, overrides, tmp_path) -> None:
+def test_killed_run_resumes_as_if_nothing_had_happened(task, small, tmp_path) -> None:
     """SIGKILL in the third epoch; data order, dropout, optimizer and norm state go on as before."""
-    settings = overrides(
+    settings = small(
         task,
         "norm=power",
         "task.norm_warmup_steps=30",
@@ -128,23 +160,9 @@ def test_killed_run_resumes_as_if_nothing_had_happened(task, overrides, tmp_path
     folder = run_folder(tmp_path / "results", task, "PN-seed1")
     (tmp_path / "results").rename(tmp_path / "straight")
 
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        [sys.executable, REPOSITORY / "scripts/train.py", *settings],
-        env=environment,
-        cwd=REPOSITORY,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    try:
-        deadline = time.monotonic() + 240
-        while _last_epoch_logged(folder / "metrics.jsonl") < 2:
-            assert process.poll() is None, "the run ended before it could be killed"
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
-    finally:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+    killed = run(script("train.py", *settings, prepare=kill_in_the_third_epoch))
+    assert killed.returncode == -signal.SIGKILL
+    assert (folder / "metrics.jsonl").read_text().count('"tag": "train"') == 2
     assert not (folder / "record.json").exists()
 
     torch.manual_seed(12345)  # whatever the process did before must not matter
@@ -165,15 +183,16 @@ def test_killed_run_resumes_as_if_nothing_had_happened(task, overrides, tmp_path
     assert steps == list(range(1, straight.num_updates + 1))
 
 
-def _last_epoch_logged(metrics: Path) -> int:
-    return metrics.read_text().count('"tag": "train"') if metrics.exists() else 0
-
-
-def test_two_trainings_in_one_process_do_not_touch_each_other(overrides, tmp_path) -> None:
+def test_two_trainings_in_one_process_do_not_touch_each_other(
+    small, few_sentences_dir, tmp_path
+) -> None:
     """After a task with low losses the next one must still write checkpoint_best.pt."""
-    lm = overrides("toy_language_model", "norm=layer")
-    mt = overrides("toy_translation", "norm=batch", "evaluation.checkpoint=best")
-    alone = train_script(*mt, f"results_dir={tmp_path / 'alone'}")
+    lm = small("toy_language_model", "norm=layer")
+    mt = small("toy_translation", "norm=batch", "evaluation.checkpoint=best")
+    catalogue = few_sentences_dir / "catalogue.yaml"
+    alone = script_process(
+        "train.py", *mt, f"results_dir={tmp_path / 'alone'}", catalogue=catalogue
+    )
     assert alone.returncode == 0, alone.stderr
     pipeline.run(composed(*lm, "evaluation.splits=[test]"))
     record = pipeline.run(composed(*mt))
@@ -187,8 +206,8 @@ def test_two_trainings_in_one_process_do_not_touch_each_other(overrides, tmp_pat
     assert record.metrics == other.metrics
 
 
-def test_divergence_is_a_result(overrides, tmp_path) -> None:
-    diverging = overrides(
+def test_divergence_is_a_result(small, tmp_path) -> None:
+    diverging = small(
         "toy_translation",
         "norm=power_v",
         "fairseq.optimization.lr=[1e35]",
@@ -203,9 +222,9 @@ def test_divergence_is_a_result(overrides, tmp_path) -> None:
     assert "PN-V seed 1: diverged" in shown.stdout and "Traceback" not in shown.stderr
 
 
-def test_early_stopping_survives_an_interruption(overrides, tmp_path) -> None:
+def test_early_stopping_survives_an_interruption(small, tmp_path) -> None:
     """The epochs without a better loss before the interruption count after it."""
-    settings = overrides(
+    settings = small(
         "toy_language_model",
         "fairseq.optimization.lr=[1e-9]",
         "evaluation.splits=[valid]",
@@ -235,8 +254,8 @@ def test_early_stopping_survives_an_interruption(overrides, tmp_path) -> None:
 
 
 @pytest.mark.parametrize("damage", ["truncated", "empty"])
-def test_damaged_last_checkpoint_costs_at_most_an_epoch(damage, overrides, tmp_path) -> None:
-    settings = overrides(
+def test_damaged_last_checkpoint_costs_at_most_an_epoch(damage, small, tmp_path) -> None:
+    settings = small(
         "toy_language_model",
         "norm=power_v",
         "evaluation.checkpoint=average",
@@ -280,17 +299,17 @@ def test_scripts_answer_bad_input_in_one_line(overrides, tmp_path) -> None:
 
 
 def test_help_and_config_are_readable() -> None:
-    shown = train_script("--help")
+    shown = script_process("train.py", "--help")
     assert shown.returncode == 0
     for text in ("task: ", "norm: ", "power_v", "python scripts/train.py", "seed: 1"):
         assert text in shown.stdout
-    shown = train_script("--cfg", "job", "task=ptb", "norm=power", "--resolve")
+    shown = script_process("train.py", "--cfg", "job", "task=ptb", "norm=power", "--resolve")
     cfg = OmegaConf.create(shown.stdout)
     assert cfg.norm.options.warmup_steps == cfg.task.norm_warmup_steps
 
 
-def test_sweep_goes_on_after_a_run_that_cannot(overrides, tmp_path) -> None:
-    settings = overrides("toy_language_model", "evaluation.splits=[test]")
+def test_sweep_goes_on_after_a_run_that_cannot(small, tmp_path) -> None:
+    settings = small("toy_language_model", "evaluation.splits=[test]")
     shown = train_script("-m", *settings, "norm=layer", "norm.options.eps=-1,1e-5", "label=a,b")
     assert shown.returncode == 1
     assert shown.stderr.count("error: norm at decoder_attention") >= 2 or "eps" in shown.stderr
@@ -300,6 +319,7 @@ def test_sweep_goes_on_after_a_run_that_cannot(overrides, tmp_path) -> None:
 def test_missing_corpus_names_what_to_put_where(overrides, tmp_path, monkeypatch) -> None:
     for proxy in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
         monkeypatch.setenv(proxy, "http://127.0.0.1:9")
+    monkeypatch.setattr(pipeline, "prepare", partial(prepare, catalogue=CATALOGUE))
     (tmp_path / "nothing").mkdir()
     cfg = composed(
         "task=multi30k",
@@ -312,7 +332,7 @@ def test_missing_corpus_names_what_to_put_where(overrides, tmp_path, monkeypatch
         pipeline.run(cfg)
 
 
-def test_full_disk_is_named_and_loses_nothing(overrides, tmp_path) -> None:
+def test_full_disk_is_named_and_loses_nothing(small, tmp_path) -> None:
     """Checkpoints meet a file system of 4 MB; with more room the same command goes on."""
     disk = tmp_path / "disk"
     disk.mkdir()
@@ -320,7 +340,7 @@ def test_full_disk_is_named_and_loses_nothing(overrides, tmp_path) -> None:
     if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("needs the right to mount a small file system")
     try:
-        settings = overrides(
+        settings = small(
             "toy_translation",
             "fairseq.model.encoder.embed_dim=64",
             "fairseq.model.decoder.embed_dim=64",

@@ -24,7 +24,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -241,7 +241,7 @@ def _leaves(value: Any, prefix: str = "") -> list[tuple[str, Any]]:
     else:
         if isinstance(value, torch.Tensor):  # bytes: NaN equals NaN, and -0 is not 0
             flat = value.contiguous().flatten().view(torch.uint8) if value.numel() else value
-            value = (str(value.dtype), list(value.shape), bytes(flat.tolist()))
+            value = (str(value.dtype), list(value.shape), flat.numpy().tobytes())
         return [(prefix, value)]
     return [leaf for key, item in items for leaf in _leaves(item, f"{prefix}/{key}")]
 
@@ -280,6 +280,28 @@ def sample(operations: list[list[str]], size: int | None, seed: int) -> list[int
     return sorted({first, *moments[: size - 2], generator.choice(others)})
 
 
+@dataclass(frozen=True)
+class Straight:
+    """An attempt in which nothing goes wrong."""
+
+    operations: list[list[str]]
+    outcome: dict[str, Any]
+
+
+_straight: dict[tuple[str, ...], Straight] = {}
+
+
+def straight_run(overrides: list[str], folder: Path) -> Straight:
+    """That of a configuration, done once for all jobs."""
+    key = tuple(overrides)
+    if key not in _straight:
+        attempted = attempt(overrides, folder / "straight")
+        if attempted.code:
+            raise RuntimeError(attempted.shown)
+        _straight[key] = Straight(attempted.operations, outcome(folder / "straight"))
+    return _straight[key]
+
+
 def inject(job: dict[str, Any], folder: Path) -> dict[str, Any]:
     """For each chosen operation a run that fails there and is then given again, until complete."""
     faults = {
@@ -288,10 +310,7 @@ def inject(job: dict[str, Any], folder: Path) -> dict[str, Any]:
         "full disk": full_disk_from,
     }
     fault = faults[job["fault"]]
-    straight = attempt(job["overrides"], folder / "straight")
-    if straight.code:
-        raise RuntimeError(straight.shown)
-    expected = outcome(folder / "straight")
+    straight = straight_run(job["overrides"], folder)
     numbers = job.get("numbers") or sample(straight.operations, job["size"], job["seed"])
     cases = []
     for number in numbers:
@@ -305,7 +324,9 @@ def inject(job: dict[str, Any], folder: Path) -> dict[str, Any]:
                 "killed": failed.killed,
                 "failed": [failed.code, failed.shown],
                 "again": [again.code, again.shown],
-                "differences": None if again.code else differences(expected, outcome(results)),
+                "differences": None
+                if again.code
+                else differences(straight.outcome, outcome(results)),
             }
         )
         shutil.rmtree(results)
@@ -314,7 +335,7 @@ def inject(job: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 def kill_again_and_again(job: dict[str, Any], folder: Path) -> dict[str, Any]:
     """One run that is killed at a random operation of each attempt, until an attempt completes."""
-    straight = attempt(job["overrides"], folder / "straight")
+    straight = straight_run(job["overrides"], folder)
     generator = random.Random(job["seed"])
     kills, results = [], folder / "killed"
     while True:
@@ -323,7 +344,7 @@ def kill_again_and_again(job: dict[str, Any], folder: Path) -> dict[str, Any]:
         if not last.killed:
             break
         kills.append(at)
-    found = differences(outcome(folder / "straight"), outcome(results))
+    found = differences(straight.outcome, outcome(results))
     return {"kills": kills, "code": last.code, "shown": last.shown, "differences": found}
 
 
@@ -338,7 +359,7 @@ def main() -> None:
     """Do the jobs of a file, all of them below one folder; write what came of them to another."""
     import fairseq_cli.train  # noqa: F401 (once, so that no attempt has to)
 
-    from normexp import pipeline
+    from normexp.corpora import prepare
     from normexp.evaluation import (
         causality,  # noqa: F401
         scores,  # noqa: F401
@@ -350,7 +371,8 @@ def main() -> None:
     folder = Path(sys.argv[1])
     for source in native.sources():
         native.load(source)
-    pipeline.prepare = partial(pipeline.prepare, catalogue=few_sentences(folder))
+    *others, _ = prepare.__defaults__
+    prepare.__defaults__ = (*others, few_sentences(folder))
     jobs = json.loads((folder / "jobs.json").read_text())
     reports = []
     for number, job in enumerate(jobs):

@@ -41,7 +41,7 @@ def few_sentences(folder: Path) -> Path:
     known = yaml.safe_load(CATALOGUE.read_text())["corpora"]
     toys = {name: known[name] for name in ("toy_translation", "toy_language_model")}
     for toy in toys.values():
-        toy["sizes"] = {"train": 200, "valid": 12, "test": 12}
+        toy["sizes"] = {"train": 200, "valid": 20, "test": 12}
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "catalogue.yaml"
     path.write_text(yaml.safe_dump({"corpora": toys}))
@@ -55,18 +55,38 @@ def composed(*overrides: str) -> RunSettings:
         return parse(compose("train", list(overrides)))
 
 
+def run_script(name: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    """Run a script of the project in a fork of this process, in which little text stays little."""
+    from support import forked_processes  # here, because torch takes seconds
+
+    return forked_processes.run(forked_processes.script(name, *arguments), **environment)
+
+
 def train_script(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
-    """Run scripts/train.py as a user does."""
+    """Run scripts/train.py in a fork of this process."""
     return run_script("train.py", *arguments, **environment)
 
 
-def run_script(name: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
-    """Run a script of the project in a process of its own."""
+def script_process(
+    name: str, *arguments: str, catalogue: Path | None = None, **environment: str
+) -> subprocess.CompletedProcess:
+    """Run a script of the project as a user does, in a process of its own, which takes seconds.
+
+    catalogue: of corpora, in place of the project's.
+    """
     return subprocess.run(
-        [sys.executable, REPOSITORY / "scripts" / name, *arguments],
+        [sys.executable, *script_command(name, catalogue), *arguments],
         capture_output=True,
         text=True,
         timeout=300,
         env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
         cwd=REPOSITORY,
     )
+
+
+def script_command(name: str, catalogue: Path | None = None) -> list[str]:
+    """What Python is to run for a script, maybe with another catalogue of corpora."""
+    script = str(REPOSITORY / "scripts" / name)
+    if catalogue is None:
+        return [script]
+    return [str(REPOSITORY / "tests/support/with_catalogue.py"), str(catalogue), script]

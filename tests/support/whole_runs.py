@@ -1,11 +1,11 @@
 """Fixtures of whole runs."""
 
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 
 import pytest
 
+from normexp.corpora import prepare
 from support.small_runs import SMALL, few_sentences
 
 
@@ -15,16 +15,25 @@ def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("data")
 
 
-@pytest.fixture(scope="module")
-def little_text(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Corpora with so little text that a run takes a second; the folder they are prepared in."""
-    from normexp import pipeline  # here, because torch takes seconds
-
+@pytest.fixture(scope="session")
+def few_sentences_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the corpora of `little_text` are prepared, once for all tests."""
     folder = tmp_path_factory.mktemp("few_sentences")
-    prepare = partial(pipeline.prepare, catalogue=few_sentences(folder))
+    few_sentences(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def little_text(few_sentences_dir: Path) -> Iterator[Path]:
+    """Corpora with so little text that a run takes a second; the folder they are prepared in.
+
+    Also in scripts that forked_scripts.py runs. Not in processes that begin anew: these need the
+    file catalogue.yaml of the folder.
+    """
+    *others, _ = prepare.__defaults__
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline, "prepare", prepare)
-        yield folder
+        patch.setattr(prepare, "__defaults__", (*others, few_sentences_dir / "catalogue.yaml"))
+        yield few_sentences_dir
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from support.small_runs import composed, run_script, train_script
+from support.small_runs import composed, run_script, script_process
 
 from normexp import pipeline
 from normexp.errors import UserError
@@ -22,8 +22,9 @@ TASK = "toy_language_model"
 
 
 @pytest.fixture
-def settings(overrides) -> list[str]:
-    return overrides(TASK, "fairseq.optimization.max_epoch=1", "evaluation.splits=[valid]")
+def settings(overrides, little_text) -> list[str]:
+    of_the_text = f"data.dir={little_text}", "evaluation.splits=[valid]"
+    return overrides(TASK, *of_the_text, "fairseq.optimization.max_epoch=1")
 
 
 @pytest.fixture
@@ -72,7 +73,7 @@ def test_record_alone_says_that_a_run_is_done(settings, results, capsys, monkeyp
 
 def test_script_says_at_once_that_a_run_is_done(settings, results) -> None:
     pipeline.run(composed(*settings))
-    again = train_script("-m", *settings, "norm=layer", PYTHONPROFILEIMPORTTIME="1")
+    again = script_process("train.py", "-m", *settings, "norm=layer", PYTHONPROFILEIMPORTTIME="1")
     assert again.returncode == 0 and "complete already" in again.stdout
     imported = {line.split("|")[-1].strip() for line in again.stderr.splitlines()}
     assert "hydra" in imported and not {"torch", "fairseq"} & imported

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +15,7 @@ import pytest
 import torch
 from fairseq.trainer import Trainer
 from support.rank_processes import train_on_ranks
-from support.small_runs import REPOSITORY, composed
+from support.small_runs import REPOSITORY, composed, script_command
 
 from normexp import pipeline
 from normexp.checkpoints import store
@@ -22,11 +23,18 @@ from normexp.config.identity import identity
 from normexp.config.validation import validate
 from normexp.errors import UserError
 from normexp.runs import records
+from normexp.runs.metrics_file import MetricsFile
 from normexp.training import data_parallel, loop
 
-# The small splits as training data, in batches of which an epoch has an odd number.
-ON_500_SENTENCES = ["+fairseq.dataset.train_subset=valid", "fairseq.dataset.max_tokens=1500"]
-ON_219_BLOCKS = ["+fairseq.dataset.train_subset=valid", "fairseq.dataset.max_tokens=1200"]
+# Batches of which an epoch has an odd number, so that the last update has none for rank 1.
+SENTENCES = ["fairseq.dataset.max_tokens=750"]
+BLOCKS = ["fairseq.dataset.max_tokens=520"]  # 9 batches
+
+
+@pytest.fixture
+def settings(overrides: Callable[..., list[str]], little_text: Path) -> Callable[..., list[str]]:
+    """Overrides of a run on little text."""
+    return lambda task, *more: overrides(task, f"data.dir={little_text}", *more)
 
 
 def run_folder(results: Path) -> Path:
@@ -58,13 +66,13 @@ def lines(path: Path) -> list[Any]:
     return [json.loads(line) for line in path.read_text().split("\n")[:-1]]
 
 
-def test_two_ranks_equal_two_batches_per_update(overrides, tmp_path) -> None:
-    """LN without dropout, to the bit. Only rank 0 prints and writes, and everything once."""
-    settings = overrides(
+def test_two_ranks_equal_two_batches_per_update(settings, tmp_path) -> None:
+    """LN without dropout, to the bit; and rank 0 alone leaves traces, all of them once."""
+    chosen = settings(
         "toy_translation",
         "norm=layer",
-        *ON_500_SENTENCES,
-        "+fairseq.dataset.max_tokens_valid=2000",
+        *SENTENCES,
+        "+fairseq.dataset.max_tokens_valid=80",
         "evaluation.splits=[valid]",
     )
 
@@ -85,13 +93,13 @@ def test_two_ranks_equal_two_batches_per_update(overrides, tmp_path) -> None:
 
     two = tmp_path / "two"
     ended = train_on_ranks(
-        tmp_path / "printed", *settings, f"results_dir={two}", prepare=note_what_each_rank_does
+        tmp_path / "printed", *chosen, f"results_dir={two}", prepare=note_what_each_rank_does
     )
     assert ended.codes == [0, 0], ended.err
     assert "toy_translation LN seed 1: tokenised BLEU" in ended.out[0]
     assert ended.out[1] == ended.err[0] == ended.err[1] == ""
 
-    single = pipeline.run(composed(*settings, "fairseq.optimization.update_freq=[2]"))
+    single = pipeline.run(composed(*chosen, "fairseq.optimization.update_freq=[2]"))
     assert_same(trained(two), trained(tmp_path / "results"))
     ((_, record),) = records.load_records(two).items()
     assert (record.ranks, record.statistics) == (2, "synchronized")
@@ -114,7 +122,7 @@ def test_two_ranks_equal_two_batches_per_update(overrides, tmp_path) -> None:
     scored = [lines(tmp_path / f"validated{rank}") for rank in (0, 1)]
     assert len(scored[0]) == len(scored[1]) == 2 * 3 and scored[1][-1] == []
     sentences = sorted(i for of_rank in scored for batch in of_rank for i in batch)
-    assert sentences == sorted(2 * list(range(500)))
+    assert sentences == sorted(2 * list(range(20)))
     losses = [
         [entry["loss"] for entry in metrics(results, "valid")]
         for results in (two, tmp_path / "results")
@@ -131,23 +139,23 @@ def test_two_ranks_equal_two_batches_per_update(overrides, tmp_path) -> None:
 
 
 def test_synchronized_statistics_are_those_of_one_large_batch(
-    overrides, tmp_path, monkeypatch
+    settings, tmp_path, monkeypatch
 ) -> None:
     """PN, BN and RBN with its penalty: two ranks against one process with both their batches."""
-    settings = overrides(
+    chosen = settings(
         "toy_translation",
         "norm=power",
         "norm.sites.encoder_ffn=batch",
         "norm.sites.decoder_ffn=regularized_batch",
         "task.norm_warmup_steps=4",
-        *ON_500_SENTENCES,
+        *SENTENCES,
         "fairseq.optimizer._name=nag",  # Adam turns rounding of small gradients into whole steps
         *("~fairseq.optimizer.adam_betas", "~fairseq.optimizer.adam_eps"),
         *("fairseq.optimization.lr=[0.1]", "fairseq.lr_scheduler.warmup_updates=0"),
         "evaluation.splits=[valid]",
     )
     two = tmp_path / "two"
-    ended = train_on_ranks(tmp_path / "printed", *settings, f"results_dir={two}")
+    ended = train_on_ranks(tmp_path / "printed", *chosen, f"results_dir={two}")
     assert ended.codes == [0, 0], ended.err
     ((_, record),) = records.load_records(two).items()
     batch_norms = {site for site, norm in record.sites.items() if norm["name"] != "layer"}
@@ -157,13 +165,13 @@ def test_synchronized_statistics_are_those_of_one_large_batch(
     train_step = Trainer.train_step
 
     def with_one_batch(self: Trainer, samples: list[dict], *args: Any, **kwargs: Any) -> Any:
-        dataset = self.task.dataset("valid")
+        dataset = self.task.dataset("train")
         sentences = torch.cat([sample["id"] for sample in samples]).tolist()
         batch = dataset.collater([dataset[i] for i in sentences])
         return train_step(self, [batch], *args, **kwargs)
 
     monkeypatch.setattr(Trainer, "train_step", with_one_batch)
-    pipeline.run(composed(*settings, "fairseq.optimization.update_freq=[2]"))
+    pipeline.run(composed(*chosen, "fairseq.optimization.update_freq=[2]"))
     for name in ("loss", "penalty"):
         of_two, of_one = (
             [entry[name] for entry in metrics(results, "train_inner")]
@@ -179,13 +187,13 @@ def test_synchronized_statistics_are_those_of_one_large_batch(
             assert torch.equal(obtained[key], value), key
 
 
-def test_local_statistics_are_pooled_where_they_are_saved(overrides, tmp_path) -> None:
+def test_local_statistics_are_pooled_where_they_are_saved(settings, tmp_path) -> None:
     """The checkpoint has the mean over the ranks, and a resumed run continues from it exactly."""
-    settings = overrides(
+    chosen = settings(
         "toy_language_model",
-        *ON_219_BLOCKS,
+        *BLOCKS,
         "norm=power",
-        "task.norm_warmup_steps=10",  # forwards, of which rank 1 has one less in an epoch
+        "task.norm_warmup_steps=7",  # forwards, of which rank 1 has one less in an epoch
         "norm.sites.decoder_ffn=batch",
         "distributed.statistics=local",
         *("evaluation.checkpoint=average", "evaluation.average_last=2"),
@@ -203,7 +211,7 @@ def test_local_statistics_are_pooled_where_they_are_saved(overrides, tmp_path) -
         data_parallel.average_statistics = noting
 
     def train(prepare: Any = lambda rank: None) -> None:
-        ended = train_on_ranks(tmp_path / "printed", *settings, prepare=prepare)
+        ended = train_on_ranks(tmp_path / "printed", *chosen, prepare=prepare)
         assert ended.codes == [0, 0] and ended.err[1] == "", ended.err
 
     train(note_statistics)
@@ -239,11 +247,31 @@ def test_local_statistics_are_pooled_where_they_are_saved(overrides, tmp_path) -
     assert_same(trained(results), final)
 
 
-def test_killed_ranks_resume_as_if_nothing_had_happened(overrides, tmp_path) -> None:
+def signal_all_at(tag: str, step: int, number: int, folder: Path) -> Callable[[int], None]:
+    """Prepares ranks of which rank 0, when it has logged this, sends all a signal."""
+
+    def prepare(rank: int) -> None:
+        (folder / f"process{rank}").write_text(str(os.getpid()))
+        log = MetricsFile.__call__
+
+        def logged(self: MetricsFile, at: str, update: int, values: Any) -> None:
+            log(self, at, update, values)
+            if (at, update) == (tag, step):
+                for each in (1, 0):
+                    os.kill(int((folder / f"process{each}").read_text()), number)
+
+        MetricsFile.__call__ = logged
+
+    return prepare
+
+
+def test_killed_ranks_resume_as_if_nothing_had_happened(
+    settings, few_sentences_dir, tmp_path
+) -> None:
     """SIGTERM in the first epoch, SIGKILL in the third; then torchrun, as users start it."""
-    settings = overrides(
+    chosen = settings(
         "toy_language_model",
-        *ON_219_BLOCKS,
+        *BLOCKS,
         "norm=power",
         "task.norm_warmup_steps=12",
         "fairseq.optimization.max_epoch=6",
@@ -264,7 +292,7 @@ def test_killed_ranks_resume_as_if_nothing_had_happened(overrides, tmp_path) -> 
 
     straight = tmp_path / "straight"
     ended = train_on_ranks(
-        tmp_path / "printed", *settings, f"results_dir={straight}", prepare=note_seeds
+        tmp_path / "printed", *chosen, f"results_dir={straight}", prepare=note_seeds
     )
     assert ended.codes == [0, 0], ended.err
     ((_, expected),) = records.load_records(straight).items()
@@ -278,28 +306,30 @@ def test_killed_ranks_resume_as_if_nothing_had_happened(overrides, tmp_path) -> 
     }
     assert len(masks) == 2 * expected.num_updates
 
-    metrics_file = tmp_path / "results/runs/toy_language_model/PN-seed1/metrics.jsonl"
-
-    def within_the_first_epoch() -> bool:
-        return metrics_file.exists() and metrics_file.read_text().count('"tag": "train_inner"') >= 3
-
     ended = train_on_ranks(
-        tmp_path / "terminated", *settings, kill_when=within_the_first_epoch, by=signal.SIGTERM
+        tmp_path / "terminated",
+        *chosen,
+        prepare=signal_all_at("train_inner", 3, signal.SIGTERM, tmp_path),
     )
     assert ended.codes == [128 + signal.SIGTERM] * 2, ended.err
-    saved = store.load(metrics_file.parent / "checkpoints" / store.LAST)
+    results = tmp_path / "results"
+    saved = store.load(run_folder(results) / "checkpoints" / store.LAST)
     update = saved["optimizer_history"][-1]["num_updates"]
     assert f"SIGTERM: saved after update {update}\n" in ended.out[0]
-    assert ended.out[1] == ended.err[1] == ""
+    assert ended.out[1] == ended.err[1] == "" and update in (3, 4)
 
-    def in_the_third_epoch() -> bool:
-        return metrics_file.exists() and metrics_file.read_text().count('"tag": "train"') == 2
-
-    ended = train_on_ranks(tmp_path / "printed", *settings, kill_when=in_the_third_epoch)
+    third_epoch = 2 * (expected.num_updates // 6) + 3
+    ended = train_on_ranks(
+        tmp_path / "printed",
+        *chosen,
+        prepare=signal_all_at("train_inner", third_epoch, signal.SIGKILL, tmp_path),
+    )
     assert ended.codes == [-signal.SIGKILL] * 2
+    assert len(metrics(results, "train")) == 2
+    catalogue = few_sentences_dir / "catalogue.yaml"
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     shown = subprocess.run(
-        [*torchrun, "--nproc_per_node", "2", REPOSITORY / "scripts/train.py", *settings],
+        [*torchrun, "--nproc_per_node", "2", *script_command("train.py", catalogue), *chosen],
         capture_output=True,
         text=True,
         timeout=300,
@@ -307,7 +337,6 @@ def test_killed_ranks_resume_as_if_nothing_had_happened(overrides, tmp_path) -> 
         cwd=REPOSITORY,
     )
     assert shown.returncode == 0, shown.stderr
-    results = tmp_path / "results"
     assert "WARNING: resuming after update" in shown.stderr
     assert shown.stdout.count("perplexity per word") == shown.stderr.count("resuming") == 1
     assert_same(trained(results), trained(straight))
@@ -322,8 +351,8 @@ class Failing(RuntimeError):
 
 
 @pytest.mark.parametrize("failing", [0, 1])
-def test_error_of_one_rank_ends_all(failing, overrides, tmp_path) -> None:
-    """It gives one message and one record of the failure."""
+def test_error_of_one_rank_ends_all(failing, settings, tmp_path) -> None:
+    """With one message, and a record of the failure."""
 
     def fail_in_update_3(rank: int) -> None:
         train_step = Trainer.train_step
@@ -335,8 +364,8 @@ def test_error_of_one_rank_ends_all(failing, overrides, tmp_path) -> None:
 
         Trainer.train_step = failing_step
 
-    settings = overrides("toy_language_model", "norm=power", *ON_219_BLOCKS)
-    ended = train_on_ranks(tmp_path / "printed", *settings, prepare=fail_in_update_3)
+    chosen = settings("toy_language_model", "norm=power", *BLOCKS)
+    ended = train_on_ranks(tmp_path / "printed", *chosen, prepare=fail_in_update_3)
     assert ended.codes == [1, 1]
     assert ended.err[1] == ended.out[1] == ""
     ((_, record),) = records.load_records(tmp_path / "results").items()
@@ -351,7 +380,7 @@ def test_error_of_one_rank_ends_all(failing, overrides, tmp_path) -> None:
         assert record.reason == "Failing: out of luck"
 
 
-def test_killed_rank_ends_the_other_without_a_record(overrides, tmp_path) -> None:
+def test_killed_rank_ends_the_other_without_a_record(settings, tmp_path) -> None:
     def die_in_update_3(rank: int) -> None:
         train_step = Trainer.train_step
 
@@ -362,23 +391,23 @@ def test_killed_rank_ends_the_other_without_a_record(overrides, tmp_path) -> Non
 
         Trainer.train_step = dying
 
-    settings = overrides("toy_language_model", "norm=power", *ON_219_BLOCKS)
-    ended = train_on_ranks(tmp_path / "printed", *settings, prepare=die_in_update_3)
+    chosen = settings("toy_language_model", "norm=power", *BLOCKS)
+    ended = train_on_ranks(tmp_path / "printed", *chosen, prepare=die_in_update_3)
     assert ended.codes == [1, -signal.SIGKILL]
     assert ended.err[0].startswith("error: another rank of this training was killed")
     assert ended.err[0].count("\n") == 1
     assert records.load_records(tmp_path / "results") == {}
 
 
-def test_divergence_is_a_result_of_all_ranks(overrides, tmp_path) -> None:
-    settings = overrides(
+def test_divergence_is_a_result_of_all_ranks(settings, tmp_path) -> None:
+    chosen = settings(
         "toy_language_model",
-        *ON_219_BLOCKS,
+        *BLOCKS,
         "norm=power_v",
         "fairseq.optimization.lr=[1e35]",
         "fairseq.lr_scheduler.warmup_updates=0",
     )
-    ended = train_on_ranks(tmp_path / "printed", *settings)
+    ended = train_on_ranks(tmp_path / "printed", *chosen)
     assert ended.codes == [1, 1]
     assert "PN-V seed 1: diverged" in ended.out[0]
     assert ended.out[1] == ended.err[1] == ""
@@ -388,14 +417,14 @@ def test_divergence_is_a_result_of_all_ranks(overrides, tmp_path) -> None:
     assert f"in update {record.diverged_at_update}" in record.reason
 
 
-def test_impossible_choices_are_refused_once(overrides, tmp_path) -> None:
-    settings = overrides("toy_language_model", "norm=batch_released")
-    ended = train_on_ranks(tmp_path / "printed", *settings)
+def test_impossible_choices_are_refused_once(settings, tmp_path) -> None:
+    chosen = settings("toy_language_model", "norm=batch_released")
+    ended = train_on_ranks(tmp_path / "printed", *chosen)
     assert ended.codes == [1, 1]
     assert ended.err[0].startswith("error: norm 'batch_released' (decoder_attention) has no")
     assert "distributed.statistics=local" in ended.err[0] and ended.err[0].count("\n") == 1
     assert ended.err[1] == "" and not (tmp_path / "results").exists()
-    two = [*settings, "distributed.ranks=2"]
+    two = [*chosen, "distributed.ranks=2"]
     validate(composed(*two, "distributed.statistics=local"))
     for more, message in (
         (["distributed.ranks=0"], "distributed.ranks=0 must be an integer of at least 1"),
@@ -407,24 +436,24 @@ def test_impossible_choices_are_refused_once(overrides, tmp_path) -> None:
         (["distributed.ranks=3"], "number of processes started is 1"),
     ):
         with pytest.raises(UserError, match=message):
-            pipeline.run(composed(*settings, "norm=layer", *more))
+            pipeline.run(composed(*chosen, "norm=layer", *more))
 
 
-def test_one_process_is_the_experiment_that_it_was(overrides) -> None:
-    """Settings without effect on one rank do not change the hash of a configuration."""
-    settings = overrides("toy_language_model", "norm=power")
-    alone = identity(composed(*settings))
-    assert alone == identity(composed(*settings, "distributed.statistics=local"))
+def test_one_process_is_the_experiment_that_it_was(settings) -> None:
+    """The hash of a configuration does not change by settings that say nothing on one rank."""
+    chosen = settings("toy_language_model", "norm=power")
+    alone = identity(composed(*chosen))
+    assert alone == identity(composed(*chosen, "distributed.statistics=local"))
     assert "distributed" not in alone
     several = [
-        identity(composed(*settings, "distributed.ranks=2", f"distributed.statistics={s}"))
+        identity(composed(*chosen, "distributed.ranks=2", f"distributed.statistics={s}"))
         for s in ("synchronized", "local")
     ]
     assert alone != several[0] != several[1]
 
 
-def test_synchronized_is_the_default_of_sites_and_local_is_local(overrides) -> None:
-    settings = overrides(
+def test_synchronized_is_the_default_of_sites_and_local_is_local(settings) -> None:
+    chosen = settings(
         "toy_translation",
         "norm=power",
         "distributed.ranks=2",
@@ -434,7 +463,7 @@ def test_synchronized_is_the_default_of_sites_and_local_is_local(overrides) -> N
     )
 
     def sync(*more: str) -> dict[str, bool | None]:
-        sites = validate(composed(*settings, *more)).sites
+        sites = validate(composed(*chosen, *more)).sites
         return {site: norm.get("sync") for site, norm in sites.items()}
 
     layer = {"decoder_cross": None, "decoder_final": None}

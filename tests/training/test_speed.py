@@ -27,11 +27,13 @@ class _Interrupted(Exception):
 
 
 def test_resumed_run_is_the_same_to_the_bit(
-    overrides: Callable[..., list[str]], tmp_path: Path, monkeypatch
+    overrides: Callable[..., list[str]], little_text: Path, tmp_path: Path, monkeypatch
 ) -> None:
     """Interrupted in its second epoch, between checkpoints, with every setting on."""
     settings = overrides(
         "toy_translation",
+        f"data.dir={little_text}",
+        "fairseq.dataset.max_tokens=400",
         "norm=power",
         "task.norm_warmup_steps=10",
         "fairseq.model.dropout=0.3",
@@ -72,13 +74,15 @@ def _weights(root: Path) -> dict[str, torch.Tensor]:
     return torch.load(path, weights_only=True)["model"]
 
 
-def test_settings_are_recorded_and_change_little(overrides, tmp_path) -> None:
+def test_settings_are_recorded_and_change_little(overrides, little_text, tmp_path) -> None:
     """Without dropout the losses of an epoch are the same to 2 %, and not the weights."""
     losses, weights = {}, {}
     for label, chosen in {"stock": NONE, "fast": ALL}.items():
         settings = overrides(
             "toy_language_model",
             f"label={label}",
+            f"data.dir={little_text}",
+            "fairseq.dataset.max_tokens=600",
             "fairseq.optimization.max_epoch=1",
             "evaluation.splits=[valid]",
             "norm=power",

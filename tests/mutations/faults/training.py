@@ -1,0 +1,145 @@
+"""Faults in training: the loop, resuming, signals, ranks, divergence, diagnostics."""
+
+from faults.fault import Fault
+
+RESUMED = ("runs/test_runs::test_killed_run_resumes_as_if_nothing_had_happened",)
+RANKS = ("training/test_distributed",)
+SIGNALS = ("training/test_preemption",)
+DIAGNOSTICS = ("training/test_diagnostics",)
+DIVERGENCE = ("training/test_survival_of_divergence",)
+
+TRAINING = [
+    Fault(
+        "training/loop.py",
+        "self.lr_step(observed.num_epochs, extra_state",
+        "(lambda *_: None)(observed.num_epochs, extra_state",
+        "a resumed run forgets the learning rate's step at the end of an epoch",
+        ("training/test_preemption", "runs/test_runs", "runs/test_survival"),
+    ),
+    Fault(
+        "training/loop.py",
+        "metrics.truncate_after(step)",
+        "pass",
+        "a resumed run logs updates twice",
+        RESUMED,
+    ),
+    Fault(
+        "training/loop.py",
+        "follow_loss_scale(self.get_model(), changed / scale)",
+        "follow_loss_scale(self.get_model(), scale / changed)",
+        "nu follows the loss scale in the wrong direction",
+        ("training/test_loss_scale_of_runs",),
+    ),
+    Fault(
+        "training/loop.py",
+        "ended = fairseq_train.should_stop_early(fairseq_cfg, loss)",
+        "pass",
+        "early stopping starts anew after an interruption",
+        ("runs/test_runs::test_early_stopping_survives_an_interruption",),
+    ),
+    Fault(
+        "training/resume.py",
+        "return updates >= (cfg.optimization.max_update",
+        "return updates > (cfg.optimization.max_update",
+        "a finished training does one more update",
+        ("runs/test_survival", "training/test_preemption"),
+    ),
+    Fault(
+        "training/preemption.py",
+        "if number and not at_end:",
+        "if number:",
+        "a signal in the last update of an epoch loses its end",
+        SIGNALS,
+    ),
+    Fault(
+        "training/preemption.py",
+        "distributed.all_reduce(number, distributed.ReduceOp.MAX)",
+        "pass",
+        "one rank stops, the other goes on",
+        SIGNALS,
+    ),
+    Fault(
+        "training/preemption.py",
+        'return shown.stdout.strip() == "RUNNING"',
+        "return True",
+        "a cancelled job is requeued",
+        SIGNALS,
+    ),
+    Fault(
+        "training/preemption.py",
+        "_state.leaving = True  #",
+        "_state.leaving = False  #",
+        "a second signal cuts the way out short",
+        SIGNALS,
+    ),
+    Fault(
+        "training/process_group.py",
+        "15000 + step % 15000",
+        "15000",
+        "two steps of one node share a port",
+        ("training/test_process_group",),
+    ),
+    Fault(
+        "training/process_group.py",
+        'if int(environment.get("SLURM_STEP_NUM_TASKS", 1)) > 1 and "RANK" not in environment:',
+        'if int(environment.get("SLURM_STEP_NUM_TASKS", 1)) > 1:',
+        "torchrun within an srun step counts as ranks of the step",
+        ("training/test_process_group",),
+    ),
+    Fault(
+        "training/data_parallel.py",
+        "return (seed + (rank << 24)) % 2**32 if rank else seed",
+        "return seed",
+        "all ranks draw the same dropout masks",
+        RANKS,
+    ),
+    Fault(
+        "training/data_parallel.py",
+        "size * 0,",
+        "size,",
+        "an empty batch counts in the gradient's average",
+        RANKS,
+    ),
+    Fault(
+        "training/data_parallel.py",
+        "    average_statistics(model)\n",
+        "    pass\n",
+        "local statistics are not pooled for the checkpoint",
+        RANKS,
+    ),
+    Fault(
+        "training/data_parallel.py",
+        "dist.all_reduce(largest, dist.ReduceOp.MAX)",
+        "pass",
+        "ranks count different numbers of steps",
+        RANKS,
+    ),
+    Fault(
+        "training/divergence.py",
+        "(min if forward else max)(sites, key=self._order.index)",
+        "min(sites, key=self._order.index)",
+        "the last site of a backward pass is blamed",
+        DIVERGENCE,
+    ),
+    Fault(
+        "training/divergence.py",
+        "[: 2 * num_batches + 1]",
+        "[:2]",
+        "only the first batch of an update is looked at",
+        DIVERGENCE,
+    ),
+    Fault(
+        "training/diagnostics.py",
+        "moved / ((1 - kept) * unit)",
+        "moved / unit",
+        "distances shrink with alpha",
+        DIAGNOSTICS,
+    ),
+    Fault(
+        "training/diagnostics.py",
+        'then.averages["var"].sum().sqrt() if name == "mean" else running.norm()',
+        "running.norm()",
+        "the distance of the mean is in units of the mean",
+        DIAGNOSTICS,
+    ),
+]
