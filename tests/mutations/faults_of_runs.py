@@ -1,6 +1,6 @@
 """Faults in the settings of runs, their records and folders, checkpoints and sweeps."""
 
-from faults.fault import Fault
+from fault import Fault
 
 IDENTITY = ("config/test_identity",)
 CONFIGS = ("config/test_configs::test_bad_setting_is_named_before_any_work",)
