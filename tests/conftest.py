@@ -28,7 +28,13 @@ LONG = ("test_survival", "test_distributed", "test_evaluation", "test_triton", "
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put long files first; `make test` gives whole files to its processes in this order."""
+    """Put long files first; `make test` gives whole files to its processes in this order.
+
+    Tests get the markers of the programs that they need, by their fixtures.
+    """
+    for item in items:
+        for program in {"slurm", "browser"} & set(getattr(item, "fixturenames", ())):
+            item.add_marker(program)
     items.sort(key=lambda item: item.path.stem not in LONG)
 
 

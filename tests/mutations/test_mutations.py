@@ -3,7 +3,8 @@
 import ast
 
 import pytest
-from check_mutations import FAULTS, REPOSITORY, Fault
+from check_mutations import FAULTS, REPOSITORY
+from fault import Fault
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: f"{fault.file}-{fault.what}")

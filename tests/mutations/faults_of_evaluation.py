@@ -1,6 +1,6 @@
 """Faults in evaluation and in reports."""
 
-from faults.fault import Fault
+from fault import Fault
 
 SCORES = ("evaluation/test_evaluation",)
 WINDOWS = ("evaluation/test_sliding_window",)

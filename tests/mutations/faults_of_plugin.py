@@ -1,6 +1,6 @@
 """Faults in the fairseq plugin."""
 
-from faults.fault import Fault
+from fault import Fault
 
 CRITERIONS = ("fairseq_plugin/test_criterions",)
 MASKS = ("fairseq_plugin/test_padding_masks",)

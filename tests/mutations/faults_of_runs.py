@@ -1,6 +1,6 @@
 """Faults in the settings of runs, their records and folders, checkpoints and sweeps."""
 
-from faults.fault import Fault
+from fault import Fault
 
 IDENTITY = ("config/test_identity",)
 CONFIGS = ("config/test_configs::test_bad_setting_is_named_before_any_work",)
@@ -111,10 +111,10 @@ RUNS = [
     ),
     Fault(
         "runs/folder.py",
-        "if os.path.samestat(before, path.stat()):",
-        "if True:",
-        "the lock of a folder that was moved away counts",
-        SWEEPS,
+        "lock.acquire(timeout=LOCK_SECONDS)",
+        "pass",
+        "two processes train in one folder",
+        ("config/test_configs::test_run_folder_belongs_to_one_process",),
     ),
     Fault(
         "runs/folder.py",

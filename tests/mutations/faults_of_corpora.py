@@ -1,6 +1,6 @@
 """Faults in the preparation of corpora."""
 
-from faults.fault import Fault
+from fault import Fault
 
 DOWNLOAD = ("corpora/test_download",)
 CLEANING = ("corpora/test_cleaning",)

@@ -1,6 +1,6 @@
 """Faults in the normalization layers."""
 
-from faults.fault import Fault
+from fault import Fault
 
 ORACLE = ("norms/test_golden", "norms/test_references", "norms/test_padding")
 STATE = ("norms/test_broken_batches", "norms/test_precision")

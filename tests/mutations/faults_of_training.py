@@ -1,6 +1,6 @@
 """Faults in training: the loop, resuming, signals, ranks, divergence, diagnostics."""
 
-from faults.fault import Fault
+from fault import Fault
 
 RESUMED = ("runs/test_runs::test_killed_run_resumes_as_if_nothing_had_happened",)
 RANKS = ("training/test_distributed",)
