@@ -16,7 +16,7 @@ TRAINING = [
         "self.lr_step(observed.num_epochs, extra_state",
         "(lambda *_: None)(observed.num_epochs, extra_state",
         "a resumed run forgets the learning rate's step at the end of an epoch",
-        ("training/test_preemption", "runs/test_runs", "runs/test_survival"),
+        RESUMED,
     ),
     Fault(
         "training/loop.py",
