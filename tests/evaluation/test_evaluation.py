@@ -16,6 +16,7 @@ from support.small_runs import REPOSITORY, SMALL, composed
 from normexp import pipeline
 from normexp.checkpoints import store
 from normexp.corpora import PreparedCorpus, prepare
+from normexp.corpora.catalogue import CATALOGUE
 from normexp.corpora.tokenization import tokenize_aggressive
 from normexp.errors import UserError
 from normexp.evaluation import bleu, reevaluation, scores
@@ -56,8 +57,10 @@ def train(overrides: list[str], results: Path, data_dir: Path) -> Trained:
 
 
 @pytest.fixture
-def trained(overrides, tmp_path, data_dir) -> Callable[..., Trained]:
-    """A short run of a task on the whole corpus."""
+def trained(overrides, tmp_path, data_dir, monkeypatch) -> Callable[..., Trained]:
+    """A short run of a task on the whole corpus, also after a test on little text."""
+    *others, _ = prepare.__defaults__
+    monkeypatch.setattr(prepare, "__defaults__", (*others, CATALOGUE))
 
     def build(task: str, *more: str) -> Trained:
         return train([*overrides(task), *more], tmp_path / "results", data_dir)

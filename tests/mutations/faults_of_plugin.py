@@ -80,13 +80,6 @@ PLUGIN = [
         TENSORIZED,
     ),
     Fault(
-        "fairseq_plugin/tensorized_attention.py",
-        "v = v.masked_fill(padding_mask.unsqueeze(-1), 0.0)",
-        "pass",
-        "padding is attended to",
-        TENSORIZED,
-    ),
-    Fault(
         "fairseq_plugin/folding.py",
         "readers += [layer.encoder_attn.k_proj, layer.encoder_attn.v_proj]",
         "readers += [layer.encoder_attn.k_proj]",

@@ -198,6 +198,6 @@ RUNS = [
         'if not line.startswith("srun: ")',
         "",
         "srun's line is shown instead of the job's own error",
-        (*SWEEPS, "sweeps/test_slurm_sweeps"),
+        SWEEPS,
     ),
 ]

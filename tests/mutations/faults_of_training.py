@@ -3,7 +3,9 @@
 from fault import Fault
 
 RESUMED = ("runs/test_runs::test_killed_run_resumes_as_if_nothing_had_happened",)
-RANKS = ("training/test_distributed",)
+TWO_RANKS = ("training/test_distributed::test_two_ranks_equal_two_batches_per_update",)
+LOCAL = ("training/test_distributed::test_local_statistics_are_pooled_where_they_are_saved",)
+KILLED_RANKS = ("training/test_distributed::test_killed_ranks_resume_as_if_nothing_had_happened",)
 SIGNALS = ("training/test_preemption",)
 DIAGNOSTICS = ("training/test_diagnostics",)
 DIVERGENCE = ("training/test_survival_of_divergence",)
@@ -14,7 +16,7 @@ TRAINING = [
         "self.lr_step(observed.num_epochs, extra_state",
         "(lambda *_: None)(observed.num_epochs, extra_state",
         "a resumed run forgets the learning rate's step at the end of an epoch",
-        ("training/test_preemption", "runs/test_runs", "runs/test_survival"),
+        RESUMED,
     ),
     Fault(
         "training/loop.py",
@@ -91,28 +93,28 @@ TRAINING = [
         "return (seed + (rank << 24)) % 2**32 if rank else seed",
         "return seed",
         "all ranks draw the same dropout masks",
-        RANKS,
+        KILLED_RANKS,
     ),
     Fault(
         "training/data_parallel.py",
         "size * 0,",
         "size,",
         "an empty batch counts in the gradient's average",
-        RANKS,
+        TWO_RANKS,
     ),
     Fault(
         "training/data_parallel.py",
         "    average_statistics(model)\n",
         "    pass\n",
         "local statistics are not pooled for the checkpoint",
-        RANKS,
+        LOCAL,
     ),
     Fault(
         "training/data_parallel.py",
         "dist.all_reduce(largest, dist.ReduceOp.MAX)",
         "pass",
         "ranks count different numbers of steps",
-        RANKS,
+        LOCAL,
     ),
     Fault(
         "training/divergence.py",

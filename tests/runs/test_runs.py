@@ -145,8 +145,23 @@ def kill_in_the_third_epoch() -> None:
     MetricsFile.__call__ = logged
 
 
-@pytest.mark.parametrize("task", ["toy_translation", "toy_language_model"])
-def test_killed_run_resumes_as_if_nothing_had_happened(task, small, tmp_path) -> None:
+# Its rate falls after every second epoch, for no loss is a thousandth of the one before.
+PLATEAU = [
+    "fairseq.lr_scheduler._name=reduce_lr_on_plateau",
+    "fairseq.lr_scheduler.warmup_updates=0",
+    "~fairseq.lr_scheduler.total_num_update",
+    "+fairseq.lr_scheduler.lr_patience=1",
+    "+fairseq.lr_scheduler.lr_shrink=0.5",
+    "+fairseq.lr_scheduler.lr_threshold=0.999",
+]
+
+
+@pytest.mark.parametrize(
+    ("task", "schedule"),
+    [("toy_translation", []), ("toy_language_model", []), ("toy_language_model", PLATEAU)],
+    ids=["toy_translation", "toy_language_model", "reduce_lr_on_plateau"],
+)
+def test_killed_run_resumes_as_if_nothing_had_happened(task, schedule, small, tmp_path) -> None:
     """SIGKILL in the third epoch; data order, dropout, optimizer and norm state go on as before."""
     settings = small(
         task,
@@ -155,6 +170,7 @@ def test_killed_run_resumes_as_if_nothing_had_happened(task, small, tmp_path) ->
         "fairseq.optimization.max_epoch=4",
         "fairseq.model.dropout=0.3",
         "evaluation.splits=[test]",
+        *schedule,
     )
     straight = pipeline.run(composed(*settings))
     folder = run_folder(tmp_path / "results", task, "PN-seed1")

@@ -151,7 +151,8 @@ def test_every_state_is_told(settings, results, tmp_path, monkeypatch) -> None:
     begin(5)
     begin(7, "fairseq.optimization.lr=[0.5]")
     errors = tmp_path / "log.err"
-    errors.write_text("Traceback\nerror: norm.options.eps=-1 must be positive\n")
+    own = "Traceback\nerror: norm.options.eps=-1 must be positive\n"
+    errors.write_text(f"{own}srun: error: n1: task 0: Exited with exit code 1\n")
     folders = {seed: results / "runs" / TASK / f"LN-seed{seed}" for seed in (5, 6, 8, 9)}
     jobs = {str(path): {"job": f"12_{n}", "errors": str(errors)} for n, path in folders.items()}
     (results / "sweeps/then").mkdir(parents=True)
