@@ -92,13 +92,14 @@ def results_block(rows_by_task: Mapping[str, list[Row]], paper: Paper, link: str
     marks = (
         "≈ “around”, says the author, not in the paper; "
         f"{formatting.UNVERIFIED} not verified at its source; "
-        f"{formatting.FUTURE} the model sees the tokens it predicts.\n"
+        f"{formatting.FUTURE} the model sees the tokens it predicts; — nothing published or no run.\n"
     )
     return "\n".join(
         [
             "<!-- Made by `python scripts/report.py` from the records; do not edit. -->\n",
             *(table(one, Path()) for one in tables),
-            f"{marks}All runs, spreads and sources: [{link}]({link}). Our runs of small models:\n",
+            f"{marks}All runs, spreads and sources: [{link}]({link}). Our runs of small models "
+            "([how to repeat them](docs/commands.md#train)):\n",
             table(small, Path()),
         ]
     )

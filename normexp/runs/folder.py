@@ -89,7 +89,7 @@ class RunFolder:
         if not self.config.is_file():
             raise UserError(
                 f"{self.path} is no run folder: it has no config.yaml (run folders lie under "
-                "results/runs/<task>/)"
+                "results/runs/<task>/; scripts/train.py makes them)"
             )
         try:
             cfg = OmegaConf.load(self.config)
