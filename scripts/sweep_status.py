@@ -15,14 +15,15 @@ Takes the overrides of `scripts/train.py -m`; nothing is started or changed.
   interrupted  begun, and no process works on it: the same command resumes from its last checkpoint
   missing      not begun, or begun with another configuration
 
-Exit status 0 if every run is done or diverged, 3 if any is not, 1 after an error.
+Exit status 0 if every run is done or diverged, 3 if any is not, 1 after an error: then runs whose
+settings are invalid are listed below the table.
 """
 
 import sys
 from pathlib import Path
 
 from normexp.config.command_grammar import Parser
-from normexp.errors import exit_on_user_error
+from normexp.errors import UserError, exit_on_user_error
 from normexp.sweeps import slurm_queue
 from normexp.sweeps.run_status import status_of
 from normexp.sweeps.status_table import print_statuses
@@ -39,15 +40,21 @@ def main() -> int:
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="as for train.py")
     overrides = parser.parse_intermixed_args().overrides
+    results = None
     if all(override.startswith("results_dir=") for override in overrides):
         results = Path(overrides[-1].partition("=")[2] if overrides else "results")
-        runs = runs_found(results)
+        found = runs_found(results)
     else:
-        runs = runs_of_sweep(overrides)
-        results = runs[0].results_dir
-    jobs = slurm_queue.jobs(results)
+        found = runs_of_sweep(overrides)
+    runs = [run for run in found if not isinstance(run, UserError)]
+    invalid = [run for run in found if isinstance(run, UserError)]
+    jobs = slurm_queue.jobs(results or (runs[0].results_dir if runs else Path("results")))
     statuses = [status_of(settings, jobs) for settings in runs]
     print_statuses(statuses)
+    for error in invalid:
+        print(f"error: {error}", file=sys.stderr)
+    if invalid:
+        return 1
     return 0 if all(status.finished for status in statuses) else UNFINISHED
 
 

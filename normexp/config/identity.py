@@ -26,13 +26,18 @@ NEUTRAL_FAIRSEQ: dict[str, dict[str, Any]] = {}
 """Keys of fairseq's groups that configs/train.yaml named later, at fairseq's own default."""
 
 RENAMED: dict[str, dict[str, str]] = {
-    # Ours add the penalty of regularized norms, and refuse the stock names where there is one.
+    # Ours add the penalty of `PENALIZED` norms, for which the stock names are refused.
     "criterion": {
         "normexp_cross_entropy": "cross_entropy",
         "normexp_label_smoothed_cross_entropy": "label_smoothed_cross_entropy",
     }
 }
 """fairseq's `_name` by group: new name -> the name that computed the same before."""
+
+PENALIZED = {"regularized_batch"}
+"""Norms with a `penalty` in the loss, by name because the layers themselves import torch."""
+
+_ABSENT = "(absent)"
 
 
 def identity(settings: ExperimentSettings) -> dict[str, Any]:
@@ -47,10 +52,17 @@ def identity(settings: ExperimentSettings) -> dict[str, Any]:
         site: _options(choice, alone) if isinstance(choice, Mapping) else choice
         for site, choice in settings.norm.overridden_sites().items()
     }
+    renamed = {} if _has_penalty(settings) else RENAMED
     kept["fairseq"] = {
-        group: _fairseq_group(group, values) for group, values in settings.fairseq.items()
+        group: _fairseq_group(values, NEUTRAL_FAIRSEQ.get(group, {}), renamed.get(group, {}))
+        for group, values in settings.fairseq.items()
     }
     return kept
+
+
+def is_same_run(one: ExperimentSettings, other: ExperimentSettings) -> bool:
+    """Return whether two settings are those of one run: equal hash and equal seed."""
+    return config_hash(one) == config_hash(other) and one.seed == other.seed
 
 
 def config_hash(settings: ExperimentSettings) -> str:
@@ -75,7 +87,7 @@ def hash_config(config: Mapping[str, Any], without: Iterable[str] = ()) -> str:
 
 
 def differences(earlier: ExperimentSettings, now: ExperimentSettings) -> str:
-    """The first few settings in which two identities differ, as "key: old -> new"; "" if none."""
+    """Return the first few settings in which two identities differ, as "key: old -> new"."""
     changed = _changed(identity(earlier), identity(now), "")
     return ", ".join(changed[:3]) + (", ..." if len(changed) > 3 else "")
 
@@ -84,13 +96,21 @@ def _options(options: Mapping[str, Any], alone: bool) -> dict[str, Any]:
     return {
         name: value
         for name, value in options.items()
-        if not (alone and name == "sync")  # statistics over one rank are those of one rank
+        # Statistics over one rank are those of one rank.
+        if not (alone and name == "sync" and isinstance(value, bool))
         and not (name in NEUTRAL_OPTIONS and value == NEUTRAL_OPTIONS[name])
     }
 
 
-def _fairseq_group(group: str, values: Mapping[str, Any]) -> dict[str, Any]:
-    neutral, renamed = NEUTRAL_FAIRSEQ.get(group, {}), RENAMED.get(group, {})
+def _has_penalty(settings: ExperimentSettings) -> bool:
+    choices = settings.norm.overridden_sites().values()
+    names = {choice.get("name") if isinstance(choice, Mapping) else choice for choice in choices}
+    return not PENALIZED.isdisjoint({settings.norm.name, *names})
+
+
+def _fairseq_group(values: Any, neutral: Mapping[str, Any], renamed: Mapping[str, str]) -> Any:
+    if not isinstance(values, Mapping):
+        return values
     kept = {
         key: value
         for key, value in values.items()
@@ -104,9 +124,9 @@ def _fairseq_group(group: str, values: Mapping[str, Any]) -> dict[str, Any]:
 def _changed(earlier: Mapping[str, Any], now: Mapping[str, Any], prefix: str) -> list[str]:
     changed = []
     for key in sorted(set(earlier) | set(now)):
-        a, b = earlier.get(key), now.get(key)
+        a, b = earlier.get(key, _ABSENT), now.get(key, _ABSENT)
         if isinstance(a, Mapping) and isinstance(b, Mapping):
             changed += _changed(a, b, f"{prefix}{key}.")
-        elif a != b:
+        elif json.dumps(a) != json.dumps(b):  # as the hash tells 1 from 1.0 and from true
             changed.append(f"{prefix}{key}: {a} -> {b}")
     return changed

@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from yaml import YAMLError
 
 from normexp.errors import UserError
 
@@ -33,8 +34,27 @@ FAIRSEQ_TASKS: dict[str, tuple[str, ...]] = {
 }
 """fairseq's names of the tasks that belong to each kind."""
 
+FAIRSEQ_GROUPS = (
+    *("common", "model", "task", "criterion", "optimizer", "lr_scheduler"),
+    *("optimization", "dataset", "checkpoint"),
+)
+"""Groups of fairseq's configuration that every run has."""
+
 NOT_IN_IDENTITY = ("data", "results_dir", "run_dir", "tracking")
 """Settings of a run that do not decide its result."""
+
+
+def _text(value: Any) -> Any:
+    """A label such as 0.95 is a number to YAML."""
+    return str(value) if type(value) in (int, float) else value
+
+
+def _path(value: Any) -> Any:
+    """Refuse the empty path, which Python takes for the current folder."""
+    if value == "":
+        raise ValueError("empty")
+    return _text(value)
+
 
 # The description of a field completes the sentence "KEY=VALUE ..." of its error message.
 _Flag = Annotated[bool, Field(description="must be true or false")]
@@ -43,11 +63,20 @@ _OptionalInteger = Annotated[int | None, Field(description="must be an integer o
 _Count = Annotated[int, Field(ge=1, description="must be an integer of at least 1")]
 _Seed = Annotated[int, Field(ge=1, lt=2**31, description="must be an integer from 1 to 2147483647")]
 _Number = Annotated[float, Field(description="must be a number")]
-_Path = Annotated[Path, Field(strict=False, description="must be a path")]
-_OptionalPath = Annotated[Path | None, Field(strict=False, description="must be a path or null")]
+_Path = Annotated[Path, Field(strict=False, description="must be a path"), BeforeValidator(_path)]
+_OptionalPath = Annotated[
+    Path | None,
+    Field(strict=False, description="must be a path or null"),
+    BeforeValidator(lambda path: _path(path) if path else None),  # NORMEXP_LOCAL_DATA may be ""
+]
+_Text = Annotated[str, BeforeValidator(_text), Field(description="must be a text")]
+_OptionalText = Annotated[
+    str | None, BeforeValidator(_text), Field(description="must be a text or null")
+]
+_Mapping = Annotated[dict[str, Any], Field(description="must be a mapping such as {}")]
 _FileName = Annotated[
     str,
-    BeforeValidator(lambda name: str(name) if type(name) in (int, float) else name),  # label=0.95
+    BeforeValidator(_text),
     Field(
         pattern=r"^[A-Za-z0-9][A-Za-z0-9_.+=-]*$",
         description="names files: use letters, digits and . _ - + = (no spaces)",
@@ -66,17 +95,17 @@ class TaskSettings(_Settings):
 
     name: _FileName
     kind: Kind
-    corpus: str
-    budget: str | None
+    corpus: _Text
+    budget: _OptionalText
 
 
 class NormSettings(_Settings):
     """configs/norm: the norm, its options, and the sites that have another one."""
 
     name: str
-    label: str
-    options: dict[str, Any]
-    sites: dict[str, Any] = Field(default_factory=dict)
+    label: _Text
+    options: _Mapping
+    sites: _Mapping = Field(default_factory=dict)
 
     def overridden_sites(self) -> dict[str, Any]:
         """Site -> NAME or {name: NAME, option: value}, without the sites that take `name`."""
@@ -96,7 +125,7 @@ class EvaluationSettings(_Settings):
     compound_split: _Flag = False
     splits: Annotated[
         list[Literal["valid", "test"]],
-        Field(min_length=1, description="must be a list; known: valid, test"),
+        Field(min_length=1, description="; known: valid, test (a list of one or both)"),
     ]
 
 
@@ -132,10 +161,10 @@ class TrackingSettings(_Settings):
     """configs/tracking: W&B."""
 
     mode: Literal["offline", "online", "disabled"]
-    project: str
-    group: str | None
-    name: str
-    tags: list[str]
+    project: _Text
+    group: _OptionalText
+    name: _Text
+    tags: Annotated[list[_Text], Field(description="must be a list of texts")]
 
 
 class ExperimentSettings(_Settings):
@@ -145,16 +174,16 @@ class ExperimentSettings(_Settings):
     norm: NormSettings
     seed: _Seed
     label: _FileName
-    budget: str | None
+    budget: _OptionalText
     evaluation: EvaluationSettings
     speed: SpeedSettings = SpeedSettings()
     distributed: DistributedSettings = DistributedSettings()
-    fairseq: dict[str, dict[str, Any]]
+    fairseq: _Mapping
 
     @property
     def save_interval(self) -> int:
         """Epochs between fairseq's checkpoints."""
-        return self.fairseq["checkpoint"].get("save_interval", 1)
+        return self.fairseq["checkpoint"].get("save_interval") or 1
 
     @property
     def on_cpu(self) -> bool:
@@ -190,7 +219,7 @@ class RunSettings(ExperimentSettings):
         for override in overrides:
             try:
                 changed.merge_with_dotlist([override])
-            except OmegaConfBaseException as error:
+            except (OmegaConfBaseException, YAMLError) as error:
                 raise UserError(f"{override!r}: {first_line(error)}") from None
         return parse(changed)
 
@@ -207,7 +236,11 @@ def parse(cfg: DictConfig) -> RunSettings:
         content = OmegaConf.to_container(own, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         raise UserError(f"configuration: {first_line(error)}") from None
-    return validated(RunSettings, content)
+    settings = validated(RunSettings, content)
+    for group in FAIRSEQ_GROUPS:
+        if not isinstance(given := settings.fairseq.get(group), Mapping):
+            raise UserError(f"fairseq.{group}={given!r} must be a group of fairseq's settings")
+    return settings
 
 
 def validated(model: type[S], content: Mapping[str, Any]) -> S:
@@ -280,5 +313,8 @@ def _complaint(model: type[BaseModel], content: Mapping[str, Any], error: Valida
         if get_origin(kind) is Literal:
             return f"{key}={node!r}; known: {', '.join(get_args(kind))}"
         if field.description:
-            return f"{key}={node!r} {field.description}"
+            separator = "" if field.description.startswith(";") else " "
+            return f"{key}={node!r}{separator}{field.description}"
+    if isinstance(kind, type) and issubclass(kind, BaseModel):
+        return f"{key}={node!r} must be a group with the keys {', '.join(kind.model_fields)}"
     return f"{key}={node!r}: {first['msg']}"

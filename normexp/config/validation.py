@@ -35,7 +35,6 @@ def validate(settings: ExperimentSettings) -> ValidRun:
     """
     _check_windows(settings)
     _check_blocks(settings.fairseq)
-    _check_stopping(settings.fairseq)
     _check_hardware(settings)
     try:
         sites = resolve_sites(settings.task.kind, model_config(settings))
@@ -43,6 +42,7 @@ def validate(settings: ExperimentSettings) -> ValidRun:
         raise UserError(str(error)) from None
     _check_ranks(settings, sites)
     typed = typed_config(settings)
+    _check_stopping(typed)
     _check_criterion(settings, typed, sites)
     return ValidRun(sites, typed)
 
@@ -77,14 +77,10 @@ def _check_blocks(fairseq: dict[str, dict[str, Any]]) -> None:
         )
 
 
-def _check_stopping(fairseq: dict[str, dict[str, Any]]) -> None:
-    optimization = fairseq["optimization"]
-    if not (
-        optimization.get("max_epoch", 0) > 0
-        or optimization.get("max_update", 0) > 0
-        or optimization.get("stop_time_hours", 0) > 0
-        or fairseq["checkpoint"].get("patience", -1) > 0
-    ):
+def _check_stopping(typed: DictConfig) -> None:
+    limits = typed.optimization
+    ends = limits.max_epoch, limits.max_update, limits.stop_time_hours, typed.checkpoint.patience
+    if not any(end is not None and end > 0 for end in ends):
         raise UserError(
             "this run would never end: set fairseq.optimization.max_epoch or max_update, or "
             "fairseq.checkpoint.patience"

@@ -227,7 +227,7 @@ def _write_record(
 def _of_checkpoint(path: Path, data: Path | None, user_dir: Path | None, cpu: bool) -> LoadedModel:
     from fairseq.utils import import_user_module
 
-    if not path.exists():
+    if data is None and not path.exists():
         raise UserError(f"{path} does not exist; name a run folder or a checkpoint")
     if data is None:
         raise UserError(f"{path} needs --data, the folder of the binarized corpus")

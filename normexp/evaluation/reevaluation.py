@@ -34,13 +34,15 @@ def main(path: Path, overrides: list[str], fold: bool) -> None:
     evaluated = evaluate_run(settings, folder, corpus, fold)
     recorded = read_record(folder.record).metrics if folder.record.is_file() else {}
     folded = ", norms folded" if fold else ""
-    table = Table(title=f"{path} ({evaluated.checkpoint}{folded})")
+    table = Table()
     for column in ("split", "metric", "now", "record"):
         table.add_column(column, justify="left" if column in ("split", "metric") else "right")
     for split, values in evaluated.metrics.items():
         for name, value in values.items():
             table.add_row(split, name, _shown(value), _shown(recorded.get(split, {}).get(name)))
-    Console().print(table)
+    console = Console()
+    console.print(f"{path} ({evaluated.checkpoint}{folded})", soft_wrap=True, markup=False)
+    console.print(table)
 
 
 def _shown(value: float | str | None) -> str:

@@ -92,7 +92,8 @@ def results_block(rows_by_task: Mapping[str, list[Row]], paper: Paper, link: str
     marks = (
         "≈ “around”, says the author, not in the paper; "
         f"{formatting.UNVERIFIED} not verified at its source; "
-        f"{formatting.FUTURE} the model sees the tokens it predicts; — nothing published or no run.\n"
+        f"{formatting.FUTURE} the model sees the tokens it predicts; "
+        "— nothing published or no run.\n"
     )
     return "\n".join(
         [

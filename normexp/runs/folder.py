@@ -25,7 +25,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from normexp.config.identity import differences
+from normexp.config.identity import differences, is_same_run
 from normexp.config.settings import RunSettings, parse
 from normexp.errors import UserError
 from normexp.files import whole_file
@@ -34,6 +34,10 @@ from normexp.runs.provenance import command_of_this_run
 
 LOCK = ".lock"
 LOCK_SECONDS = 1.0  # whoever looks whether the folder is in use holds the lock for a moment
+
+
+class OtherSettings(UserError):
+    """A run folder has settings that this version does not know or accept."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +89,11 @@ class RunFolder:
         return False
 
     def read_settings(self) -> RunSettings:
-        """Read the settings of the run. Raises UserError where there are none, or damaged ones."""
+        """Read the settings of the run.
+
+        Raises UserError where there are none or the file is damaged, and OtherSettings where they
+        are of another version.
+        """
         if not self.config.is_file():
             raise UserError(
                 f"{self.path} is no run folder: it has no config.yaml (run folders lie under "
@@ -101,7 +109,20 @@ class RunFolder:
         try:
             return parse(cfg)
         except UserError as error:
-            raise UserError(f"{self.config}: {error}; {self._cure}") from None
+            raise OtherSettings(f"{self.config}: {error}; {self._cure}") from None
+
+    def difference_from(self, settings: RunSettings) -> str:
+        """Return how the folder's run differs from that of `settings`; "" if it does not.
+
+        Also "" where the folder has no settings. Raises UserError where they are damaged.
+        """
+        if not self.config.is_file():
+            return ""
+        try:
+            own = self.read_settings()
+        except OtherSettings as error:
+            return str(error)
+        return "" if is_same_run(own, settings) else differences(own, settings)
 
     @property
     def _cure(self) -> str:
@@ -118,9 +139,7 @@ def open_run(settings: RunSettings) -> Iterator[RunFolder]:
     folder = RunFolder(settings.run_dir.absolute())
     lock = _lock(folder)
     try:
-        while folder.config.is_file() and (
-            changed := differences(folder.read_settings(), settings)
-        ):
+        while changed := folder.difference_from(settings):
             why = f"another configuration: {changed}"
             archive(folder.path, settings.results_dir, settings.task.name, why)
             lock.release()  # it is that of the archived folder

@@ -90,7 +90,7 @@ class MetricsFile:
             copy = self._path.with_name(self._path.name + ".damaged")
             shutil.copyfile(self._path, copy)
             logger.warning(
-                "%s: %d lines are not metrics and were removed; %s is the file before",
+                "%s: %d lines are not lines of metrics and were left out; the file as it was is %s",
                 *(self._path, damaged, copy),
             )
             self._replace([line for line, _ in good])

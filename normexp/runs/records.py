@@ -14,7 +14,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import ConfigDict, StringConstraints, TypeAdapter, ValidationError
 
-from normexp.config.identity import config_hash
+from normexp.config.identity import config_hash, hash_config
 from normexp.config.settings import ExperimentSettings, validated
 from normexp.errors import UserError, invalid_fields
 from normexp.files import whole_file
@@ -187,8 +187,8 @@ def describe(record: Record) -> str:
 def read_record(path: Path) -> Record:
     """Read a record. Raises UserError naming the file and its first invalid fields.
 
-    `config_hash` is computed anew from `config`, so that records written under an earlier rule of
-    hashing are those of the same runs as today's.
+    A record written under the earlier rule of hashing, by which nothing was left out, gets the
+    `config_hash` of today's rule: it is of the same run.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse)
@@ -205,6 +205,8 @@ def read_record(path: Path) -> Record:
         record = _RECORD.validate_json(json.dumps(content))
     except ValidationError as error:
         raise UserError(f"{path}: {invalid_fields(error)}") from None
+    if record.config_hash != hash_config(record.config, without=["seed"]):
+        return record
     try:
         settings = validated(ExperimentSettings, record.config)
     except UserError:  # settings that this version does not know: nothing of today is equal to them

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from normexp.config.identity import differences
 from normexp.config.settings import RunSettings
 from normexp.runs.folder import RunFolder
 from normexp.runs.lookup import find_record
@@ -51,7 +50,7 @@ def _state(settings: RunSettings, jobs: Mapping[Path, Job]) -> tuple[State, str]
     if found and found[1].status == "diverged":
         return "diverged", found[1].reason or ""
     job = jobs.get(folder.path)
-    changed = _other_configuration(settings, folder)
+    changed = folder.difference_from(settings)
     if folder.in_use():
         what = f"another configuration ({changed})" if changed else _progress(folder)
         return "running", what
@@ -66,11 +65,6 @@ def _state(settings: RunSettings, jobs: Mapping[Path, Job]) -> tuple[State, str]
     if job and (last := job.last_words()):
         return "failed", f"SLURM job {job.id}: {last}"
     return "missing", f"there is another configuration: {changed}" if changed else ""
-
-
-def _other_configuration(settings: RunSettings, folder: RunFolder) -> str:
-    """Return how the folder's settings differ; "" if they do not, or the folder has none."""
-    return differences(folder.read_settings(), settings) if folder.config.is_file() else ""
 
 
 def _progress(folder: RunFolder) -> str:

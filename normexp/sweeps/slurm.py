@@ -17,12 +17,13 @@ from hydra.core.utils import JobReturn, JobStatus, filter_overrides
 from hydra_plugins.hydra_submitit_launcher import submitit_launcher
 from hydra_plugins.hydra_submitit_launcher.config import BaseQueueConf
 
-from normexp.config.settings import RunSettings, parse
+from normexp.config.settings import RunSettings
 from normexp.errors import UserError
 from normexp.sweeps import slurm_queue
 from normexp.sweeps.run_status import status_of
 from normexp.sweeps.slurm_queue import Job
 from normexp.sweeps.status_table import print_statuses
+from normexp.sweeps.sweep import settings_or_error
 
 SHARED = {
     field.name for field in fields(BaseQueueConf)
@@ -85,7 +86,14 @@ class SlurmLauncher(submitit_launcher.SlurmLauncher):
     def _launch(
         self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
     ) -> Sequence[JobReturn]:
-        runs = [(list(overrides), self._composed(overrides)) for overrides in job_overrides]
+        runs, invalid = [], []
+        for overrides in job_overrides:
+            settings = self._composed(overrides)
+            if isinstance(settings, UserError):
+                invalid.append(settings)
+                print(f"error: {settings}", file=sys.stderr, flush=True)
+            else:
+                runs.append((list(overrides), settings))
         results_dir = Path(self.config.results_dir)
         known = slurm_queue.jobs(results_dir)
         statuses = [status_of(settings, known) for _, settings in runs]
@@ -103,12 +111,14 @@ class SlurmLauncher(submitit_launcher.SlurmLauncher):
         statuses = [status_of(settings, known) for _, settings in runs]
         print_statuses(statuses)
         self.failures += [status for status in statuses if status.state != "done"]
+        self.failures += invalid
         done = JobReturn(status=JobStatus.COMPLETED)
-        return [done] * len(runs)
+        return [done] * len(job_overrides)
 
-    def _composed(self, overrides: Sequence[str]) -> RunSettings:
+    def _composed(self, overrides: Sequence[str]) -> RunSettings | UserError:
         loader = self.hydra_context.config_loader
-        return parse(loader.load_sweep_config(self.config, list(overrides)))
+        cfg = loader.load_sweep_config(self.config, list(overrides))
+        return settings_or_error(cfg, filter_overrides(overrides))
 
     def _submit(self, runs: list[tuple[list[str], RunSettings]]) -> dict[Path, Job]:
         import submitit  # here, because it is not needed for a single run

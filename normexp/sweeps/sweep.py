@@ -1,11 +1,13 @@
 """The runs of a sweep, expanded by Hydra's own rules."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from hydra import compose, initialize_config_dir
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
+from omegaconf import DictConfig
 
 from normexp.config.settings import RunSettings, parse
 from normexp.errors import UserError
@@ -13,8 +15,16 @@ from normexp.paths import CONFIGS
 from normexp.runs.folder import RunFolder
 
 
-def runs_of_sweep(overrides: list[str]) -> list[RunSettings]:
-    """Return the settings of every run that `train.py -m` with these overrides consists of.
+def settings_or_error(cfg: DictConfig, overrides: Sequence[str]) -> RunSettings | UserError:
+    """Parse the settings of one run of a sweep; an error names its overrides, others can go on."""
+    try:
+        return parse(cfg)
+    except UserError as error:
+        return UserError(f"{' '.join(overrides)}: {error}")
+
+
+def runs_of_sweep(overrides: list[str]) -> list[RunSettings | UserError]:
+    """Return every run that `train.py -m` with these overrides consists of: settings or error.
 
     Raises UserError for overrides that Hydra does not understand.
     """
@@ -30,20 +40,23 @@ def runs_of_sweep(overrides: list[str]) -> list[RunSettings]:
             swept = compose("train", fixed, return_hydra_config=True).hydra.sweeper.params or {}
             every = [f"{key}={values}" for key, values in swept.items()] + overrides
             (jobs,) = BasicSweeper.split_arguments(parser.parse_overrides(every), None)
-            return [parse(compose("train", job)) for job in jobs]
+            return [settings_or_error(compose("train", job), job) for job in jobs]
     except HydraException as error:
         raise UserError(" ".join(str(error).split())) from error
 
 
-def runs_found(results_dir: Path) -> list[RunSettings]:
-    """Return the settings of every run folder below results/runs/, moved here or not.
+def runs_found(results_dir: Path) -> list[RunSettings | UserError]:
+    """Return every run folder below results/runs/, moved here or not: settings or error.
 
     Raises UserError where there is none.
     """
-    found = []
+    found: list[RunSettings | UserError] = []
     for path in sorted((results_dir / "runs").glob("*/*/config.yaml")):
         here = {"results_dir": results_dir, "run_dir": path.parent}
-        found.append(RunFolder(path.parent).read_settings().model_copy(update=here))
+        try:
+            found.append(RunFolder(path.parent).read_settings().model_copy(update=here))
+        except UserError as error:
+            found.append(error)
     if not found:
         raise UserError(f"no run folders below {results_dir}/runs; name a sweep or results_dir=...")
     return found

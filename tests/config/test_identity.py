@@ -8,7 +8,14 @@ import pytest
 from pydantic import Field
 from support.small_runs import REPOSITORY, composed
 
-from normexp.config.identity import config_hash, differences, identity
+from normexp.config.identity import (
+    PENALIZED,
+    config_hash,
+    differences,
+    hash_config,
+    identity,
+    is_same_run,
+)
 from normexp.config.settings import (
     EvaluationSettings,
     ExperimentSettings,
@@ -16,7 +23,7 @@ from normexp.config.settings import (
     SpeedSettings,
     validated,
 )
-from normexp.runs.records import read_record
+from normexp.runs.records import read_record, write_record
 
 RECORDS = sorted((REPOSITORY / "results" / "records").glob("*/*.json"))
 
@@ -67,10 +74,25 @@ def test_a_new_setting_leaves_every_recorded_hash_as_it_is(path: Path) -> None:
 
 
 def test_a_record_of_an_earlier_rule_is_the_same_run(tmp_path: Path) -> None:
-    record = recorded(RECORDS[0])
+    record = next(r for r in map(recorded, RECORDS) if "speed" in r["config"])
+    earlier = hash_config(record["config"], without=["seed"])
+    assert earlier != record["config_hash"]
     path = tmp_path / "record.json"
-    path.write_text(json.dumps(record | {"config_hash": "0123456789ab"}), encoding="utf-8")
+    path.write_text(json.dumps(record | {"config_hash": earlier}), encoding="utf-8")
     assert read_record(path).config_hash == record["config_hash"]
+
+
+def test_a_record_keeps_the_hash_of_settings_that_it_cannot_store(
+    tmp_path: Path, make_record, monkeypatch
+) -> None:
+    """Paths and numbers that are not finite are stored as others; the hash is not made of those."""
+    monkeypatch.chdir(tmp_path)
+    settings = composed(f"+task.vocabulary={tmp_path}/v", "+fairseq.optimization.stop_min_lr=-.inf")
+    record = make_record(config=settings.experiment(), config_hash=config_hash(settings))
+    write_record(tmp_path / "record.json", record)
+    read = read_record(tmp_path / "record.json")
+    assert read.config["task"]["vocabulary"] == "./v"
+    assert read.config_hash == config_hash(settings)
 
 
 STOCK = ["speed.fast_dropout=false", "speed.fused_loss=false", "speed.fused_adam=false"]
@@ -179,3 +201,34 @@ def test_names_of_other_packages_are_repeated_right() -> None:
 
     assert get_args(SpeedSettings.model_fields["kernels"].annotation) == CHOICES
     assert get_args(TrackingSettings.model_fields["mode"].annotation) == MODES
+
+
+@pytest.mark.parametrize(
+    ("key", "one", "other"),
+    [
+        ("fairseq.dataset.max_tokens_valid", None, "absent"),
+        ("fairseq.optimization.clip_norm", 1, 1.0),
+        ("task.flag", 1, True),
+    ],
+)
+def test_a_run_and_its_hash_are_told_apart_alike(key: str, one: object, other: object) -> None:
+    settings = composed("norm=power")
+    first = changed(settings, key, one)
+    second = settings if other == "absent" else changed(settings, key, other)
+    assert config_hash(first) != config_hash(second) and not is_same_run(first, second)
+    assert key in differences(first, second)
+
+
+def test_a_finished_run_does_not_hide_invalid_settings() -> None:
+    """Only values without effect are left out; others reach the checks of a run."""
+    settings = composed("norm=power")
+    assert config_hash(changed(settings, "norm.options.sync", "maybe")) != config_hash(settings)
+    regularized = composed("norm=regularized_batch")
+    stock = changed(regularized, "fairseq.criterion._name", "label_smoothed_cross_entropy")
+    assert config_hash(stock) != config_hash(regularized)  # it would lack the penalty
+
+
+def test_penalized_norms_are_those_with_a_penalty() -> None:
+    from normexp.norms import available_norms, norm_class
+
+    assert {name for name in available_norms() if hasattr(norm_class(name), "penalty")} == PENALIZED

@@ -186,7 +186,11 @@ def test_whether_a_trained_model_sees_future_tokens_is_measured_and_recorded(
 
 def test_the_script_says_what_it_needs(tmp_path: Path) -> None:
     shown = run_script("audit.py", str(tmp_path / "no.pt"))
+    assert shown.returncode == 1 and "no.pt does not exist" in shown.stderr
+    (tmp_path / "no.pt").write_text("")
+    shown = run_script("audit.py", str(tmp_path / "no.pt"))
     assert shown.returncode == 1 and "needs --data" in shown.stderr
+    (tmp_path / "no.pt").unlink()
     shown = run_script("audit.py", str(tmp_path / "no.pt"), "--data", str(tmp_path))
     assert shown.returncode == 1 and "no dict.txt" in shown.stderr
     (tmp_path / "dict.txt").write_text("a 1\n")

@@ -48,8 +48,8 @@ RUNS = [
     ),
     Fault(
         "config/validation.py",
-        'or fairseq["checkpoint"].get("patience", -1) > 0',
-        "or True",
+        "if not any(end is not None and end > 0 for end in ends):",
+        "if False:",
         "a run that would never end is let through",
         CONFIGS,
     ),
@@ -118,8 +118,8 @@ RUNS = [
     ),
     Fault(
         "runs/folder.py",
-        "while folder.config.is_file() and (",
-        "while False and (",
+        "while changed := folder.difference_from(settings):",
+        'while changed := "":',
         "a folder of another configuration is trained on",
         SWEEPS,
     ),

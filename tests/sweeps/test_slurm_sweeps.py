@@ -10,6 +10,7 @@ from hydra import compose, initialize_config_dir
 from support import cluster
 
 from normexp import pipeline
+from normexp.config.settings import parse
 from normexp.runs import records
 from normexp.runs.folder import RunFolder
 from normexp.sweeps.slurm import SlurmLauncher
@@ -156,7 +157,7 @@ def _without_slurm(record: records.Record, home: Path) -> records.Record:
     with initialize_config_dir(str(REPOSITORY / "configs"), version_base="1.3"):
         own = [f"norm={record.norm}", f"seed={record.seed}"]
         folders = [f"results_dir={home / 'straight'}", f"data.dir={home / 'data'}"]
-        return pipeline.run(compose("train", [*SMALL, *own, *folders]))
+        return pipeline.run(parse(compose("train", [*SMALL, *own, *folders])))
 
 
 def _check_table(commands: Commands, made: list[records.Record]) -> None:

@@ -16,7 +16,7 @@ from normexp.runs import records
 from normexp.runs.folder import RunFolder, open_run
 from normexp.sweeps import run_status, slurm_queue
 from normexp.sweeps.slurm_queue import Job
-from normexp.sweeps.sweep import runs_of_sweep
+from normexp.sweeps.sweep import runs_found, runs_of_sweep
 
 TASK = "toy_language_model"
 
@@ -107,6 +107,33 @@ def test_lock_of_a_folder_that_was_just_archived_does_not_count(tmp_path, monkey
     monkeypatch.setattr(fcntl, "flock", flock)
     with run_folder._lock(folder):
         assert folder.in_use() and not RunFolder(moved[0]).in_use()
+
+
+def test_a_folder_of_another_version_is_archived_and_listed(tmp_path, capsys) -> None:
+    """One whose settings this version does not know stops neither its run nor a status."""
+    settings = composed(f"results_dir={tmp_path}", "tracking=disabled")
+    folder = RunFolder(settings.run_dir)
+    folder.path.mkdir(parents=True)
+    old = settings.as_yaml().replace("evaluation:", "evaluation:\n  former_setting: 1")
+    folder.config.write_text(old, encoding="utf-8")
+    status = run_status.status_of(settings, {})
+    assert status.state == "missing" and "evaluation.former_setting is unknown" in status.detail
+    (found,) = runs_found(tmp_path)
+    assert isinstance(found, UserError) and "former_setting" in str(found)
+    with open_run(settings) as opened:
+        assert opened.read_settings() == settings
+    assert "another configuration" in capsys.readouterr().out
+    (kept,) = (tmp_path / "superseded").rglob("config.yaml")
+    assert kept.read_text(encoding="utf-8") == old
+
+
+def test_an_invalid_run_of_a_sweep_hides_no_other() -> None:
+    valid, invalid = runs_of_sweep(["task=toy_translation", "seed=1,0"])
+    assert valid.seed == 1
+    assert "seed=0: seed=0 must be an integer from 1" in str(invalid)
+    shown = run_script("sweep_status.py", "task=toy_translation", "seed=1,0")
+    assert shown.returncode == 1 and "1 runs: 1 missing" in shown.stdout
+    assert shown.stderr.startswith("error: task=toy_translation seed=0: seed=0 must be")
 
 
 def test_sweeps_are_expanded_as_hydra_does() -> None:
