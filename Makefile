@@ -31,23 +31,24 @@ demo: install  ## train LN, BN, PN-V and PN on two toy tasks and print the table
 	@$(BIN)/python scripts/report.py --results results/demo --console-only
 
 # Whole files go to one process, which keeps what the tests of a file share.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+BY_FILE := --dist loadfile --no-loadscope-reorder
 FAST := $(addprefix tests/norms/test_,golden.py references.py arguments.py known_layers.py) \
 	tests/config tests/runs/test_records.py tests/test_imports.py
 
 fast: install  ## the tests to run after every change: layers, configs, records, imports (45 seconds)
-	$(PYTEST) -m "not thorough" $(FAST)
+	$(PYTEST) --dist worksteal -m "not thorough" $(FAST)
 
 test-%: install  ## tests of a part, e.g. test-norms: PART is a folder of tests/
-	$(PYTEST) -m "not thorough" tests/$*
+	$(PYTEST) $(BY_FILE) -m "not thorough" tests/$*
 
 test-plugin: test-fairseq_plugin ;
 
 test: install  ## all tests but the thorough ones (8 minutes, 2 cores)
-	$(PYTEST) -m "not thorough"
+	$(PYTEST) $(BY_FILE) -m "not thorough"
 
 test-all: install  ## all tests
-	$(PYTEST)
+	$(PYTEST) $(BY_FILE)
 
 lint: install  ## ruff
 	$(BIN)/ruff check .
