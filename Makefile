@@ -36,7 +36,7 @@ BY_FILE := --dist loadfile --no-loadscope-reorder
 FAST := $(addprefix tests/norms/test_,golden.py references.py arguments.py known_layers.py) \
 	tests/config tests/runs/test_records.py tests/test_imports.py
 
-fast: install  ## the tests to run after every change: layers, configs, records, imports (45 seconds)
+fast: install  ## the tests to run after every change: layers, configs, records, imports (40 seconds)
 	$(PYTEST) --dist worksteal -m "not thorough" $(FAST)
 
 test-%: install  ## tests of a part, e.g. test-norms: PART is a folder of tests/
