@@ -44,7 +44,7 @@ TRAINING = [
         "return updates >= (cfg.optimization.max_update",
         "return updates > (cfg.optimization.max_update",
         "a finished training does one more update",
-        ("runs/test_survival", "training/test_preemption"),
+        ("training/test_resume",),
     ),
     Fault(
         "training/preemption.py",
@@ -100,7 +100,7 @@ TRAINING = [
         "size * 0,",
         "size,",
         "an empty batch counts in the gradient's average",
-        TWO_RANKS,
+        ("training/test_distributed::test_two_ranks_average_over_sentences_as_one_does",),
     ),
     Fault(
         "training/data_parallel.py",

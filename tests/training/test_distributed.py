@@ -138,6 +138,22 @@ def test_two_ranks_equal_two_batches_per_update(settings, tmp_path) -> None:
     }
 
 
+def test_two_ranks_average_over_sentences_as_one_does(settings, tmp_path) -> None:
+    """A rank without a batch counts no sentence: with sentence_avg its padding would be one."""
+    chosen = settings(
+        "toy_translation",
+        "norm=layer",
+        *SENTENCES,
+        "+fairseq.optimization.sentence_avg=true",
+        "evaluation.splits=[valid]",
+    )
+    two = tmp_path / "two"
+    ended = train_on_ranks(tmp_path / "printed", *chosen, f"results_dir={two}")
+    assert ended.codes == [0, 0], ended.err
+    pipeline.run(composed(*chosen, "fairseq.optimization.update_freq=[2]"))
+    assert_same(trained(two), trained(tmp_path / "results"))
+
+
 def test_synchronized_statistics_are_those_of_one_large_batch(
     settings, tmp_path, monkeypatch
 ) -> None:
