@@ -8,9 +8,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from fairseq.data import Dictionary
 from support.small_runs import REPOSITORY, SMALL, composed
 
 from normexp import pipeline
@@ -194,6 +196,21 @@ def test_score_does_not_depend_on_the_batches(max_tokens, on_little_text) -> Non
             total -= float(picked.sum())
     assert tokens == run.corpus.tokens("test")
     assert nll == pytest.approx(total, rel=1e-5)
+
+
+def test_an_unknown_word_of_the_reference_matches_nothing() -> None:
+    """Else a model would score by translating into unknown words."""
+    dictionary = Dictionary()
+    known = [dictionary.add_symbol(word) for word in ["a", "b", "c", "d", "e"]]
+    loaded = SimpleNamespace(task=SimpleNamespace(target_dictionary=dictionary))
+
+    def score(tokens: list[int]) -> float:
+        ids = torch.tensor([*tokens, dictionary.eos()])
+        texts = [scores.to_text(loaded, ids, None, reference=r) for r in (False, True)]
+        return bleu.tokenised_bleu(*([text] for text in texts))
+
+    assert score(known) == pytest.approx(100)
+    assert score([*known, dictionary.unk()]) < 90
 
 
 def test_bleu_rules() -> None:
