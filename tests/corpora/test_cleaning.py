@@ -36,6 +36,20 @@ def test_agrees_with_brute_force(source: str, target: str) -> None:
         assert cleaned is None
 
 
+@pytest.mark.parametrize(
+    ("source", "target", "kept"),
+    [
+        *((4, 6, True), (6, 4, True)),  # exactly the largest ratio
+        *((3, 5, False), (5, 3, False)),
+        *((6, 6, True), (6, 7, False), (7, 6, False), (7, 7, False)),  # the longest
+    ],
+)
+def test_limits_are_included(source: int, target: int, kept: bool) -> None:
+    """Numbers of words at the limits, which random texts seldom meet."""
+    pair = " ".join("a" * source), " ".join("b" * target)
+    assert (clean_pair(*pair, **LIMITS, factored=False) == pair) is kept
+
+
 @given(st.lists(st.tuples(TEXT, TEXT)))
 def test_other_columns_share_the_fate_of_their_row(pairs: list[tuple[str, str]]) -> None:
     pairs = [("a", "a"), *pairs]  # the first pair decides that "|" means nothing

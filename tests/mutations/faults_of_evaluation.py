@@ -30,13 +30,6 @@ EVALUATION = [
         SCORES,
     ),
     Fault(
-        "evaluation/scores.py",
-        "escape_unk=reference",
-        "escape_unk=False",
-        "an unknown word of the reference can be matched",
-        SCORES,
-    ),
-    Fault(
         "evaluation/bleu.py",
         "BLEU(lowercase=lowercase)",
         "BLEU()",
