@@ -215,7 +215,7 @@ class RunSettings(ExperimentSettings):
 
         Raises UserError for unknown keys and invalid values.
         """
-        changed = OmegaConf.merge(OmegaConf.create(self.model_dump(mode="json")))
+        changed = OmegaConf.create(self.model_dump(mode="json"))
         for override in overrides:
             try:
                 changed.merge_with_dotlist([override])

@@ -161,15 +161,16 @@ def _lock(folder: RunFolder) -> FileLock:
         lock = FileLock(path, fallback_to_soft=False)  # a soft lock would outlive a killed run
         try:
             folder.path.mkdir(parents=True, exist_ok=True)
-            path.touch()
-            before = path.stat()
-            lock.acquire(timeout=LOCK_SECONDS)
+            try:
+                path.touch()
+                before = path.stat()
+                lock.acquire(timeout=LOCK_SECONDS)
+            except FileNotFoundError:  # archived by another process meanwhile
+                continue
         except Timeout:
             raise UserError(
                 f"{folder.path} is in use by another process: the same run is under way"
             ) from None
-        except FileNotFoundError:  # archived by another process meanwhile
-            continue
         except OSError as error:
             raise UserError(
                 f"cannot write the run folder {folder.path}: {error.strerror}; set results_dir=..."

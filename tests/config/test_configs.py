@@ -286,6 +286,16 @@ def test_unwritable_results_are_named(tmp_path: Path) -> None:
         pass
 
 
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs a file system that makes no folders")
+@pytest.mark.timeout(20)
+def test_a_folder_that_cannot_be_made_is_named() -> None:
+    with (
+        pytest.raises(UserError, match="cannot write the run folder"),
+        open_run(composed("results_dir=/proc/normexp")),
+    ):
+        pass
+
+
 def test_blocks_that_fairseq_cannot_make_with_this_numpy_are_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
