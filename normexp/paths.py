@@ -5,3 +5,7 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parents[1]
 CONFIGS = REPOSITORY / "configs"
 RESULTS = REPOSITORY / "results"
+"""Committed records, tables and figures: evidence, which runs do not write."""
+
+OWN_RESULTS = RESULTS / "own"
+"""Where runs leave their results by default; git ignores it."""

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from normexp.checkpoints import recovery, store
+from normexp.config.departures import marked_budget
 from normexp.config.fairseq_config import trainer_config
 from normexp.config.identity import config_hash
 from normexp.config.settings import RunSettings
@@ -24,9 +25,10 @@ from normexp.errors import UserError
 from normexp.files import write_json
 from normexp.paths import REPOSITORY
 from normexp.runs import advice, provenance, records
-from normexp.runs.archive import archive_record
+from normexp.runs.archive import make_way
+from normexp.runs.evidence import refuse_evidence
 from normexp.runs.folder import RunFolder, open_run
-from normexp.runs.lookup import find_finished
+from normexp.runs.lookup import already, find_finished
 from normexp.runs.records import Asked, Outcome, Record
 from normexp.training import preemption, process_group
 from normexp.training.process_group import Ranks
@@ -79,13 +81,18 @@ def _train_as_worker(settings: RunSettings, ranks: Ranks) -> None:
 
 def _run_in_folder(settings: RunSettings, valid: ValidRun, ranks: Ranks) -> Record:
     if found := find_finished(settings):
-        _print(f"complete already: {found[0]}")
+        _print(already(found[0]))
         return found[1]
+    refuse_evidence(settings.results_dir)
+    own_record = records.path_of_run(
+        settings.results_dir, settings.task.name, settings.label, settings.seed
+    )
+    make_way(own_record, settings)
     with open_run(settings) as folder:
-        earlier = _complete_record(folder, settings.results_dir)
+        earlier = _complete_record(folder, settings)
         if earlier is not None:
             return earlier
-        _check_records_writable(settings.results_dir / "records" / settings.task.name)
+        _check_records_writable(own_record.parent)
         # The corpus is prepared before the log opens: its progress belongs on the console.
         corpus = prepare(settings.task.corpus, settings.data.dir, settings.data.local)
         if corpus.kind != settings.task.kind:
@@ -110,7 +117,8 @@ def _run_with_corpus(
         settings.tracking.mode,
         settings.tracking.project,
         folder.path,
-        run_id="-".join([asked.task, asked.label, str(asked.seed), asked.config_hash]),
+        # At most 128 characters, of which the hash tells runs apart.
+        run_id=f"{asked.task}-{asked.label}"[:100] + f"-{asked.seed}-{asked.config_hash}",
         name=settings.tracking.name,
         group=settings.tracking.group,
         tags=settings.tracking.tags,
@@ -258,7 +266,7 @@ def _asked(settings: RunSettings, sites: Sites, corpus: PreparedCorpus) -> Asked
         versions=provenance.package_versions(),
         code_commit=commit,
         code_dirty=dirty,
-        command=_command(),
+        command=provenance.command_for_a_shell(settings),
         config=settings.experiment(),
         config_hash=config_hash(settings),
         corpus={
@@ -266,7 +274,8 @@ def _asked(settings: RunSettings, sites: Sites, corpus: PreparedCorpus) -> Asked
             "hashes": corpus.manifest["files"],
             "counts": corpus.manifest["splits"],
         },
-        budget=settings.budget,
+        budget=marked_budget(settings),
+        departures=settings.departures,
     )
 
 
@@ -283,13 +292,14 @@ def _finish(folder: RunFolder, settings: RunSettings, asked: Asked, outcome: Out
 
 
 def _publish(record: Record, results_dir: Path) -> None:
-    path = records.record_path(results_dir, record)
-    archive_record(path, results_dir, record.task, record.config_hash)
-    records.write_record(path, record)
+    records.write_record(records.record_path(results_dir, record), record)
 
 
-def _complete_record(folder: RunFolder, results_dir: Path) -> Record | None:
-    """Return the record of a run that needs nothing more; a failed one is tried again."""
+def _complete_record(folder: RunFolder, settings: RunSettings) -> Record | None:
+    """Return the record of a run that needs nothing more.
+
+    A failed one is tried again, and one of another evaluation evaluated again.
+    """
     if not folder.record.is_file():
         return None
     try:
@@ -297,10 +307,10 @@ def _complete_record(folder: RunFolder, results_dir: Path) -> Record | None:
     except UserError as error:
         logger.warning("%s; the run is evaluated again", error)
         return None
-    if record.status == "failed":
+    if record.status == "failed" or record.config_hash != config_hash(settings):
         return None
-    _publish(record, results_dir)  # somebody removed it from among the results
-    _print(f"complete already: {folder.record}")
+    _publish(record, settings.results_dir)  # somebody removed it from among the results
+    _print(already(folder.record))
     return record
 
 
@@ -309,13 +319,6 @@ def _check_records_writable(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if not os.access(folder, os.W_OK):
         raise PermissionError(errno.EROFS, os.strerror(errno.EROFS), str(folder))
-
-
-def _command() -> str:
-    """Return the command line without folders, which are of this machine only."""
-    given = provenance.command_of_this_run()[1:]
-    arguments = [argument for argument in given if "/" not in argument and "=~" not in argument]
-    return " ".join(["python", "scripts/train.py", *arguments])
 
 
 def _for_the_dashboard(settings: RunSettings, asked: Asked) -> dict[str, Any]:

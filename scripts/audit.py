@@ -1,14 +1,14 @@
 #!/usr/bin/env python
 """Causality test: does a language model see the tokens that it predicts?
 
-    python scripts/audit.py results/runs/ptb/PN-seed1            # a run of this project
+    python scripts/audit.py results/own/runs/ptb/PN-seed1            # a run of this project
     python scripts/audit.py checkpoint_best.pt --data data-bin   # any language model of fairseq's
 
 Changes the inputs after random positions and reports how much the predictions before them change,
 and the perplexity with the future tokens visible, replaced at random, and hidden. The predictions
 of a causal model do not change at all, and its three perplexities are equal. Exit status 2 says
-that the model sees future tokens. The test of a run writes a record,
-results/causality/<task>/<label>-seed<k>.json, from which scripts/report.py makes a table.
+that the model sees future tokens. The test of a run writes a record beside that of the run,
+results/own/causality/<task>/<label>-seed<k>.json, from which scripts/report.py makes a table.
 """
 
 import sys

@@ -1,9 +1,9 @@
 #!/usr/bin/env python
-"""Run a benchmark: measure, print the tables and write the record to results/benchmarks/.
+"""Run a benchmark: measure, print the tables and write the record to results/own/benchmarks/.
 
     python scripts/benchmark.py norms                           # every layer against nn.LayerNorm
     python scripts/benchmark.py norms --rounds 5 --output fast.json
-    python scripts/report.py                    # results/benchmarks/README.md from the records
+    python scripts/promote.py results/own/benchmarks/norms.json    # into the committed results
 
 Numbers are comparable only within one record; leave the machine alone meanwhile.
 """
@@ -15,10 +15,10 @@ from typing import Any
 
 from normexp.benchmarks import suite
 from normexp.config.command_grammar import Parser
-from normexp.errors import exit_on_user_error
-from normexp.paths import RESULTS
+from normexp.errors import UserError, exit_on_user_error
+from normexp.paths import OWN_RESULTS, RESULTS
 
-RECORDS = RESULTS / "benchmarks"
+RECORDS = OWN_RESULTS / "benchmarks"
 
 
 def main() -> None:
@@ -46,6 +46,11 @@ def main() -> None:
         )
     arguments = vars(parser.parse_args())
     name, output = arguments.pop("benchmark"), arguments.pop("output")
+    if output.resolve().parent == RESULTS / "benchmarks":
+        raise UserError(
+            f"--output {output} is a committed record, which measuring does not change; choose "
+            "another and add it by scripts/promote.py"
+        )
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("normexp.benchmarks").setLevel(logging.INFO)
     _show(name, suite.measure(name, output, sys.stderr.isatty(), **arguments))

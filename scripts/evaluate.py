@@ -1,12 +1,14 @@
 #!/usr/bin/env python
 """Evaluate a finished run again, from its run folder.
 
-    python scripts/evaluate.py results/runs/multi30k/PN-seed1
-    python scripts/evaluate.py results/runs/multi30k/PN-seed1 evaluation.beam=1
-    python scripts/evaluate.py results/runs/multi30k/PN-seed1 --fold
+    python scripts/evaluate.py results/own/runs/multi30k/PN-seed1
+    python scripts/evaluate.py results/own/runs/multi30k/PN-seed1 evaluation.beam=1
+    python scripts/evaluate.py results/own/runs/multi30k/PN-seed1 --fold
+    python scripts/evaluate.py results/records/multi30k/PN-seed1.json
 
 Prints the metrics beside those of the record. KEY=VALUE changes settings of the run's `evaluation`,
-or `data.dir` and `data.local`. Nothing but the translations in hypotheses/ is written.
+or `data.dir` and `data.local`. Nothing but the translations in hypotheses/ is written. With a
+record instead of a run folder, BLEU is computed from its committed translations alone.
 """
 
 from pathlib import Path
@@ -18,7 +20,7 @@ from normexp.errors import exit_on_user_error
 def main() -> None:
     """Parse the command line, evaluate, print."""
     parser = Parser(description=__doc__)
-    parser.add_argument("run_folder", type=Path, help="results/runs/<task>/<label>-seed<k>")
+    parser.add_argument("run_folder", type=Path, help="run folder, or record of a translation")
     parser.add_argument(
         "overrides", nargs="*", metavar="KEY=VALUE", help="such as evaluation.beam=1"
     )

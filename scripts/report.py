@@ -1,10 +1,14 @@
 #!/usr/bin/env python
 """Make the tables of the results from the records of the runs.
 
-python scripts/report.py                 # results/README.md, tables/, figures/, printed too
-python scripts/report.py --html          # and results/report.html, one page for a browser
-python scripts/report.py --check         # fail if the committed files are out of date
-python scripts/report.py --console-only  # print, write nothing
+python scripts/report.py                    # README.md, tables/, figures/ in FOLDER, printed too
+python scripts/report.py --html             # and FOLDER/report.html, one page for a browser
+python scripts/report.py --console-only     # print, write nothing
+python scripts/report.py --results results  # of the committed records, this repository's README too
+python scripts/report.py --check            # fail if files of the committed records are out of date
+
+FOLDER is results/own, where runs leave their records, or results while there are none; beside the
+runs of a task in results/own the tables show the committed ones.
 """
 
 import sys
@@ -15,23 +19,23 @@ from rich.console import Console
 from normexp.config.command_grammar import Parser
 from normexp.errors import UserError, exit_on_user_error
 from normexp.files import whole_file
-from normexp.paths import REPOSITORY, RESULTS
+from normexp.paths import OWN_RESULTS, REPOSITORY, RESULTS
 from normexp.report.aggregate import rows_by_task
 from normexp.report.benchmark_tables import load_benchmarks
 from normexp.report.console import print_results
 from normexp.report.html import report_html, unfinished_runs
 from normexp.report.paper import load_paper
 from normexp.report.report_files import check_files, report_files, write_files
+from normexp.runs import evidence
 from normexp.runs.causality_record import load_causality_records
 from normexp.runs.provenance import utc_now
-from normexp.runs.records import load_records
 
 
 def main() -> None:
     """Parse the command line, then write and print the tables, or check them."""
     parser = Parser(description=__doc__)
     parser.add_argument(
-        "--results", type=Path, default=RESULTS, help="folder that holds records/ (%(default)s)"
+        "--results", type=Path, help="folder that holds records/ (results/own, or results)"
     )
     parser.add_argument(
         "--output", type=Path, help="page to write, with tables/ beside it (RESULTS/README.md)"
@@ -49,9 +53,12 @@ def main() -> None:
     what.add_argument("--check", action="store_true", help="fail if the files are out of date")
     options = parser.parse_args()
 
+    if options.results is None:
+        own = (OWN_RESULTS / "records").is_dir() and not options.check
+        options.results = OWN_RESULTS if own else RESULTS
     if not options.results.is_dir():
         raise UserError(f"no folder {options.results}; train something first, or correct --results")
-    rows = rows_by_task(load_records(options.results))
+    rows = rows_by_task(evidence.load_records_beside(options.results))
     causality = load_causality_records(options.results)
     benchmarks = load_benchmarks(options.results)
     paper = load_paper(options.paper)

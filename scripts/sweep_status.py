@@ -2,7 +2,7 @@
 """Print the status of every run of a sweep.
 
     python scripts/sweep_status.py +experiment=table1_iwslt14 norm=layer,power seed=1,2,3
-    python scripts/sweep_status.py                      # every run found below results/runs/
+    python scripts/sweep_status.py                      # every run found below results/own/runs/
     python scripts/sweep_status.py results_dir=/scratch/results
 
 Takes the overrides of `scripts/train.py -m`; nothing is started or changed.
@@ -24,6 +24,7 @@ from pathlib import Path
 
 from normexp.config.command_grammar import Parser
 from normexp.errors import UserError, exit_on_user_error
+from normexp.paths import OWN_RESULTS
 from normexp.sweeps import slurm_queue
 from normexp.sweeps.run_status import status_of
 from normexp.sweeps.status_table import print_statuses
@@ -42,13 +43,13 @@ def main() -> int:
     overrides = parser.parse_intermixed_args().overrides
     results = None
     if all(override.startswith("results_dir=") for override in overrides):
-        results = Path(overrides[-1].partition("=")[2] if overrides else "results")
+        results = Path(overrides[-1].partition("=")[2] if overrides else OWN_RESULTS)
         found = runs_found(results)
     else:
         found = runs_of_sweep(overrides)
     runs = [run for run in found if not isinstance(run, UserError)]
     invalid = [run for run in found if isinstance(run, UserError)]
-    jobs = slurm_queue.jobs(results or (runs[0].results_dir if runs else Path("results")))
+    jobs = slurm_queue.jobs(results or (runs[0].results_dir if runs else OWN_RESULTS))
     statuses = [status_of(settings, jobs) for settings in runs]
     print_statuses(statuses)
     for error in invalid:

@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Upload the offline W&B runs, except for what is uploaded already.
 
-    python scripts/sync_wandb.py                                  # all below results/runs
-    python scripts/sync_wandb.py results/runs/ptb /scratch/runs   # these only
+    python scripts/sync_wandb.py                                  # all below results/own/runs
+    python scripts/sync_wandb.py results/own/runs/ptb /scratch/runs   # these only
     python scripts/sync_wandb.py --dry-run                        # show what would be uploaded
 
 Runs that are still being written are left for the next call, and so are failed or interrupted
@@ -14,10 +14,10 @@ from pathlib import Path
 
 from normexp.config.command_grammar import Parser
 from normexp.errors import UserError, exit_on_user_error
-from normexp.paths import RESULTS
+from normexp.paths import OWN_RESULTS
 from normexp.tracking.offline import UploadError, check_connection, find_offline_runs, upload
 
-RUNS = RESULTS / "runs"
+RUNS = OWN_RESULTS / "runs"
 
 
 def main() -> None:

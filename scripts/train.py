@@ -4,12 +4,14 @@
 import sys
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from normexp.config.settings import RunSettings, parse
+from normexp.config.departures import settings_of
+from normexp.config.settings import RunSettings
 from normexp.errors import UserError
 from normexp.runs import records
-from normexp.runs.lookup import find_finished
+from normexp.runs.lookup import already, find_finished
 from normexp.sweeps import slurm
 from normexp.training.process_group import FailedOnMain, Process, this_process
 
@@ -24,7 +26,7 @@ def main(cfg: DictConfig) -> str | None:
         settings = _settings(cfg, process)
         if process.size == 1 and (found := find_finished(settings)):
             path, record = found
-            print(f"complete already: {path}")
+            print(already(path))
         else:
             from normexp import pipeline  # here, because torch and fairseq take seconds
 
@@ -45,7 +47,7 @@ def main(cfg: DictConfig) -> str | None:
 
 def _settings(cfg: DictConfig, process: Process) -> RunSettings:
     try:
-        return parse(cfg)
+        return settings_of(cfg, HydraConfig.get().runtime.choices)
     except UserError:
         if process.is_main:
             raise

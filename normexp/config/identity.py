@@ -60,9 +60,22 @@ def identity(settings: ExperimentSettings) -> dict[str, Any]:
     return kept
 
 
-def is_same_run(one: ExperimentSettings, other: ExperimentSettings) -> bool:
-    """Return whether two settings are those of one run: equal hash and equal seed."""
-    return config_hash(one) == config_hash(other) and one.seed == other.seed
+def is_same_training(one: ExperimentSettings, other: ExperimentSettings) -> bool:
+    """Return whether two runs are one training: they differ at most in name and evaluation.
+
+    Which epochs are kept for averaging belongs to the training.
+    """
+    return one.seed == other.seed and _of_training(one) == _of_training(other)
+
+
+def _of_training(settings: ExperimentSettings) -> str:
+    kept = identity(settings)
+    del kept["label"]
+    evaluation = settings.evaluation
+    kept["evaluation"] = [evaluation.checkpoint]
+    if evaluation.checkpoint == "average":
+        kept["evaluation"].append(evaluation.average_last)
+    return hash_config(kept, without=["budget", "task.budget"])
 
 
 def config_hash(settings: ExperimentSettings) -> str:
@@ -87,7 +100,10 @@ def hash_config(config: Mapping[str, Any], without: Iterable[str] = ()) -> str:
 
 
 def differences(earlier: ExperimentSettings, now: ExperimentSettings) -> str:
-    """Return the first few settings in which two identities differ, as "key: old -> new"."""
+    """Return the first few settings in which two identities differ, as "key: old -> new".
+
+    The seed is one of them.
+    """
     changed = _changed(identity(earlier), identity(now), "")
     return ", ".join(changed[:3]) + (", ..." if len(changed) > 3 else "")
 

@@ -40,7 +40,7 @@ FAIRSEQ_GROUPS = (
 )
 """Groups of fairseq's configuration that every run has."""
 
-NOT_IN_IDENTITY = ("data", "results_dir", "run_dir", "tracking")
+NOT_IN_IDENTITY = ("data", "results_dir", "run_dir", "tracking", "departures")
 """Settings of a run that do not decide its result."""
 
 
@@ -199,12 +199,17 @@ class ExperimentSettings(_Settings):
 
 
 class RunSettings(ExperimentSettings):
-    """A run: the experiment, where its files lie, and where its curves go."""
+    """A run: the experiment, where its files lie, and where its curves go.
+
+    departures: What the command changed in the configuration that it names, "KEY=VALUE instead of
+    VALUE" each; see `config.departures`.
+    """
 
     data: DataSettings
     results_dir: _Path
     run_dir: _Path
     tracking: TrackingSettings
+    departures: Annotated[list[str], Field(description="must be a list of texts")] = []
 
     def as_yaml(self) -> str:
         """The settings as the YAML text that `read` understands."""

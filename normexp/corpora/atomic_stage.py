@@ -5,6 +5,7 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -44,12 +45,22 @@ def read_json(path: Path) -> dict | None:
         return None
 
 
-def files_intact(directory: Path, files: dict[str, dict]) -> bool:
-    """Whether every recorded file exists with its recorded size."""
-    return all(
-        (directory / name).is_file() and (directory / name).stat().st_size == record["bytes"]
-        for name, record in files.items()
-    )
+def changed_files(directory: Path, files: dict[str, dict]) -> list[Path]:
+    """The recorded files that are missing or have another content.
+
+    All are read: a record states their hashes, and a file changed in place may keep its size.
+    """
+
+    def is_changed(item: tuple[str, dict]) -> bool:
+        name, record = item
+        path = directory / name
+        if not path.is_file() or path.stat().st_size != record["bytes"]:
+            return True
+        return file_hash(path) != record["sha256"]
+
+    with ThreadPoolExecutor() as pool:  # hashing releases the interpreter
+        changed = pool.map(is_changed, files.items())
+    return [directory / name for name, is_one in zip(files, changed, strict=True) if is_one]
 
 
 def build_stage(directory: Path, fingerprint: str, build: Callable[[Path], dict]) -> dict:
@@ -64,7 +75,7 @@ def build_stage(directory: Path, fingerprint: str, build: Callable[[Path], dict]
     if (
         record is not None
         and record.get("fingerprint") == fingerprint
-        and files_intact(directory, record["files"])
+        and not changed_files(directory, record["files"])
     ):
         return record
     for abandoned in directory.parent.glob(f"{directory.name}.*.partial"):

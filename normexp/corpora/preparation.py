@@ -20,7 +20,7 @@ from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
 
-from normexp.corpora.atomic_stage import build_stage, files_intact, locked, read_json
+from normexp.corpora.atomic_stage import build_stage, changed_files, locked, read_json
 from normexp.corpora.binarization import build_binary
 from normexp.corpora.catalogue import CATALOGUE, SPLITS, Corpus, Part, load_catalogue
 from normexp.corpora.download import fetch
@@ -113,11 +113,10 @@ def _generator(corpus: Corpus) -> ModuleType:
 
 def _finished(corpus: Corpus, directory: Path, fingerprint: str) -> PreparedCorpus | None:
     manifest = read_json(directory / "manifest.json")
-    if (
-        manifest is None
-        or manifest.get("fingerprint") != fingerprint
-        or not files_intact(directory, manifest["files"])
-    ):
+    if manifest is None or manifest.get("fingerprint") != fingerprint:
+        return None
+    if changed := changed_files(directory, manifest["files"]):
+        log.warning("%s was changed since it was prepared; preparing again", changed[0])
         return None
     return PreparedCorpus(corpus.name, directory, manifest)
 

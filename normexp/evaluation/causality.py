@@ -20,9 +20,10 @@ from normexp.config.settings import FAIRSEQ_TASKS, RunSettings
 from normexp.corpora import prepare
 from normexp.errors import UserError
 from normexp.evaluation.scores import LoadedModel, load_evaluated, load_model
-from normexp.paths import REPOSITORY
+from normexp.paths import OWN_RESULTS, REPOSITORY
 from normexp.runs import provenance, records
 from normexp.runs.causality_record import CausalityRecord, write_causality_record
+from normexp.runs.evidence import is_evidence
 from normexp.runs.folder import RunFolder
 
 _LOG_PROBS_AT_A_TIME = 2**26
@@ -195,7 +196,8 @@ def _write_record(
 ) -> Path:
     """Write the causality record beside the run's record and return its path."""
     record = records.read_record(folder.record)
-    results = settings.results_dir
+    # Folders of runs made before results/own existed say that their results are results/.
+    results = OWN_RESULTS if is_evidence(settings.results_dir) else settings.results_dir
     of_run = records.record_path(results, record)
     path = results / "causality" / of_run.relative_to(results / "records")
     commit, dirty = provenance.code_version(REPOSITORY)
@@ -217,7 +219,7 @@ def _write_record(
         code_commit=commit,
         code_dirty=dirty,
         versions=provenance.package_versions(),
-        command=f"python scripts/audit.py results/runs/{record.task}/{of_run.stem}{options}",
+        command=f"python scripts/audit.py results/own/runs/{record.task}/{of_run.stem}{options}",
         finished_at=provenance.utc_now(),
     )
     write_causality_record(path, result)

@@ -18,8 +18,7 @@ from normexp.checkpoints import store
 from normexp.config.settings import EvaluationSettings, RunSettings, window_stride
 from normexp.corpora import PreparedCorpus
 from normexp.errors import UserError
-from normexp.evaluation import bleu, sliding_window
-from normexp.files import whole_file
+from normexp.evaluation import bleu, sliding_window, translations
 from normexp.runs.folder import RunFolder
 
 logger = logging.getLogger(__name__)
@@ -170,12 +169,6 @@ def translate(
     return [hypotheses[sentence] for sentence in range(expected)]
 
 
-def to_text(loaded: LoadedModel, tokens: torch.Tensor, bpe: str | None, reference: bool) -> str:
-    """Return tokenised text without BPE; in a reference, unknown words never match."""
-    dictionary = loaded.task.target_dictionary
-    return dictionary.string(tokens.int(), bpe, escape_unk=reference)
-
-
 def evaluate_translation(
     loaded: LoadedModel,
     corpus: PreparedCorpus,
@@ -185,7 +178,7 @@ def evaluate_translation(
 ) -> dict[str, dict[str, float | str]]:
     """Return BLEU, tokenised and sacreBLEU, and perplexity per token of settings.splits.
 
-    The detokenised translations are written to hypotheses_dir/<split>.txt.
+    The translations are written to hypotheses_dir, see `translations.write`.
     """
     hypotheses_dir.mkdir(parents=True, exist_ok=True)
     metrics = {}
@@ -200,32 +193,21 @@ def evaluate_translation(
             progress,
         )
         dataset = loaded.task.dataset(split)
-        hypotheses = [to_text(loaded, h, corpus.bpe, reference=False) for h in found]
+        dictionary = loaded.task.target_dictionary
+        hypotheses = [translations.to_text(dictionary, one, corpus.bpe) for one in found]
         references = [
-            to_text(loaded, dataset[i]["target"], corpus.bpe, reference=True)
+            translations.to_text(dictionary, dataset[i]["target"], corpus.bpe, reference=True)
             for i in range(len(dataset))
         ]
         detokenised = bleu.detokenise(hypotheses, corpus.target_language)
-        raw = _lines(corpus.raw_reference(split))
-        if len(raw) != len(detokenised):
-            raise UserError(
-                f"{corpus.raw_reference(split)} has {len(raw)} lines for {len(detokenised)} "
-                f"sentences; remove {corpus.data_bin.parent} to prepare the corpus again"
-            )
-        with whole_file(hypotheses_dir / f"{split}.txt") as file:
-            file.writelines(line + "\n" for line in detokenised)
-        sacre, signature = bleu.sacre_bleu(detokenised, raw, lowercase=corpus.lowercase)
-        metrics[split] = {
-            "bleu_tokenised": bleu.tokenised_bleu(hypotheses, references),
-            "sacrebleu": sacre,
-            "sacrebleu_signature": signature,
+        raw = translations.raw_references(corpus, split, len(detokenised))
+        translations.write(hypotheses_dir, split, hypotheses, detokenised)
+        metrics[split] = translations.bleu_of(
+            corpus, hypotheses, references, detokenised, raw, settings.compound_split
+        ) | {
             "loss_per_token_nats": nll / tokens,
             "perplexity_per_token": math.exp(nll / tokens),
         }
-        if settings.compound_split:
-            metrics[split]["bleu_compound_split"] = bleu.compound_split_bleu(
-                detokenised, raw, corpus.target_language
-            )
     return metrics
 
 
@@ -302,8 +284,3 @@ def _num_target_tokens(dataset: Any) -> int:
     # Translation: one size per sentence; language model: sizes of the blocks.
     sizes = dataset.tgt_sizes if hasattr(dataset, "tgt_sizes") else dataset.sizes
     return int(sizes.sum())
-
-
-def _lines(path: Path) -> list[str]:
-    text = path.read_bytes().decode()  # no universal newlines: a line may hold a CR
-    return text.removesuffix("\n").split("\n")

@@ -5,6 +5,7 @@ The rules are those of results/PROTOCOL.md.
 
 import hashlib
 import json
+import re
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
@@ -116,17 +117,31 @@ def rows_by_task(records: Mapping[Path, Record]) -> dict[str, list[Row]]:
     return dict(rows)
 
 
+def by_budget(rows: Iterable[Row]) -> list[tuple[str, list[Row]]]:
+    """Separate rows by their budget: the paper's ("") first, then those with the most runs."""
+    groups: dict[str, list[Row]] = defaultdict(list)
+    for row in rows:
+        groups[row.first.budget or ""].append(row)
+
+    def order(group: tuple[str, list[Row]]) -> tuple[bool, int, str]:
+        budget, own = group
+        return bool(budget), -sum(len(row.runs) for row in own), budget
+
+    return sorted(groups.items(), key=order)
+
+
 def differences(rows: Iterable[Row]) -> list[Difference]:
     """Compare every row with every baseline row of the same setting, in the primary metric.
 
-    "LN-causal" is the baseline of the other labels that end with "-causal".
+    "LN-causal" is the baseline of the other labels that end with "-causal", and so is
+    "LN+optimization.lr=0.01" of those that end alike.
     """
     rows = list(rows)
     compared = []
-    for baseline in (row for row in rows if row.label.split("-")[0] == BASELINE):
+    for baseline in (row for row in rows if _is_baseline(row)):
         suffix = baseline.label.removeprefix(BASELINE)
         for row in rows:
-            if row.label.split("-")[0] == BASELINE or not row.label.endswith(suffix):
+            if _is_baseline(row) or not row.label.endswith(suffix):
                 continue
             if row.setting != baseline.setting:
                 continue
@@ -154,6 +169,10 @@ def label_sort_key(label: str) -> tuple[int, str]:
     """Sort the paper's norms in the paper's order, then the others by name."""
     known = label in LABEL_ORDER
     return (LABEL_ORDER.index(label) if known else len(LABEL_ORDER), label)
+
+
+def _is_baseline(row: Row) -> bool:
+    return re.split(r"[-+]", row.label)[0] == BASELINE
 
 
 def _setting(run: Record) -> tuple[str, str, str]:

@@ -9,14 +9,15 @@ from rich.text import Text
 
 from normexp.report.aggregate import Row
 from normexp.report.paper import Paper
-from normexp.report.result_tables import differences_table, results_table
+from normexp.report.result_tables import differences_table, results_tables
 from normexp.report.table import Table
 
 
 def print_results(rows_by_task: dict[str, list[Row]], paper: Paper, console: Console) -> None:
     """Print results and differences of every task that has records."""
     for task, rows in rows_by_task.items():
-        print_table(task, results_table(task, rows, paper), console)
+        for budget, content in results_tables(task, rows, paper):
+            print_table(f"{task}: {budget}" if budget else task, content, console)
         compared = differences_table(task, rows, paper)
         if compared.rows:
             print_table(f"{task}: differences on the same seeds", compared, console)

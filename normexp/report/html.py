@@ -30,7 +30,7 @@ from normexp.report.paper import Paper, Published, PublishedTask
 from normexp.report.result_tables import (
     differences_table,
     published_table,
-    results_table,
+    results_tables,
     runs_table,
 )
 from normexp.report.table import Cell, Link, Note, Number, Table
@@ -235,7 +235,10 @@ class _Content:
 
     def _section(self, task: str) -> Section:
         rows, own = self.rows_by_task.get(task, []), self.causality_of(task)
-        tables = [self._of_rows("Results", results_table(task, rows, self.paper), rows)]
+        tables = [
+            self._of_rows(f"Results: {budget}" if budget else "Results", content, rows)
+            for budget, content in results_tables(task, rows, self.paper)
+        ]
         compared = differences_table(task, rows, self.paper)
         if compared.rows:
             tables.append(self._of_differences(compared, rows))

@@ -13,7 +13,7 @@ from normexp.report.paper import Paper
 from normexp.report.result_tables import (
     differences_table,
     published_table,
-    results_table,
+    results_tables,
     runs_table,
 )
 from normexp.report.table import Cell, Link, Table
@@ -65,7 +65,8 @@ def results_page(
                 parts.append(f"Setting of the paper: {_escape(published.setting)}.\n")
             if published.meaning:
                 parts.append(f"{_escape(published.meaning.strip())}\n")
-        parts.append(table(results_table(task, rows, paper), folder))
+        for budget, content in results_tables(task, rows, paper):
+            parts.append((f"{_escape(budget)}:\n\n" if budget else "") + table(content, folder))
         if not rows:
             continue
         compared = differences_table(task, rows, paper)

@@ -51,7 +51,8 @@ class Published:
     def applies_to(self, row: Row) -> bool:
         """Say if the row has the published setting, so that the numbers can be subtracted."""
         run = row.first
-        return run.budget is None and run.sees_future_tokens == self.sees_future_tokens
+        usual = run.budget is None and not run.departures
+        return usual and run.sees_future_tokens == self.sees_future_tokens
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from normexp.errors import UserError
 from normexp.report import formatting
-from normexp.report.aggregate import Row
+from normexp.report.aggregate import Row, by_budget
 from normexp.report.markdown import table
 from normexp.report.paper import Paper
 from normexp.report.table import Cell, Table
@@ -124,11 +124,13 @@ def _cell(
         entries = [paper.value(column.task, label, column.metric) for label in labels]
         return next((formatting.published(entry) for entry in entries if entry), "—")
     own = {label + column.suffix for label in labels}
-    rows = [
+    of_task = [
         row
         for row in rows_by_task.get(column.task, [])
-        if row.label in own and (row.first.budget is not None) == column.small
+        if (row.first.budget is not None) == column.small and row.label.endswith(column.suffix)
     ]
+    # A column has one budget: that of the most runs.
+    rows = [row for row in by_budget(of_task)[0][1] if row.label in own] if of_task else []
     shown = "; ".join(_result(row, column.metric) for row in rows)
     return shown or ("—" if column.small else "not run")
 

@@ -12,7 +12,7 @@ from normexp.report.latex import results_tex
 from normexp.report.markdown import benchmarks_page, results_page
 from normexp.report.paper import Paper
 from normexp.report.readme import readme_with_results
-from normexp.report.result_tables import results_table
+from normexp.report.result_tables import results_tables
 from normexp.runs.causality_record import CausalityRecord
 
 
@@ -54,9 +54,15 @@ def report_files(
     for task, rows in rows_by_task.items():
         published = paper.task(task)
         title = published.title if published else task
-        content = results_table(task, rows, paper)
         files[tables / f"{task}.csv"] = results_csv(rows, paper, page.parent)
-        files[tables / f"{task}.tex"] = results_tex(content, title, f"tab:{task}")
+        files[tables / f"{task}.tex"] = "\n".join(
+            results_tex(
+                content,
+                f"{title}: {budget}" if budget else title,
+                f"tab:{task}" + (f"-{number}" if number > 1 else ""),
+            )
+            for number, (budget, content) in enumerate(results_tables(task, rows, paper), 1)
+        )
     return files
 
 
@@ -85,7 +91,7 @@ def check_files(files: dict[Path, str]) -> None:
     stale = [path for path, text in files.items() if not path.is_file() or not _same(path, text)]
     if stale:
         names = ", ".join(map(str, stale))
-        raise UserError(f"out of date: {names}; run `python scripts/report.py`")
+        raise UserError(f"out of date: {names}; run `python scripts/report.py --results results`")
     pages = {path.parent.parent for path in files if path.parent.name == "tables"}
     made = [page / name for page in pages for name in ("tables", "figures")]
     orphans = {path for folder in made for path in folder.glob("*")} - files.keys()

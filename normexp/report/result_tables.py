@@ -1,7 +1,14 @@
 """The tables of results, differences, runs and published numbers."""
 
 from normexp.report import formatting
-from normexp.report.aggregate import PRIMARY_METRIC, Row, differences, label_sort_key, row_name
+from normexp.report.aggregate import (
+    PRIMARY_METRIC,
+    Row,
+    by_budget,
+    differences,
+    label_sort_key,
+    row_name,
+)
 from normexp.report.formatting import metric_name, with_marks
 from normexp.report.notes import notes
 from normexp.report.paper import Paper, Published
@@ -20,12 +27,29 @@ SHOWN = (
 )
 
 
-def results_table(task: str, rows: list[Row], paper: Paper) -> Table:
+def results_tables(task: str, rows: list[Row], paper: Paper) -> list[tuple[str, Table]]:
+    """Tabulate norms by metrics, runs of every budget apart, each table with its budget.
+
+    The first has the published numbers: of the paper's budget, or of most runs. The budget is ""
+    where there is one table.
+    """
+    groups = by_budget(rows)
+    if len(groups) < 2:
+        return [("", results_table(task, rows, paper))]
+    (first, rows_of_first), *others = groups
+    return [
+        (first or "the paper's setting", results_table(task, rows_of_first, paper)),
+        *((budget, results_table(task, own, paper, alone=True)) for budget, own in others),
+    ]
+
+
+def results_table(task: str, rows: list[Row], paper: Paper, alone: bool = False) -> Table:
     """Tabulate norms by metrics: ours, the published number, and the difference if comparable.
 
-    A norm with a published number and without runs has a row of its own.
+    A norm with a published number and without runs has a row of its own. alone: leave the published
+    numbers out.
     """
-    published = paper.values_of(task)
+    published = [] if alone else paper.values_of(task)
     metrics = _shown_metrics(rows, published)
     header = ["norm"]
     for split, metric in metrics:

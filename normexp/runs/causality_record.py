@@ -72,10 +72,15 @@ def load_causality_records(results_dir: Path) -> dict[Path, CausalityRecord]:
     """
     records = {}
     for path in sorted((results_dir / "causality").rglob("*.json")):
-        try:
-            records[path] = _CAUSALITY_RECORD.validate_json(path.read_bytes())
-        except ValidationError as error:
-            raise UserError(
-                f"{path}: {invalid_fields(error)}; restore it or test the run again"
-            ) from None
+        records[path] = read_causality_record(path)
     return records
+
+
+def read_causality_record(path: Path) -> CausalityRecord:
+    """Read a causality record. Raises UserError that names the file and its invalid fields."""
+    try:
+        return _CAUSALITY_RECORD.validate_json(path.read_bytes())
+    except ValidationError as error:
+        raise UserError(
+            f"{path}: {invalid_fields(error)}; restore it or test the run again"
+        ) from None

@@ -13,6 +13,7 @@ record.json       written last; the committed copy is results/records/<task>/<la
 """
 
 import fcntl
+import json
 import os
 import shlex
 from collections.abc import Iterator
@@ -25,11 +26,11 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from normexp.config.identity import differences, is_same_run
+from normexp.config.identity import differences, is_same_training
 from normexp.config.settings import RunSettings, parse
 from normexp.errors import UserError
 from normexp.files import whole_file
-from normexp.runs.archive import archive
+from normexp.runs.archive import CURE, archive
 from normexp.runs.provenance import command_of_this_run
 
 LOCK = ".lock"
@@ -97,7 +98,7 @@ class RunFolder:
         if not self.config.is_file():
             raise UserError(
                 f"{self.path} is no run folder: it has no config.yaml (run folders lie under "
-                "results/runs/<task>/; scripts/train.py makes them)"
+                "results/own/runs/<task>/; scripts/train.py makes them)"
             )
         try:
             cfg = OmegaConf.load(self.config)
@@ -112,17 +113,38 @@ class RunFolder:
             raise OtherSettings(f"{self.config}: {error}; {self._cure}") from None
 
     def difference_from(self, settings: RunSettings) -> str:
-        """Return how the folder's run differs from that of `settings`; "" if it does not.
+        """Return how the folder's training differs from that of `settings`; "" if it does not.
 
-        Also "" where the folder has no settings. Raises UserError where they are damaged.
+        Also "" for an empty folder. Raises UserError where its settings are damaged or missing.
         """
         if not self.config.is_file():
+            self._refuse_files_of_nobody()
             return ""
         try:
             own = self.read_settings()
         except OtherSettings as error:
             return str(error)
-        return "" if is_same_run(own, settings) else differences(own, settings)
+        return "" if is_same_training(own, settings) else differences(own, settings)
+
+    def has_result(self) -> bool:
+        """Return whether a run has ended here otherwise than by an error."""
+        try:
+            return json.loads(self.record.read_text(encoding="utf-8"))["status"] != "failed"
+        except FileNotFoundError:
+            return False
+        except (OSError, ValueError, KeyError, TypeError):
+            return True  # damaged: somebody has to look at it
+
+    def _refuse_files_of_nobody(self) -> None:
+        """Raise UserError for files without the settings that they were made with."""
+        # A killed run leaves its lock, or parts of a file, before it has written its settings.
+        left = self.path.glob("*") if self.path.is_dir() else ()
+        kept = sorted(path.name for path in left if not path.name.startswith((LOCK, "config.yaml")))
+        if kept:
+            raise UserError(
+                f"{self.path} has no config.yaml but {', '.join(kept[:3])}: nothing says which run "
+                "made them; restore it, or move the folder away"
+            )
 
     @property
     def _cure(self) -> str:
@@ -133,20 +155,24 @@ class RunFolder:
 def open_run(settings: RunSettings) -> Iterator[RunFolder]:
     """Create the run folder of these settings or reopen it, and hold it for this process.
 
-    A folder of another identity is archived. Raises UserError when the folder is in use by another
-    process or cannot be written.
+    The folder of another training that has not ended is archived. Raises UserError where that one
+    has ended, for files without settings, and when the folder is in use by another process or
+    cannot be written.
     """
     folder = RunFolder(settings.run_dir.absolute())
     lock = _lock(folder)
     try:
         while changed := folder.difference_from(settings):
+            if folder.has_result():
+                raise UserError(f"{folder.path} is of another configuration ({changed}); {CURE}")
             why = f"another configuration: {changed}"
             archive(folder.path, settings.results_dir, settings.task.name, why)
             lock.release()  # it is that of the archived folder
             lock = _lock(folder)
-        if not folder.config.is_file():
-            with whole_file(folder.config) as file:
-                file.write(settings.as_yaml())
+        text = settings.as_yaml()
+        if not folder.config.is_file() or folder.config.read_text(encoding="utf-8") != text:
+            with whole_file(folder.config) as file:  # a new one, or another evaluation
+                file.write(text)
         with open(folder.path / "command.txt", "a", encoding="utf-8") as file:
             file.write(shlex.join(["python", *command_of_this_run()]) + "\n")
         yield folder

@@ -4,21 +4,43 @@ import importlib.metadata
 import os
 import platform
 import re
+import shlex
 import subprocess
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from normexp.config.settings import RunSettings
+
+_OF_THE_MACHINE = re.compile(r"[+~]*(data\.|results_dir=|run_dir=|tracking[.=]|hydra[./])")
+"""Overrides that decide where a run lies and not what it computes."""
+
 
 def command_of_this_run() -> list[str]:
     """Return script and arguments; for a run of a sweep, the arguments of this run alone."""
     from hydra.core.hydra_config import HydraConfig  # here, because reports run without it
-    from hydra.types import RunMode
+    from omegaconf import OmegaConf
 
-    if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
-        return ["scripts/train.py", *HydraConfig.get().overrides.task]
+    if HydraConfig.initialized():
+        # As they were typed: read one by one, their references would be resolved.
+        given = HydraConfig.get().overrides.task
+        return ["scripts/train.py", *OmegaConf.to_container(given, resolve=False)]
     return sys.argv
+
+
+def command_for_a_shell(settings: RunSettings) -> str:
+    """Return the command that makes this run again on any machine, quoted for a shell.
+
+    Folders and tracking are left out; what the environment decided is added.
+    """
+    overrides = [each for each in command_of_this_run()[1:] if not _OF_THE_MACHINE.match(each)]
+    kernels = settings.speed.kernels
+    if kernels != "auto" and not any("speed.kernels=" in each for each in overrides):
+        overrides.append(f"speed.kernels={kernels}")
+    ranks = settings.distributed.ranks
+    start = ["torchrun", f"--nproc-per-node={ranks}"] if ranks > 1 else ["python"]
+    return shlex.join([*start, "scripts/train.py", *overrides])
 
 
 def hardware_facts() -> dict[str, Any]:

@@ -41,6 +41,8 @@ class Asked:
         config_hash: `config.identity.config_hash`; runs of one hash are averaged over their seeds.
         corpus: Name, SHA-256 of each file and counts.
         budget: None in the setting of the paper, otherwise how this run falls short of it.
+        departures: What the command changed in the configuration of its task, norm and experiment,
+            such as "fairseq.optimization.lr=[0.01] instead of [0.003]".
     """
 
     task: str
@@ -60,6 +62,7 @@ class Asked:
     config_hash: str
     corpus: dict[str, Any]
     budget: str | None
+    departures: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,14 +140,13 @@ _RECORD = TypeAdapter(Record)
 
 
 def record_path(results_dir: Path, record: Record) -> Path:
-    """Return the path of a record: "PN (released)" with seed 3 gives `PN-released-seed3.json`."""
+    """Return the path of a record: label "PN-released" with seed 3: `PN-released-seed3.json`."""
     return path_of_run(results_dir, record.task, record.label, record.seed)
 
 
 def path_of_run(results_dir: Path, task: str, label: str, seed: int) -> Path:
     """Return the path of a run's record, whether it exists or not."""
-    name = re.sub(r"[^A-Za-z0-9.+_=]+", "-", label).strip("-")
-    return results_dir / "records" / task / f"{name}-seed{seed}.json"
+    return results_dir / "records" / task / f"{label}-seed{seed}.json"
 
 
 def write_record(path: Path, record: Record) -> None:

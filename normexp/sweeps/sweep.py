@@ -1,24 +1,28 @@
 """The runs of a sweep, expanded by Hydra's own rules."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from hydra import compose, initialize_config_dir
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
+from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from normexp.config.settings import RunSettings, parse
+from normexp.config.departures import config_loader, settings_of
+from normexp.config.identity import config_hash, differences
+from normexp.config.settings import RunSettings
 from normexp.errors import UserError
-from normexp.paths import CONFIGS
 from normexp.runs.folder import RunFolder
 
 
 def settings_or_error(cfg: DictConfig, overrides: Sequence[str]) -> RunSettings | UserError:
-    """Parse the settings of one run of a sweep; an error names its overrides, others can go on."""
+    """Parse the settings of one run of a sweep; an error names its overrides, others can go on.
+
+    cfg: with Hydra's own part.
+    """
     try:
-        return parse(cfg)
+        return settings_of(cfg, cfg.hydra.runtime.choices)
     except UserError as error:
         return UserError(f"{' '.join(overrides)}: {error}")
 
@@ -28,25 +32,41 @@ def runs_of_sweep(overrides: list[str]) -> list[RunSettings | UserError]:
 
     Raises UserError for overrides that Hydra does not understand.
     """
+    loader = config_loader()
+    parser = OverridesParser.create(config_loader=loader)
+
+    def composed(given: Sequence[str]) -> DictConfig:
+        return loader.load_configuration("train", list(given), run_mode=RunMode.RUN)
+
     try:
-        with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-            parser = OverridesParser.create()
-            fixed = [
-                given.input_line
-                for given in parser.parse_overrides(overrides)
-                if not given.is_sweep_override()
-            ]
-            # An experiment's own sweep; what is given on the command line goes before it.
-            swept = compose("train", fixed, return_hydra_config=True).hydra.sweeper.params or {}
-            every = [f"{key}={values}" for key, values in swept.items()] + overrides
-            (jobs,) = BasicSweeper.split_arguments(parser.parse_overrides(every), None)
-            return [settings_or_error(compose("train", job), job) for job in jobs]
+        parsed = parser.parse_overrides(overrides)
+        fixed = [given.input_line for given in parsed if not given.is_sweep_override()]
+        # An experiment's own sweep; what is given on the command line goes before it.
+        swept = composed(fixed).hydra.sweeper.params or {}
+        every = [f"{key}={values}" for key, values in swept.items()] + overrides
+        (jobs,) = BasicSweeper.split_arguments(parser.parse_overrides(every), None)
+        return [settings_or_error(composed(job), job) for job in jobs]
     except HydraException as error:
         raise UserError(" ".join(str(error).split())) from error
 
 
+def refuse_clashes(runs: Iterable[RunSettings]) -> None:
+    """Raise UserError where two runs would leave their results under one name."""
+    named: dict[tuple[str, str, int], RunSettings] = {}
+    for settings in runs:
+        name = settings.task.name, settings.label, settings.seed
+        other = named.setdefault(name, settings)
+        if config_hash(other) != config_hash(settings):
+            task, label, seed = name
+            raise UserError(
+                f"two runs of this sweep are {task} {label} seed {seed} "
+                f"({differences(other, settings)}): leave label= out, so that it follows the "
+                "settings, or name them in it, as in label='${norm.label}-${seed}'"
+            )
+
+
 def runs_found(results_dir: Path) -> list[RunSettings | UserError]:
-    """Return every run folder below results/runs/, moved here or not: settings or error.
+    """Return every run folder below RESULTS_DIR/runs/, moved here or not: settings or error.
 
     Raises UserError where there is none.
     """

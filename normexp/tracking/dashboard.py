@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from normexp.errors import UserError
+from normexp.paths import OWN_RESULTS, RESULTS
 from normexp.report.aggregate import rows_by_task
 from normexp.report.csv_tables import RESULT_COLUMNS, result_lines
 from normexp.report.paper import load_paper
+from normexp.runs.evidence import is_evidence
 from normexp.runs.records import load_records
 from normexp.sites import SITES
 from normexp.tracking.offline import check_connection
@@ -137,19 +139,20 @@ def log_results(results: Path, project: str) -> int:
     """Log the records below `results` as a table, one row as in results/tables/*.csv.
 
     The W&B run is always the same, `results`, and shows the last table. Without a key or a network
-    it is written below results/runs/dashboard for scripts/sync_wandb.py. Returns the number of
+    it is written below results/own/runs/dashboard for scripts/sync_wandb.py. Returns the number of
     rows. Raises UserError where there are no records or W&B fails.
     """
     records = load_records(results)
     if not records:
         raise UserError(f"no records below {results}/records; train something first")
-    paper = load_paper(results / "paper.yaml")
+    own_paper = results / "paper.yaml"
+    paper = load_paper(own_paper if own_paper.is_file() else RESULTS / "paper.yaml")
     lines = [
         line
         for rows in rows_by_task(records).values()
         for line in result_lines(rows, paper, results)
     ]
-    folder = results / "runs" / "dashboard"
+    folder = (OWN_RESULTS if is_evidence(results) else results) / "runs" / "dashboard"
     # W&B keeps a table's content there until its upload; by default in the home folder.
     os.environ["WANDB_DATA_DIR"] = str((folder / "wandb" / "data").absolute())
     about = {"run_id": TABLE, "name": TABLE, "group": "report", "job_type": "report"}

@@ -14,7 +14,7 @@ from normexp.config.identity import (
     differences,
     hash_config,
     identity,
-    is_same_run,
+    is_same_training,
 )
 from normexp.config.settings import (
     EvaluationSettings,
@@ -120,7 +120,7 @@ STOCK = ["speed.fast_dropout=false", "speed.fused_loss=false", "speed.fused_adam
 )
 def test_todays_command_is_the_recorded_run(path: str, overrides: list[str]) -> None:
     record = recorded(REPOSITORY / "results" / "records" / f"{path}.json")
-    settings = composed(*overrides)
+    settings = composed(*overrides, f"label={record['label']}")
     assert differences(validated(ExperimentSettings, record["config"]), settings) == ""
     assert config_hash(settings) == record["config_hash"]
     assert settings.seed == record["seed"]
@@ -215,7 +215,7 @@ def test_a_run_and_its_hash_are_told_apart_alike(key: str, one: object, other: o
     settings = composed("norm=power")
     first = changed(settings, key, one)
     second = settings if other == "absent" else changed(settings, key, other)
-    assert config_hash(first) != config_hash(second) and not is_same_run(first, second)
+    assert config_hash(first) != config_hash(second) and not is_same_training(first, second)
     assert key in differences(first, second)
 
 

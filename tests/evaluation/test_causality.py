@@ -175,7 +175,7 @@ def test_whether_a_trained_model_sees_future_tokens_is_measured_and_recorded(
     assert causality_record.sees_future_tokens is published
     assert (causality_record.config_hash, causality_record.blocks) == (record.config_hash, 4)
     assert causality_record.command == (
-        "python scripts/audit.py results/runs/toy_language_model/PN-seed1 "
+        "python scripts/audit.py results/own/runs/toy_language_model/PN-seed1 "
         "--split test --segments 4 --seed 0 --cpu"
     )
     shown = run_script(

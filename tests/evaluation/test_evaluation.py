@@ -8,7 +8,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,7 +20,7 @@ from normexp.corpora import PreparedCorpus, prepare
 from normexp.corpora.catalogue import CATALOGUE
 from normexp.corpora.tokenization import tokenize_aggressive
 from normexp.errors import UserError
-from normexp.evaluation import bleu, reevaluation, scores
+from normexp.evaluation import bleu, reevaluation, scores, translations
 from normexp.runs.records import Record
 
 
@@ -202,11 +201,10 @@ def test_an_unknown_word_of_the_reference_matches_nothing() -> None:
     """Else a model would score by translating into unknown words."""
     dictionary = Dictionary()
     known = [dictionary.add_symbol(word) for word in ["a", "b", "c", "d", "e"]]
-    loaded = SimpleNamespace(task=SimpleNamespace(target_dictionary=dictionary))
 
     def score(tokens: list[int]) -> float:
         ids = torch.tensor([*tokens, dictionary.eos()])
-        texts = [scores.to_text(loaded, ids, None, reference=r) for r in (False, True)]
+        texts = [translations.to_text(dictionary, ids, None, reference=r) for r in (False, True)]
         return bleu.tokenised_bleu(*([text] for text in texts))
 
     assert score(known) == pytest.approx(100)

@@ -114,7 +114,7 @@ def test_the_block_is_renewed_and_the_rest_of_the_readme_kept(runs, tmp_path: Pa
         return report_files(rows, PAPER, page, RESULTS, readme=readme)
 
     readme.write_text(f"# A\n\n{BEGIN}\n{END}\n\n## B\n", encoding="utf-8")
-    with pytest.raises(UserError, match=r"README\.md.*; run `python scripts/report\.py`"):
+    with pytest.raises(UserError, match=r"README\.md.*; run `python scripts/report\.py"):
         check_files(files())
     write_files(files())
     check_files(files())

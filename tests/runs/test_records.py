@@ -166,8 +166,8 @@ def test_paths_are_made_from_task_label_and_seed(make_record):
     for label, name in [
         ("LN", "LN-seed3.json"),
         ("PN-V", "PN-V-seed3.json"),
-        ("BN (released)", "BN-released-seed3.json"),
-        ("PN_x α 0.9", "PN_x-0.9-seed3.json"),
+        ("PN-", "PN--seed3.json"),
+        ("PN+alpha_fwd=0.8", "PN+alpha_fwd=0.8-seed3.json"),
     ]:
         path = record_path(Path("results"), make_record(task="ptb", label=label, seed=3))
         assert path == Path("results/records/ptb") / name

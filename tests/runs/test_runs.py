@@ -252,6 +252,7 @@ def test_early_stopping_survives_an_interruption(small, tmp_path) -> None:
     # As if it had been interrupted after two epochs of an unbounded training.
     for name in ("record.json", "training_finished.json"):
         (folder / name).unlink()
+    shutil.rmtree(tmp_path / "results" / "records")
     text = (folder / "config.yaml").read_text()
     (folder / "config.yaml").write_text(text.replace("max_epoch: 2", "max_epoch: 50"))
     record = pipeline.run(composed(*settings, "fairseq.optimization.max_epoch=50"))
@@ -326,7 +327,8 @@ def test_help_and_config_are_readable() -> None:
 
 def test_sweep_goes_on_after_a_run_that_cannot(small, tmp_path) -> None:
     settings = small("toy_language_model", "evaluation.splits=[test]")
-    shown = train_script("-m", *settings, "norm=layer", "norm.options.eps=-1,1e-5", "label=a,b")
+    swept = "norm.options.eps=-1,1e-5", "seed=1,2", "label=LN-${norm.options.eps}"
+    shown = train_script("-m", *settings, "norm=layer", *swept)
     assert shown.returncode == 1
     assert shown.stderr.count("error: norm at decoder_attention") >= 2 or "eps" in shown.stderr
     assert len(records.load_records(tmp_path / "results")) == 2

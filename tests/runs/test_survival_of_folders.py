@@ -16,6 +16,7 @@ from normexp.checkpoints import store
 from normexp.errors import UserError
 from normexp.evaluation import scores
 from normexp.runs import records
+from normexp.runs.folder import open_run
 
 RUN = Path("runs/toy_language_model/PN-V-seed1")
 
@@ -251,8 +252,8 @@ def test_translations_in_the_way_of_a_file(overrides, little_text, tmp_path) -> 
         "evaluation.splits=[valid]",
     )
     hypotheses = tmp_path / "results/runs/toy_translation/LN-seed1/hypotheses"
-    hypotheses.parent.mkdir(parents=True)
-    hypotheses.write_text("")
+    with open_run(composed(*command)):
+        hypotheses.write_text("")
     with pytest.raises(UserError, match="hypotheses is in the way"):
         pipeline.run(composed(*command))
     hypotheses.unlink()

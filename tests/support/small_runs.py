@@ -9,13 +9,17 @@ import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
-from normexp.config.settings import RunSettings, parse
+from normexp.config.departures import settings_of
+from normexp.config.settings import RunSettings
 from normexp.corpora.catalogue import CATALOGUE
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
+# A label of its own, so that the settings below are not added to it: LN, PN, as without them.
+LABEL = "label=${oc.select:norm.label}"
 SMALL = {
     "toy_translation": [
+        LABEL,
         "fairseq.model.encoder.embed_dim=16",
         "fairseq.model.encoder.ffn_embed_dim=16",
         "fairseq.model.encoder.layers=1",
@@ -27,6 +31,7 @@ SMALL = {
         "evaluation.max_tokens=16000",
     ],
     "toy_language_model": [
+        LABEL,
         "fairseq.model.decoder_embed_dim=16",
         "fairseq.model.decoder_ffn_embed_dim=16",
         "fairseq.model.decoder_layers=1",
@@ -52,7 +57,8 @@ def composed(*overrides: str) -> RunSettings:
     """The settings that scripts/train.py parses from the primary config and overrides."""
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(REPOSITORY / "configs"), version_base="1.3"):
-        return parse(compose("train", list(overrides)))
+        cfg = compose("train", list(overrides), return_hydra_config=True)
+        return settings_of(cfg, cfg.hydra.runtime.choices)
 
 
 def run_script(name: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess:

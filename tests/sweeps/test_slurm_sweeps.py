@@ -8,9 +8,10 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from support import cluster
+from support.small_runs import LABEL
 
 from normexp import pipeline
-from normexp.config.settings import parse
+from normexp.config.departures import settings_of
 from normexp.runs import records
 from normexp.runs.folder import RunFolder
 from normexp.sweeps.slurm import SlurmLauncher
@@ -21,6 +22,8 @@ RUNS = ("LN-seed1", "LN-seed2", "PN-seed1", "PN-seed2")  # in the order of the a
 ARRAY = 1  # the cluster's first job
 SMALL = [
     f"task={TASK}",
+    LABEL,
+    "results_dir=results",
     "tracking=disabled",
     "evaluation.splits=[test]",
     "evaluation.max_tokens=16000",
@@ -157,7 +160,8 @@ def _without_slurm(record: records.Record, home: Path) -> records.Record:
     with initialize_config_dir(str(REPOSITORY / "configs"), version_base="1.3"):
         own = [f"norm={record.norm}", f"seed={record.seed}"]
         folders = [f"results_dir={home / 'straight'}", f"data.dir={home / 'data'}"]
-        return pipeline.run(parse(compose("train", [*SMALL, *own, *folders])))
+        cfg = compose("train", [*SMALL, *own, *folders], return_hydra_config=True)
+        return pipeline.run(settings_of(cfg, cfg.hydra.runtime.choices))
 
 
 def _check_table(commands: Commands, made: list[records.Record]) -> None:

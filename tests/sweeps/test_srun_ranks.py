@@ -15,6 +15,7 @@ def test_tasks_of_a_step_are_ranks(slurm, tmp_path) -> None:
         "norm=power",
         f"data.dir={tmp_path / 'data'}",
         f"results_dir={tmp_path / 'results'}",
+        "label=PN",
         "tracking=disabled",
         "fairseq.optimization.max_epoch=1",
         "+fairseq.dataset.train_subset=valid",

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from support.small_runs import composed, run_script, script_process
+from support.small_runs import LABEL, composed, run_script, script_process, train_script
 
 from normexp import pipeline
 from normexp.errors import UserError
@@ -32,29 +32,81 @@ def results(tmp_path) -> Path:
     return tmp_path / "results"
 
 
-def test_changed_configuration_runs_again_and_loses_nothing(settings, results, capsys) -> None:
+def test_a_result_is_never_replaced(settings, results, capsys) -> None:
+    """Another configuration under the same label is refused before anything is touched."""
     first = pipeline.run(composed(*settings))
     folder = results / "runs" / TASK / "LN-seed1"
-    checkpoint = (folder / "checkpoints/checkpoint_last.pt").read_bytes()
-    record = (results / "records" / TASK / "LN-seed1.json").read_bytes()
-    capsys.readouterr()
+    before = contents(results)
     changed = composed(*settings, "fairseq.optimization.lr=[0.001]", "evaluation.beam=3")
-    second = pipeline.run(changed)
-    assert second.config_hash != first.config_hash
-    assert records.load_records(results) == {results / "records" / TASK / "LN-seed1.json": second}
-    aside = results / "superseded" / TASK
-    (old_folder,) = (path for path in aside.iterdir() if path.is_dir())
-    (old_record,) = aside.glob("*.json")
-    assert (old_folder / "checkpoints/checkpoint_last.pt").read_bytes() == checkpoint
-    assert old_record.read_bytes() == record
-    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("archived")]
-    assert [str(old_folder) in said[0], str(old_record) in said[1]] == [True, True]
-    assert "evaluation.beam: 5 -> 3, fairseq.optimization.lr: [0.004] -> [0.001]" in said[0]
+    said = r"LN-seed1.json is of another configuration \(evaluation.beam: 5 -> 3, fairseq.opt"
+    with pytest.raises(UserError, match=said):
+        pipeline.run(changed)
+    (results / "records" / TASK / "LN-seed1.json").unlink()
+    del before[results / "records" / TASK / "LN-seed1.json"]
+    with pytest.raises(UserError, match=r"LN-seed1 is of another configuration .*choose another"):
+        pipeline.run(changed)
+    assert contents(results) == before and not (results / "superseded").exists()
+    assert pipeline.run(composed(*settings)) == first
 
-    # and back again: the third does not overwrite what the first left
-    third = pipeline.run(composed(*settings))
-    assert third.metrics == first.metrics
-    assert len(list(aside.iterdir())) == 4 and old_record.read_bytes() == record
+    # An attempt without a result makes way, and is kept.
+    (results / "records" / TASK / "LN-seed1.json").unlink()
+    checkpoint = (folder / "checkpoints/checkpoint_last.pt").read_bytes()
+    (folder / "record.json").unlink()
+    capsys.readouterr()
+    assert pipeline.run(changed).config_hash != first.config_hash
+    (old_folder,) = (results / "superseded" / TASK).iterdir()
+    assert (old_folder / "checkpoints/checkpoint_last.pt").read_bytes() == checkpoint
+    said = capsys.readouterr().out
+    assert said.index("archived: ") < said.index("LN · seed 1"), "told before the training"
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    """Every file below a folder but the locks and command.txt, which each start touches."""
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {path: path.read_bytes() for path in files if path.name not in (".lock", "command.txt")}
+
+
+def test_another_evaluation_does_not_train_again(settings, results, monkeypatch) -> None:
+    first = pipeline.run(composed(*settings))
+    monkeypatch.setattr(pipeline, "_train", lambda *_: pytest.fail("trained again"))
+    second = pipeline.run(composed(*settings, "evaluation.max_tokens=4000"))
+    assert second.config_hash != first.config_hash
+    assert second.metrics["valid"] == pytest.approx(first.metrics["valid"])
+    with pytest.raises(pytest.fail.Exception):  # it keeps other checkpoints
+        pipeline.run(composed(*settings, "evaluation.average_last=1", "label=other"))
+
+
+def test_every_run_of_a_sweep_keeps_its_result(overrides, results, little_text) -> None:
+    """The issue's instance: two values of an option of the norm."""
+    settings = overrides(
+        TASK,
+        f"data.dir={little_text}",
+        "fairseq.optimization.max_update=1",
+        "evaluation.splits=[valid]",
+    )
+    settings = [each for each in settings if each != LABEL]
+    sweep = [*settings, "norm=power", "norm.options.alpha_fwd=0.8,0.95"]
+    ended = train_script("-m", *sweep)
+    assert ended.returncode == 0, ended.stderr
+    made = records.load_records(results)
+    assert len(made) == 2
+    values = {record.config["norm"]["options"]["alpha_fwd"] for record in made.values()}
+    assert values == {0.8, 0.95}
+    for path, record in made.items():
+        assert record.label.startswith("PN+alpha_fwd=0.") and path.stem == f"{record.label}-seed1"
+    again = train_script("-m", *sweep)
+    assert again.returncode == 0 and again.stdout.count("complete already: ") == 2
+    assert records.load_records(results) == made
+    listed = run_script("sweep_status.py", *sweep)
+    assert listed.returncode == 0 and "2 runs: 2 done" in listed.stdout
+
+
+def test_a_sweep_with_one_name_for_two_runs_does_not_start(overrides, results, little_text) -> None:
+    sweep = overrides(TASK, "label=mine", "fairseq.optimization.lr=[0.1],[0.2]")
+    ended = train_script("-m", *sweep)
+    assert ended.returncode == 1
+    assert ended.stderr.startswith(f"error: two runs of this sweep are {TASK} mine seed 1 (fairseq")
+    assert not (results / "records").exists() and not (results / "runs").exists()
 
 
 def test_record_alone_says_that_a_run_is_done(settings, results, capsys, monkeypatch) -> None:
@@ -80,7 +132,7 @@ def test_script_says_at_once_that_a_run_is_done(settings, results) -> None:
 
 
 def test_folder_in_use_is_never_archived(tmp_path) -> None:
-    base = [f"results_dir={tmp_path}"]
+    base = [f"results_dir={tmp_path}", "label=one"]
     with open_run(composed(*base)) as folder:
         config = folder.config.read_bytes()
         with (

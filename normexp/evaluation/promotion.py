@@ -1,0 +1,126 @@
+"""Finished runs become evidence: their records are copied among the committed results.
+
+A run is promoted with its translations, after what its record says has been checked again: the
+code was committed, the corpus has the recorded hashes, the translations have the recorded BLEU.
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+from normexp.corpora import prepare
+from normexp.errors import UserError
+from normexp.evaluation import translations
+from normexp.runs import records
+from normexp.runs.causality_record import read_causality_record
+from normexp.runs.folder import RunFolder
+from normexp.runs.records import Record
+
+SMALL = 1e-9  # BLEU, 0 to 100: the same computation on the same text
+
+
+def promote(path: Path, results: Path, replace: bool) -> list[Path]:
+    """Copy a run, a causality record or a record of a benchmark; returns the files written.
+
+    path: a run folder, or a JSON file in causality/<task>/ or benchmarks/. results: the folder of
+    the committed results. replace: also over a committed record of the same name. Raises UserError
+    for what is not fit to be evidence.
+    """
+    if path.is_dir():
+        return _promote_run(RunFolder(path), results, replace)
+    if not path.is_file():
+        raise UserError(f"{path} does not exist; name a run folder or a record")
+    if path.parent.name == "benchmarks":
+        return _promote_benchmark(path, results, replace)
+    if path.parent.parent.name == "causality":
+        record = read_causality_record(path)
+        _refuse_modified_code(path, record.code_commit, record.code_dirty)
+        target = results / "causality" / record.task / path.name
+        return [_copy(path, target, replace)]
+    raise UserError(
+        f"{path} is none of a run folder, a record in causality/ and one in benchmarks/; of a run "
+        "name the folder"
+    )
+
+
+def rescored(record: Record, corpus_dir: Path, local: Path | None, folder: Path) -> records.Metrics:
+    """Return BLEU of the translations of a record in `folder`, by split.
+
+    corpus_dir, local: as in `corpora.prepare`. Raises UserError where the corpus is not that of the
+    record.
+    """
+    corpus = prepare(record.corpus["name"], corpus_dir, local)
+    recorded = record.corpus["hashes"]
+    for name, known in corpus.manifest["files"].items():
+        if name in recorded and known["sha256"] != recorded[name]["sha256"]:
+            raise UserError(
+                f"{corpus.directory / name} is not the file that the record was made with: "
+                f"SHA-256 {known['sha256'][:12]}..., recorded {recorded[name]['sha256'][:12]}..."
+            )
+    compound_split = bool(record.config["evaluation"].get("compound_split"))
+    return {
+        split: translations.rescore(corpus, folder, split, compound_split)
+        for split in record.metrics
+    }
+
+
+def translations_of(record: Record, results: Path) -> Path:
+    """Return the folder of a record's committed translations."""
+    name = records.record_path(results, record).stem
+    return results / "translations" / record.task / name
+
+
+def _promote_run(folder: RunFolder, results: Path, replace: bool) -> list[Path]:
+    if not folder.record.is_file():
+        raise UserError(f"{folder.path} has no record.json: the run is not finished")
+    record, settings = records.read_record(folder.record), folder.read_settings()
+    if record.status == "failed":
+        raise UserError(f"{folder.path}: the run failed ({record.reason}); that is no evidence")
+    _refuse_modified_code(folder.path, record.code_commit, record.code_dirty)
+    written = []
+    if record.kind == "translation" and record.status == "complete":
+        now = rescored(record, settings.data.dir, settings.data.local, folder.hypotheses)
+        for split, metrics in now.items():
+            for name, value in metrics.items():
+                was = record.metrics[split].get(name)
+                same = (
+                    was == value
+                    if isinstance(value, str)
+                    else isinstance(was, float) and abs(value - was) <= SMALL
+                )
+                if not same:
+                    raise UserError(
+                        f"{folder.hypotheses}: {split} {name} is {value}, the record says {was}; "
+                        "evaluate the run again"
+                    )
+            for name in (translations.TOKENISED, translations.DETOKENISED):
+                source = folder.hypotheses / name.format(split=split)
+                target = translations_of(record, results) / source.name
+                written.append(_copy(source, target, replace))
+    return [*written, _copy(folder.record, records.record_path(results, record), replace)]
+
+
+def _promote_benchmark(path: Path, results: Path, replace: bool) -> list[Path]:
+    try:
+        conditions = json.loads(path.read_text(encoding="utf-8"))
+        commit, modified = conditions["code_commit"], conditions["code_dirty"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is no record of a benchmark ({error!r})") from None
+    _refuse_modified_code(path, commit, modified)
+    return [_copy(path, results / "benchmarks" / path.name, replace)]
+
+
+def _refuse_modified_code(path: Path, commit: str, modified: bool | None) -> None:
+    if modified is not False:
+        raise UserError(
+            f"{path} was made by code that differs from its commit {commit[:7]}, which nobody can "
+            "repeat; commit the code and run it again"
+        )
+
+
+def _copy(source: Path, target: Path, replace: bool) -> Path:
+    if target.exists() and target.read_bytes() != source.read_bytes() and not replace:
+        raise UserError(f"{target} is there and another; --replace puts {source} in its place")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(source, target)
+    return target

@@ -1,0 +1,114 @@
+"""Names of runs and marks of their budgets follow what a command changes."""
+
+import re
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support.small_runs import composed
+
+from normexp.config.departures import Departure, _suffix, marked_budget
+from normexp.runs.records import path_of_run
+
+
+@pytest.mark.parametrize(
+    ("overrides", "label"),
+    [
+        ([], "PN"),
+        (["norm.options.alpha_fwd=0.8"], "PN+alpha_fwd=0.8"),
+        (["norm.options.alpha_fwd=0.9"], "PN"),  # as it is anyway
+        (["fairseq.optimization.lr=[0.01]"], "PN+optimization.lr=0.01"),
+        (["evaluation.beam=1", "norm.options.eps=1e-3"], "PN+eps=0.001+evaluation.beam=1"),
+        (["norm.options.eps=1e-3", "evaluation.beam=1"], "PN+eps=0.001+evaluation.beam=1"),
+        (["model=translation_small_cpu"], "PN+model=translation_small_cpu"),
+        (["seed=3", "tracking=disabled", "data.dir=/x", "results_dir=/y"], "PN"),
+        (["task.norm_warmup_steps=7"], "PN+task.norm_warmup_steps=7"),  # options follow it
+        (["norm.sites.decoder_ffn=power"], "PN+norm.sites.decoder_ffn=power"),
+        (["label=mine", "norm.options.alpha_fwd=0.8"], "mine"),
+        (["label=PN-"], "PN-"),
+        (["+experiment=precision_toy", "speed.precision=bfloat16"], "PN-bfloat16"),
+        (
+            ["+experiment=precision_toy", "speed.precision=bfloat16", "evaluation.beam=2"],
+            "PN-bfloat16+evaluation.beam=2",
+        ),
+    ],
+)
+def test_a_label_names_what_departs_from_the_configuration(overrides, label) -> None:
+    made = composed("norm=power", *overrides)
+    assert made.label == label
+    assert made.tracking.name == f"{label}-seed{made.seed}"
+    parts = [part for part in label.split("+") if not part.startswith("evaluation.beam")]
+    assert made.run_dir.name == f"{'+'.join(parts)}-seed{made.seed}", "one training per folder"
+
+
+def test_the_environment_is_named_as_well(monkeypatch) -> None:
+    monkeypatch.setenv("NORMEXP_KERNELS", "plain")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert composed("norm=power").label == "PN+distributed.ranks=2+speed.kernels=plain"
+    assert composed("norm=power", "speed.kernels=auto").label == "PN+distributed.ranks=2"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "budget"),
+    [
+        (["task=iwslt14"], None),
+        (["task=iwslt14", "fairseq.optimization.lr=[0.01]"], None),
+        (
+            ["task=iwslt14", "fairseq.optimization.max_epoch=1"],
+            "fairseq.optimization.max_epoch=1 instead of 200",
+        ),
+        (
+            ["task=iwslt14", "fairseq.model.encoder.layers=2", "fairseq.model.dropout=0"],
+            "fairseq.model.encoder.layers=2 instead of 6",
+        ),
+        (["task=iwslt14", "evaluation.beam=1"], "evaluation.beam=1 instead of 5"),
+        (["task=iwslt14", "model=wmt_big"], "model=wmt_big instead of iwslt_small"),
+        (
+            ["task=multi30k", "fairseq.optimization.max_epoch=1"],
+            "small model (2+2 layers, d 128), 1 epochs, one CPU core; "
+            "fairseq.optimization.max_epoch=1 instead of 6",
+        ),
+        (["task=multi30k"], "small model (2+2 layers, d 128), 6 epochs, one CPU core"),
+    ],
+)
+def test_what_shortens_or_shrinks_marks_itself(overrides, budget) -> None:
+    assert marked_budget(composed(*overrides)) == budget
+
+
+NAMES = st.sampled_from(["norm.options.a", "norm.options.b", "fairseq.x.lr", "evaluation.beam"])
+VALUES = (
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False)
+    | st.text(max_size=30)
+    | st.lists(st.integers() | st.text(max_size=5), max_size=3)
+    | st.dictionaries(st.text(max_size=3), st.integers(), max_size=2)
+)
+CHANGES = st.dictionaries(NAMES, VALUES, max_size=4)
+
+
+def suffix(changes: dict) -> str:
+    return _suffix([Departure(key, value, None) for key, value in sorted(changes.items())])
+
+
+@settings(max_examples=300, derandomize=True)
+@given(CHANGES, CHANGES)
+def test_different_settings_have_different_names(one: dict, other: dict) -> None:
+    """But for a list of one value, which fairseq takes for the value."""
+    assert re.fullmatch(r"[A-Za-z0-9_.+=-]{0,70}", suffix(one))
+
+    def plain(changes: dict) -> str:
+        return repr(
+            {
+                key: value[0] if isinstance(value, list) and len(value) == 1 else value
+                for key, value in sorted(changes.items())
+            }
+        )
+
+    assert (suffix(one) == suffix(other)) == (plain(one) == plain(other))
+
+
+def test_each_label_has_a_path_of_its_own(tmp_path) -> None:
+    labels = ["PN", "PN-", "PN--", "PN+a=1", "PN+a=1-seed1", "PN_", "PN."]
+    assert len({path_of_run(tmp_path, "t", label, 1) for label in labels}) == len(labels)

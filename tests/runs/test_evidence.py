@@ -1,0 +1,183 @@
+"""Committed results: runs neither write nor repeat them, and one command adds to them."""
+
+import json
+import shlex
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from support.small_runs import composed, run_script, train_script
+
+from normexp import pipeline
+from normexp.errors import UserError
+from normexp.evaluation import reevaluation
+from normexp.evaluation.promotion import promote
+from normexp.paths import OWN_RESULTS, RESULTS
+from normexp.runs import evidence, lookup, records
+from normexp.runs.records import read_record, write_record
+
+STOCK = ["speed.fast_dropout=false", "speed.fused_loss=false", "speed.fused_adam=false"]
+
+
+def test_runs_leave_their_results_elsewhere() -> None:
+    settings = composed("task=multi30k", "norm=layer")
+    assert settings.results_dir.resolve() == OWN_RESULTS
+    assert settings.run_dir.resolve().is_relative_to(OWN_RESULTS)
+    with pytest.raises(UserError, match=r"results_dir=results holds the committed results"):
+        pipeline.run(composed("results_dir=results", "tracking=disabled"))
+
+
+def test_a_committed_run_is_done_where_own_runs_are_looked_up(tmp_path) -> None:
+    path = RESULTS / "records" / "multi30k" / "LN-seed1.json"
+    recorded = ["task=multi30k", "norm=layer", *STOCK, "label=LN"]
+    found = lookup.find_finished(composed(*recorded))
+    assert found is not None and found[0] == path
+    assert "(committed; results_dir=FOLDER makes it again)" in lookup.already(path)
+    assert lookup.find_finished(composed(*recorded, "seed=2")) is None
+    assert lookup.find_finished(composed(*recorded, f"results_dir={tmp_path}")) is None
+
+
+def test_benchmarks_leave_committed_records_alone() -> None:
+    path = RESULTS / "benchmarks" / "norms.json"
+    before = path.read_bytes()
+    ended = run_script("benchmark.py", "norms", "--rounds", "2", "--output", str(path))
+    assert ended.returncode == 1 and "is a committed record" in ended.stderr
+    assert path.read_bytes() == before
+    assert "results/own/benchmarks/norms.json" in run_script("benchmark.py", "norms", "-h").stdout
+
+
+@pytest.fixture
+def finished(overrides, little_text, tmp_path, monkeypatch) -> tuple[Path, Path]:
+    """The folder of a finished translation run and one for evidence."""
+    command = overrides(
+        "toy_translation", f"data.dir={little_text}", "fairseq.optimization.max_epoch=1"
+    )
+    monkeypatch.setattr(pipeline.provenance, "code_version", lambda _: ("c" * 40, False))
+    settings = composed(*command)
+    pipeline.run(settings)
+    return settings.run_dir, tmp_path / "evidence"
+
+
+def test_a_run_is_promoted_with_its_translations(finished, little_text, capsys) -> None:
+    folder, committed = finished
+    written = promote(folder, committed, replace=False)
+    record = read_record(committed / "records/toy_translation/LN-seed1.json")
+    assert record == read_record(folder / "record.json")
+    texts = committed / "translations/toy_translation/LN-seed1"
+    names = {f"{split}{kind}.txt" for split in ("valid", "test") for kind in ("", ".tokenised")}
+    assert {path.name for path in texts.iterdir()} == names and len(written) == 5
+
+    # BLEU of the committed files alone, through the command.
+    path = committed / "records/toy_translation/LN-seed1.json"
+    shutil.rmtree(folder)
+    reevaluation.main(path, [f"data.dir={little_text}"], fold=False)
+    shown = capsys.readouterr().out
+    for metrics in record.metrics.values():
+        for name in ("bleu_tokenised", "sacrebleu"):
+            assert shown.count(f"{metrics[name]:.3f}") >= 2
+
+    # And it is noticed if they are not those of the record.
+    lines = (texts / "test.tokenised.txt").read_text().splitlines()
+    (texts / "test.tokenised.txt").write_text("\n".join(lines[1:]) + "\n")
+    with pytest.raises(UserError, match="11 and 12 translations of test, which has 12 sentences"):
+        reevaluation.main(path, [f"data.dir={little_text}"], fold=False)
+
+
+def test_what_is_no_evidence_is_refused(finished, little_text) -> None:
+    folder, committed = finished
+    record = read_record(folder / "record.json")
+
+    def refused(message: str, changed: records.Record = record, **options: bool) -> None:
+        write_record(folder / "record.json", changed)
+        with pytest.raises(UserError, match=message):
+            promote(folder, committed, **{"replace": False} | options)
+
+    refused("differs from its commit", replace(record, code_dirty=True))
+    refused("differs from its commit", replace(record, code_dirty=None))
+    refused("that is no evidence", replace(record, status="failed", reason="x"))
+    better = {
+        split: m | {"sacrebleu": m["sacrebleu"] + 0.01} for split, m in record.metrics.items()
+    }
+    refused("sacrebleu is .*, the record says", replace(record, metrics=better))
+    other = json.loads(json.dumps(record.corpus))
+    other["hashes"]["data-bin/dict.en.txt"]["sha256"] = "0" * 64
+    refused(
+        r"dict\.en\.txt is not the file that the record was made with",
+        replace(record, corpus=other),
+    )
+    assert not committed.exists()
+
+    write_record(folder / "record.json", record)
+    promote(folder, committed, replace=False)
+    promote(folder, committed, replace=False)  # the same again changes nothing
+    refused("--replace puts", later := replace(record, finished_at="2030-01-01T00:00:00Z"))
+    promote(folder, committed, replace=True)
+    assert read_record(committed / "records/toy_translation/LN-seed1.json") == later
+
+
+def test_a_file_changed_in_place_is_not_trained_on(finished, little_text, caplog) -> None:
+    """Same size, same name: the record would state the hash of another file."""
+    from normexp.corpora import prepare
+
+    corpus = prepare("toy_translation", little_text)
+    path = corpus.data_bin / "train.de-en.en.bin"
+    original = path.read_bytes()
+    path.write_bytes(original[:-2] + bytes([original[-2] ^ 1]) + original[-1:])
+    prepare("toy_translation", little_text)
+    assert "train.de-en.en.bin was changed since it was prepared" in caplog.text
+    assert path.read_bytes() == original
+
+
+def test_the_command_of_a_record_is_that_run_for_a_shell(overrides, little_text, tmp_path) -> None:
+    own = [
+        *("fairseq.optimization.max_update=1", "evaluation.splits=[valid]", "label=a+${norm.name}"),
+        "norm.sites.decoder_ffn={name: power, alpha_fwd: 0.95}",
+        "norm.options.eps=1e-4",
+    ]
+    command = overrides("toy_language_model", f"data.dir={little_text}", *own)
+    # One run of a sweep: the record has the overrides of this run.
+    assert train_script("-m", *command, "seed=1,2").returncode == 0
+    record = read_record(tmp_path / "results/records/toy_language_model/a+layer-seed2.json")
+    words = shlex.split(record.command)
+    assert words[:2] == ["python", "scripts/train.py"] and "seed=2" in words
+    assert not any(word.startswith(("data.", "results_dir", "tracking")) for word in words)
+    again = train_script(*words[2:], f"results_dir={tmp_path / 'results'}")
+    assert again.returncode == 0 and "complete already" in again.stdout, again.stderr
+
+
+def test_a_record_names_what_departs(overrides, little_text, tmp_path) -> None:
+    command = overrides(
+        "toy_language_model", f"data.dir={little_text}", "evaluation.splits=[valid]"
+    )
+    record = pipeline.run(composed(*command, "fairseq.optimization.max_update=1"))
+    assert "fairseq.optimization.max_update=1 instead of 516" in record.departures
+    assert record.budget.endswith("fairseq.optimization.max_update=1 instead of 516")
+    assert (
+        record.config_hash
+        == read_record(records.record_path(tmp_path / "results", record)).config_hash
+    )
+
+
+def test_a_folder_of_files_without_settings_is_nobodys(overrides, little_text, tmp_path) -> None:
+    command = overrides("toy_language_model", f"data.dir={little_text}")
+    settings = composed(*command, "fairseq.optimization.max_update=1", "evaluation.splits=[valid]")
+    pipeline.run(settings)
+    (settings.run_dir / "config.yaml").unlink()
+    before = {path: path.read_bytes() for path in settings.run_dir.rglob("*") if path.is_file()}
+    with pytest.raises(UserError, match=r"has no config\.yaml but checkpoints"):
+        pipeline.run(settings.model_copy(update={"results_dir": tmp_path / "elsewhere"}))
+    assert {p: p.read_bytes() for p in settings.run_dir.rglob("*") if p.is_file()} == before
+
+
+def test_own_reports_show_the_committed_runs_of_their_tasks(
+    tmp_path, make_record, monkeypatch
+) -> None:
+    own = make_record(task="ptb", label="PN+alpha_fwd=0.8")
+    path = records.record_path(tmp_path, own)
+    write_record(path, own)
+    assert list(evidence.load_records_beside(tmp_path)) == [path]
+    monkeypatch.setattr(evidence, "OWN_RESULTS", tmp_path)
+    shown = evidence.load_records_beside(tmp_path)
+    committed = set((RESULTS / "records" / "ptb").glob("*.json"))
+    assert shown.keys() == {path, *committed} and len(committed) > 3
