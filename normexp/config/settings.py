@@ -115,7 +115,7 @@ class NormSettings(_Settings):
 class EvaluationSettings(_Settings):
     """How the trained model is evaluated; lengths in tokens."""
 
-    checkpoint: Literal["average", "best"]
+    checkpoint: Literal["average", "best", "ema"]
     average_last: _Count
     beam: _Count
     length_penalty: _Number
