@@ -113,6 +113,11 @@ def _run_with_corpus(
     _write_environment(folder, asked)
     _print(f"{asked.task} · {asked.label} · seed {asked.seed} · {settings.run_dir}")
     _print("  " + ", ".join(f"{site} {norm['name']}" for site, norm in valid.sites.items()))
+    if valid.fairseq.ema.store_ema and settings.evaluation.checkpoint != "ema":
+        _print(
+            "  the moving average of the weights (fairseq.ema) is kept in the checkpoints; "
+            f"evaluation.checkpoint={settings.evaluation.checkpoint} is of the weights themselves"
+        )
     with Tracker.start(
         settings.tracking.mode,
         settings.tracking.project,
@@ -210,8 +215,9 @@ def _train(
     ranks: Ranks,
 ) -> "TrainingResult":
     from normexp.runs.metrics_file import MetricsFile
-    from normexp.training import loop
+    from normexp.training import finetuning, loop
 
+    finetuning.refuse_changed_donor(settings)
     languages = None
     if corpus.kind == "translation":
         languages = corpus.source_language, corpus.target_language

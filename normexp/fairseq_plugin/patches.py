@@ -35,6 +35,9 @@ checkpoint_utils               writes without fsync; repeats a   `checkpoint_fil
   .torch_persistent_save       failed write behind what is in    save, likewise
                                the file already
 
+fairseq.trainer.build_ema      averages integers, which torch    `averages_without_counters`: the
+                               refuses                           same, with integers copied
+
 torch.load                     unpickles a checkpoint without    `preloaded`: a state read before,
                                comparing checksums               with checksums and weights_only
 
@@ -68,13 +71,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fairseq import checkpoint_utils, utils
+from fairseq import checkpoint_utils, trainer, utils
 from fairseq.data import iterators
 from fairseq.distributed import utils as distributed_utils
 from fairseq.file_io import PathManager
 from fairseq.logging import progress_bar
 from fairseq.logging.meters import AverageMeter
 from fairseq.models import transformer_lm
+from fairseq.models.ema import EMA
 
 from normexp.errors import UserError
 
@@ -101,9 +105,9 @@ def language_model_decoder(build: Callable[..., Any]) -> AbstractContextManager[
     return patched(transformer_lm, "TransformerDecoder", build)
 
 
-def trainer_class(fairseq_train: Any, trainer: type) -> AbstractContextManager[None]:
+def trainer_class(fairseq_train: Any, replacement: type) -> AbstractContextManager[None]:
     """Let fairseq's training loop, the module fairseq_cli.train, build a trainer of this class."""
-    return patched(fairseq_train, "Trainer", trainer)
+    return patched(fairseq_train, "Trainer", replacement)
 
 
 @contextmanager
@@ -174,6 +178,17 @@ def checkpoint_files_by(
         patched(checkpoint_utils, "torch_persistent_save", saved),
     ):
         yield
+
+
+def averages_without_counters() -> AbstractContextManager[None]:
+    """Let fairseq's moving average of the weights copy what are integers, as counters of steps."""
+
+    def build(model: Any, cfg: Any, device: Any) -> EMA:
+        state = model.state_dict().items()
+        integers = {name for name, value in state if not value.is_floating_point()}
+        return EMA(model, cfg, device, skip_keys=integers)
+
+    return patched(trainer, "build_ema", build)
 
 
 def preloaded(state: dict[str, Any]) -> AbstractContextManager[None]:

@@ -80,7 +80,7 @@ def test_a_key_of_a_new_fairseq_is_noticed_and_refused_until_it_is_decided(monke
     complete = OmegaConf.create({"dataset": {"drop_rare": False}})
     fairseq_keys.check_keys({"dataset": {"drop_rare": False}}, complete)
     complete.dataset.drop_rare = True
-    with pytest.raises(UserError, match="dataset.drop_rare=true is not allowed .*no decision"):
+    with pytest.raises(UserError, match=r"dataset\.drop_rare=true is not allowed .*no decision"):
         fairseq_keys.check_keys({"dataset": {"drop_rare": True}}, complete)
 
 
