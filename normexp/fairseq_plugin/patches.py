@@ -35,8 +35,9 @@ checkpoint_utils               writes without fsync; repeats a   `checkpoint_fil
   .torch_persistent_save       failed write behind what is in    save, likewise
                                the file already
 
-fairseq.trainer.build_ema      averages integers, which torch    `averages_without_counters`: the
-                               refuses                           same, with integers copied
+fairseq.trainer.build_ema      averages integers, which torch    `moving_average`: integers copied,
+                               refuses, tied weights twice, and  every tensor averaged once, norms
+                               loses the norms after the stacks  kept
 
 torch.load                     unpickles a checkpoint without    `preloaded`: a state read before,
                                comparing checksums               with checksums and weights_only
@@ -180,15 +181,31 @@ def checkpoint_files_by(
         yield
 
 
-def averages_without_counters() -> AbstractContextManager[None]:
-    """Let fairseq's moving average of the weights copy what are integers, as counters of steps."""
+class _MovingAverage(EMA):
+    """fairseq's moving average of a model's state, once for every tensor of it.
 
-    def build(model: Any, cfg: Any, device: Any) -> EMA:
-        state = model.state_dict().items()
-        integers = {name for name, value in state if not value.is_floating_point()}
-        return EMA(model, cfg, device, skip_keys=integers)
+    By itself it averages integers, such as counters of steps, which torch refuses; it averages
+    tied weights once under each of their names, that is twice; and it leaves the models' `version`
+    out, so that its own model takes itself for one of an early fairseq and loses the norms after
+    its stacks.
+    """
 
-    return patched(trainer, "build_ema", build)
+    @torch.no_grad()
+    def _step_internal(self, new_model: Any, updates: int | None = None) -> None:
+        before = self.fp32_params if self.config.ema_fp32 else self.model.state_dict()
+        average = {}
+        for name, value in new_model.state_dict().items():
+            if value.is_floating_point():
+                value = value.to(before[name].dtype).lerp(before[name], self.decay)
+            average[name] = value.clone()
+        if self.config.ema_fp32:
+            self.fp32_params = average
+        self.restore(average)
+
+
+def moving_average() -> AbstractContextManager[None]:
+    """Let fairseq's trainer average weights by `_MovingAverage`."""
+    return patched(trainer, "build_ema", _MovingAverage)
 
 
 def preloaded(state: dict[str, Any]) -> AbstractContextManager[None]:

@@ -141,7 +141,7 @@ def train(
         patches.metrics_sent_to(*sinks, report_after_validation),
         store.atomic_writes(Path(fairseq_cfg.checkpoint.save_dir)),
         patches.prefetchers_closed(),
-        patches.averages_without_counters(),
+        patches.moving_average(),
         preemption.checkpoint_at_updates(fairseq_train),
         data_parallel.torch_process_group(ranks, fairseq_cfg),
         patches.trainer_class(fairseq_train, trainer_class),
