@@ -222,11 +222,26 @@ def _train(
     if corpus.kind == "translation":
         languages = corpus.source_language, corpus.target_language
     paths = {"data_bin": str(corpus.data_bin.absolute()), "checkpoints": str(folder.checkpoints)}
-    ranks.publish("training", paths | {"languages": languages})
     fairseq_cfg = trainer_config(valid.fairseq, corpus.data_bin, languages, folder.checkpoints)
+    _refuse_long_lines(settings, fairseq_cfg)
+    ranks.publish("training", paths | {"languages": languages})
     with MetricsFile(folder.metrics) as metrics:
         sinks = [tracker, _print_validation]
         return loop.train(fairseq_cfg, metrics, sinks, settings.speed, ranks)
+
+
+def _refuse_long_lines(settings: RunSettings, fairseq_cfg: Any) -> None:
+    """Raise UserError for a line that training, validation or evaluation would leave out."""
+    from normexp.fairseq_plugin.long_lines import refuse_long_lines
+
+    dataset = fairseq_cfg.dataset
+    refuse_long_lines(fairseq_cfg, "train", dataset.max_tokens, "fairseq.dataset.max_tokens")
+    key = "fairseq.dataset.max_tokens_valid"
+    refuse_long_lines(fairseq_cfg, "valid", dataset.max_tokens_valid, key)
+    for split in settings.evaluation.splits:
+        refuse_long_lines(
+            fairseq_cfg, split, settings.evaluation.max_tokens, "evaluation.max_tokens"
+        )
 
 
 def _curve(folder: RunFolder) -> list[tuple[int, float]]:
