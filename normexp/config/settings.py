@@ -8,6 +8,7 @@ older than the setting lacks it and ran in that way. `config.identity` leaves a 
 out of a run's hash. What new runs get is decided by configs/train.yaml, which names every setting.
 """
 
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
@@ -252,6 +253,14 @@ def parse(cfg: DictConfig) -> RunSettings:
     return settings
 
 
+@functools.lru_cache
+def _content_hash(path: Path, *state: int) -> str:
+    """Return the SHA-256 of a file; state: what changes when it is written."""
+    from normexp.corpora.hashing import file_hash
+
+    return file_hash(path)
+
+
 def _name_donor_by_content(content: dict[str, Any]) -> None:
     """Fill in the hash of the checkpoint that a run begins with, in place.
 
@@ -262,11 +271,10 @@ def _name_donor_by_content(content: dict[str, Any]) -> None:
     path = checkpoint.get("finetune_from_model") if isinstance(checkpoint, dict) else None
     if path is None or content.get("finetuned_from") is not None:
         return
-    from normexp.corpora.hashing import file_hash
-
     donor = Path(str(path)).absolute()
     try:
-        content["finetuned_from"] = file_hash(donor)
+        stat = donor.stat()
+        content["finetuned_from"] = _content_hash(donor, stat.st_size, stat.st_mtime_ns)
     except OSError as error:
         raise UserError(
             f"fairseq.checkpoint.finetune_from_model={path} cannot be read: {error.strerror}"

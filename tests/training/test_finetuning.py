@@ -124,6 +124,13 @@ def test_identity_and_record_name_the_content_and_not_the_path(
     assert config_hash(one) == config_hash(same)
     assert len({config_hash(settings) for settings in (one, other, none)}) == 3
     assert one.experiment() == same.experiment()
+    # A label that the command does not give follows the content, too.
+    labels = [
+        composed("task=toy_language_model", f"{KEY}={path}").label
+        for path in (donors / "wanted.pt", moved, donors / store.LAST)
+    ]
+    assert labels[0] == labels[1] != labels[2]
+    assert one.departures == same.departures
     assert str(tmp_path) not in str(one.experiment()["fairseq"])
     # A run folder's settings keep the name when the file has gone.
     moved.unlink()
