@@ -113,6 +113,11 @@ def _run_with_corpus(
     _write_environment(folder, asked)
     _print(f"{asked.task} · {asked.label} · seed {asked.seed} · {settings.run_dir}")
     _print("  " + ", ".join(f"{site} {norm['name']}" for site, norm in valid.sites.items()))
+    if valid.fairseq.ema.store_ema and settings.evaluation.checkpoint != "ema":
+        _print(
+            "  the moving average of the weights (fairseq.ema) is kept in the checkpoints; "
+            f"evaluation.checkpoint={settings.evaluation.checkpoint} is of the weights themselves"
+        )
     with Tracker.start(
         settings.tracking.mode,
         settings.tracking.project,
@@ -210,17 +215,33 @@ def _train(
     ranks: Ranks,
 ) -> "TrainingResult":
     from normexp.runs.metrics_file import MetricsFile
-    from normexp.training import loop
+    from normexp.training import finetuning, loop
 
+    finetuning.refuse_changed_donor(settings)
     languages = None
     if corpus.kind == "translation":
         languages = corpus.source_language, corpus.target_language
     paths = {"data_bin": str(corpus.data_bin.absolute()), "checkpoints": str(folder.checkpoints)}
-    ranks.publish("training", paths | {"languages": languages})
     fairseq_cfg = trainer_config(valid.fairseq, corpus.data_bin, languages, folder.checkpoints)
+    _refuse_long_lines(settings, fairseq_cfg)
+    ranks.publish("training", paths | {"languages": languages})
     with MetricsFile(folder.metrics) as metrics:
         sinks = [tracker, _print_validation]
         return loop.train(fairseq_cfg, metrics, sinks, settings.speed, ranks)
+
+
+def _refuse_long_lines(settings: RunSettings, fairseq_cfg: Any) -> None:
+    """Raise UserError for a line that training, validation or evaluation would leave out."""
+    from normexp.fairseq_plugin.long_lines import refuse_long_lines
+
+    dataset = fairseq_cfg.dataset
+    refuse_long_lines(fairseq_cfg, "train", dataset.max_tokens, "fairseq.dataset.max_tokens")
+    key = "fairseq.dataset.max_tokens_valid"
+    refuse_long_lines(fairseq_cfg, "valid", dataset.max_tokens_valid, key)
+    for split in settings.evaluation.splits:
+        refuse_long_lines(
+            fairseq_cfg, split, settings.evaluation.max_tokens, "evaluation.max_tokens"
+        )
 
 
 def _curve(folder: RunFolder) -> list[tuple[int, float]]:

@@ -102,13 +102,22 @@ def select(
 ) -> tuple[Path, str]:
     """Return the path of the checkpoint to evaluate and a description of it.
 
-    checkpoint: 'best' (lowest validation loss) or 'average' (of the last `average_last` epochs'
-    checkpoints, fewer when training was shorter; checkpoint_last.pt of a run that ended within its
-    first epoch). An average is written to average.pt. save_interval: epochs from one kept
-    checkpoint to the next. Raises Lost where a checkpoint to average is missing or damaged.
+    checkpoint: 'best' (lowest validation loss), 'ema' (the moving average of the weights that
+    checkpoint_last.pt has beside them; written to ema.pt) or 'average' (of the last `average_last`
+    epochs' checkpoints, fewer when training was shorter; checkpoint_last.pt of a run that ended
+    within its first epoch). An average is written to average.pt. save_interval: epochs from one
+    kept checkpoint to the next. Raises Lost where a checkpoint to average is missing or damaged,
+    and UserError where it has no moving average.
     """
     if checkpoint == "best":
         return folder / BEST, "lowest validation loss"
+    if checkpoint == "ema":
+        state = load(folder / LAST)
+        if "ema" not in state["extra_state"]:
+            raise UserError(f"{folder / LAST} has no moving average: fairseq.ema.store_ema was off")
+        state["model"] = state["extra_state"].pop("ema")
+        save(folder / "ema.pt", state)
+        return folder / "ema.pt", "moving average of the weights"
     paths = epoch_checkpoints(folder)[:average_last]
     if paths:
         newest = epoch_of(paths[0])

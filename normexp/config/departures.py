@@ -68,7 +68,7 @@ def settings_of(cfg: DictConfig, choices: Mapping[str, str | None]) -> RunSettin
     extended by the departures. Raises UserError as `parse` does.
     """
     settings = parse(cfg)  # first: what follows takes valid settings for granted
-    usual, found = _departures(cfg, choices)
+    usual, found = _departures(cfg, choices, settings.finetuned_from)
     raw_label = _raw(cfg, "label")
     named = cfg.copy()
     with open_dict(named):
@@ -100,9 +100,12 @@ def config_loader() -> ConfigLoader:
 
 
 def _departures(
-    cfg: DictConfig, choices: Mapping[str, str | None]
+    cfg: DictConfig, choices: Mapping[str, str | None], donor: str | None
 ) -> tuple[DictConfig, list[Departure]]:
-    """Return the configuration as it is without overrides, and the departures sorted by key."""
+    """Return the configuration as it is without overrides, and the departures sorted by key.
+
+    donor: the checkpoint that the run begins with, which counts by its content and not its place.
+    """
     loader = config_loader()
     kept = [
         f"{'+' if group == 'experiment' else ''}{group}={choices[group]}"
@@ -123,6 +126,8 @@ def _departures(
         added = [f"{'' if g in usual_choices else '+'}{g}={c}" for g, c in other.items()]
         usual = loader.load_configuration("train", [*kept, *added], run_mode=RunMode.RUN)
     ours, theirs = _leaves(cfg, resolve=True), _leaves(usual, resolve=True) | _BY_ENVIRONMENT
+    if ours.pop("fairseq.checkpoint.finetune_from_model", None) is not None:
+        ours["finetuned_from"] = donor
     raw_ours, raw_theirs = _leaves(cfg, resolve=False), _leaves(usual, resolve=False)
     for key in sorted(ours.keys() | theirs.keys()):
         value, before = ours.get(key, _ABSENT), theirs.get(key, _ABSENT)

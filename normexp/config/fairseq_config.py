@@ -1,38 +1,18 @@
 """From a run's settings to fairseq's configuration, checked against fairseq's own dataclasses."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from normexp.config import fairseq_keys
 from normexp.config.settings import ExperimentSettings, SpeedSettings, first_line
 from normexp.errors import UserError
 from normexp.norms import available_norms, norm_options
 
-# Settings of fairseq that corrupt results silently when they are otherwise (key: value, reason).
-SAFEGUARDS: dict[str, tuple[Any, str]] = {
-    "dataset.required_batch_size_multiple": (
-        1,
-        "any other value drops the last sentences of a batch, in validation too",
-    ),
-    "dataset.update_epoch_batch_itr": (
-        True,
-        "a resumed run would otherwise see other batches than an uninterrupted one",
-    ),
-    "dataset.skip_invalid_size_inputs_valid_test": (
-        False,
-        "sentences left out of an evaluation make its score meaningless",
-    ),
-    "dataset.disable_validation": (False, "checkpoints are chosen by the validation loss"),
-    "distributed_training.distributed_world_size": (1, "one process trains one model"),
-    "checkpoint.restore_file": ("checkpoint_last.pt", "an interrupted run resumes from there"),
-    "checkpoint.no_save": (False, "the evaluation reads the checkpoints"),
-    "checkpoint.no_last_checkpoints": (False, "an interrupted run resumes from there"),
-    # any name switches on the progress bar that feeds metrics.jsonl and W&B
-    "common.wandb_project": ("normexp", "the curves are recorded through it"),
-}
 _FUSED_CRITERIONS = ("normexp_cross_entropy", "normexp_label_smoothed_cross_entropy")
 _FUSED_MODELS = ("normexp_transformer", "normexp_transformer_lm")
 
@@ -41,9 +21,14 @@ def typed_config(settings: ExperimentSettings) -> DictConfig:
     """fairseq's configuration of an experiment, typed, complete but for paths and languages.
 
     Raises UserError for a key or value that fairseq's dataclasses do not have, and for one that
-    `SAFEGUARDS` forbids.
+    fairseq_keys.yaml forbids.
     """
-    node = _with_safeguards(settings.fairseq)
+    fairseq_keys.check_components(settings.fairseq)
+    fairseq_keys.check_keys(settings.fairseq, _with_defaults(settings.fairseq))
+    guarded = OmegaConf.create(settings.fairseq)
+    for key, value in fairseq_keys.set_values().items():
+        OmegaConf.update(guarded, key, value)
+    node = OmegaConf.to_container(guarded)
     node["common"]["seed"] = settings.seed
     node["model"] = model_config(settings)
     apply_speed(settings.speed, node)
@@ -59,17 +44,43 @@ def trainer_config(
 ) -> DictConfig:
     """What fairseq's trainer takes: `typed_config` with its paths filled in.
 
-    languages: source and target of a translation corpus, None for a language model.
+    languages: source and target of a translation corpus, None for a language model. Raises
+    UserError where the configuration names others, and for a path that fairseq would split.
     """
-    from fairseq.dataclass.initialize import add_defaults
-
+    if os.pathsep in str(data_bin):
+        raise UserError(
+            f"fairseq takes {data_bin} for several folders, because of the {os.pathsep!r} in it: "
+            "set data.dir to a path without one"
+        )
     paths = {"task": {"data": str(data_bin)}, "checkpoint": {"save_dir": str(save_dir)}}
     if languages is not None:
+        check_languages(typed, languages)
         paths["task"]["source_lang"], paths["task"]["target_lang"] = languages
-    complete = OmegaConf.merge(typed, paths)
+    return with_defaults(OmegaConf.merge(typed, paths))
+
+
+def with_defaults(typed: DictConfig) -> DictConfig:
+    """`typed_config` with fairseq's default of every key that it lacks, in plain values."""
+    from fairseq.dataclass.initialize import add_defaults
+
+    complete = OmegaConf.merge(typed)
     add_defaults(complete)
     # Plain strings instead of enums that exist only inside functions: those cannot be pickled.
     return OmegaConf.create(OmegaConf.to_container(complete, resolve=True, enum_to_str=True))
+
+
+def check_languages(typed: DictConfig, languages: tuple[str, str]) -> None:
+    """Raise UserError where fairseq's task names other languages than the corpus.
+
+    languages: source and target of the corpus.
+    """
+    for key, language in zip(("source_lang", "target_lang"), languages, strict=True):
+        given = typed.task.get(key)
+        if given not in (None, language):
+            raise UserError(
+                f"fairseq.task.{key}={given}, but it is {language} in the corpus, which decides "
+                "what is trained: leave it out, or choose a corpus of the other direction"
+            )
 
 
 def model_config(settings: ExperimentSettings) -> dict[str, Any]:
@@ -127,37 +138,21 @@ def _over_ranks(choice: Any, synchronized: bool) -> Any:
     return {"sync": True, **named} if synchronized else {**named, "sync": False}
 
 
-def _with_safeguards(node: dict[str, Any]) -> dict[str, Any]:
-    guarded = OmegaConf.create(node)
-    for key, (value, reason) in SAFEGUARDS.items():
-        given = OmegaConf.select(guarded, key)
-        if given is not None and given != value:
-            raise UserError(f"fairseq.{key}={given} is not allowed (must be {value}): {reason}")
-        OmegaConf.update(guarded, key, value)
-    return OmegaConf.to_container(guarded)
+def _with_defaults(node: dict[str, Any]) -> DictConfig:
+    """fairseq's whole configuration with these values; for typos it raises UserError."""
+    typed = _typed(node)
+    registries = fairseq_keys.registries()
+    for group in fairseq_keys.COMPONENTS:
+        defaults = OmegaConf.structured(registries[group][node[group]["_name"]])
+        typed[group] = OmegaConf.merge(defaults, node[group])
+    return typed
 
 
 def _typed(node: dict[str, Any]) -> DictConfig:
     """Check a fairseq configuration against fairseq's own dataclasses; typos raise UserError."""
-    import fairseq.criterions
-    import fairseq.optim
-    import fairseq.optim.lr_scheduler
-    import fairseq.tasks
     from fairseq.dataclass.configs import FairseqConfig
-    from fairseq.models import MODEL_DATACLASS_REGISTRY
-    from fairseq.registry import REGISTRIES
 
-    import normexp.fairseq_plugin  # noqa: F401 (registers the models)
-
-    dataclasses = {
-        "model": MODEL_DATACLASS_REGISTRY,
-        "task": fairseq.tasks.TASK_DATACLASS_REGISTRY,
-        **{
-            group: REGISTRIES[group]["dataclass_registry"]
-            for group in ("criterion", "optimizer", "lr_scheduler")
-        },
-    }
-    for group, registry in dataclasses.items():
+    for group, registry in fairseq_keys.registries().items():
         name = node[group].get("_name")
         if name not in registry:
             known = ", ".join(sorted(registry))

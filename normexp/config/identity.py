@@ -57,6 +57,8 @@ def identity(settings: ExperimentSettings) -> dict[str, Any]:
         group: _fairseq_group(values, NEUTRAL_FAIRSEQ.get(group, {}), renamed.get(group, {}))
         for group, values in settings.fairseq.items()
     }
+    # A path; what lies there counts, as finetuned_from.
+    kept["fairseq"]["checkpoint"].pop("finetune_from_model", None)
     return kept
 
 

@@ -8,6 +8,7 @@ older than the setting lacks it and ran in that way. `config.identity` leaves a 
 out of a run's hash. What new runs get is decided by configs/train.yaml, which names every setting.
 """
 
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
@@ -115,7 +116,7 @@ class NormSettings(_Settings):
 class EvaluationSettings(_Settings):
     """How the trained model is evaluated; lengths in tokens."""
 
-    checkpoint: Literal["average", "best"]
+    checkpoint: Literal["average", "best", "ema"]
     average_last: _Count
     beam: _Count
     length_penalty: _Number
@@ -179,6 +180,8 @@ class ExperimentSettings(_Settings):
     speed: SpeedSettings = SpeedSettings()
     distributed: DistributedSettings = DistributedSettings()
     fairseq: _Mapping
+    finetuned_from: _OptionalText = None
+    """SHA-256 of the checkpoint that fairseq.checkpoint.finetune_from_model names; filled in."""
 
     @property
     def save_interval(self) -> int:
@@ -193,6 +196,7 @@ class ExperimentSettings(_Settings):
     def experiment(self) -> dict[str, Any]:
         """These settings alone, as a record stores them: JSON types, without paths and tracking."""
         settings = self.model_dump(exclude=set(NOT_IN_IDENTITY))
+        settings["fairseq"]["checkpoint"].pop("finetune_from_model", None)  # it is a path
         if self.distributed.ranks == 1:  # with one rank it says nothing
             del settings["distributed"]
         return settings
@@ -241,11 +245,41 @@ def parse(cfg: DictConfig) -> RunSettings:
         content = OmegaConf.to_container(own, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         raise UserError(f"configuration: {first_line(error)}") from None
+    _name_donor_by_content(content)
     settings = validated(RunSettings, content)
     for group in FAIRSEQ_GROUPS:
         if not isinstance(given := settings.fairseq.get(group), Mapping):
             raise UserError(f"fairseq.{group}={given!r} must be a group of fairseq's settings")
     return settings
+
+
+@functools.lru_cache
+def _content_hash(path: Path, *state: int) -> str:
+    """Return the SHA-256 of a file; state: what changes when it is written."""
+    from normexp.corpora.hashing import file_hash
+
+    return file_hash(path)
+
+
+def _name_donor_by_content(content: dict[str, Any]) -> None:
+    """Fill in the hash of the checkpoint that a run begins with, in place.
+
+    A run folder's configuration has it already; the file may have gone since.
+    """
+    fairseq = content.get("fairseq")
+    checkpoint = fairseq.get("checkpoint") if isinstance(fairseq, dict) else None
+    path = checkpoint.get("finetune_from_model") if isinstance(checkpoint, dict) else None
+    if path is None or content.get("finetuned_from") is not None:
+        return
+    donor = Path(str(path)).absolute()
+    try:
+        stat = donor.stat()
+        content["finetuned_from"] = _content_hash(donor, stat.st_size, stat.st_mtime_ns)
+    except OSError as error:
+        raise UserError(
+            f"fairseq.checkpoint.finetune_from_model={path} cannot be read: {error.strerror}"
+        ) from None
+    checkpoint["finetune_from_model"] = str(donor)
 
 
 def validated(model: type[S], content: Mapping[str, Any]) -> S:

@@ -1,13 +1,16 @@
 """Checks of a run's settings that can be made before any work, across their groups."""
 
+import ast
+import traceback
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
-from normexp.config.fairseq_config import model_config, typed_config
+from normexp.config.fairseq_config import check_languages, model_config, typed_config, with_defaults
 from normexp.config.settings import ExperimentSettings, window_stride
+from normexp.corpora.catalogue import load_catalogue
 from normexp.errors import UserError
 from normexp.norms import norm_class
 from normexp.norms.running_norm import RunningNorm
@@ -43,6 +46,11 @@ def validate(settings: ExperimentSettings) -> ValidRun:
     _check_ranks(settings, sites)
     typed = typed_config(settings)
     _check_stopping(typed)
+    _check_schedule(typed)
+    _check_batches(typed)
+    _check_chosen_checkpoint(settings, typed)
+    _check_languages(typed, settings.task.corpus)
+    _check_layerdrop(settings, typed, sites)
     _check_criterion(settings, typed, sites)
     return ValidRun(sites, typed)
 
@@ -87,25 +95,89 @@ def _check_stopping(typed: DictConfig) -> None:
         )
 
 
+def _check_schedule(typed: DictConfig) -> None:
+    """Build optimizer and schedule for one parameter, so that what they refuse is known now."""
+    import torch
+    from fairseq.optim import build_optimizer, lr_scheduler
+
+    betas = typed.optimizer.get("adam_betas")
+    if isinstance(betas, str):
+        try:
+            ast.literal_eval(betas)  # fairseq evaluates the text as Python
+        except (ValueError, SyntaxError):
+            raise UserError(
+                f"fairseq.optimizer.adam_betas={betas} must be two numbers, such as (0.9, 0.98)"
+            ) from None
+    complete = with_defaults(typed)
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    group, name = "optimizer", typed.optimizer._name
+    try:
+        optimizer = build_optimizer(complete.optimizer, [parameter])
+        group, name = "lr_scheduler", typed.lr_scheduler._name
+        lr_scheduler.build_lr_scheduler(complete.lr_scheduler, optimizer).step_update(0)
+    except Exception as error:  # their checks are assertions, and divisions by zero
+        reason = str(error) or traceback.extract_tb(error.__traceback__)[-1].line
+        raise UserError(f"fairseq.{group}: {name} refuses its settings: {reason}") from None
+
+
+def _check_batches(typed: DictConfig) -> None:
+    dataset = typed.dataset
+    if dataset.max_tokens is None and dataset.batch_size is None:
+        raise UserError(
+            "set the size of a batch: fairseq.dataset.max_tokens or fairseq.dataset.batch_size"
+        )
+
+
+def _check_chosen_checkpoint(settings: ExperimentSettings, typed: DictConfig) -> None:
+    if settings.evaluation.checkpoint == "best" and settings.save_interval > 1:
+        raise UserError(
+            f"fairseq.checkpoint.save_interval={settings.save_interval} leaves out epochs that may "
+            "be better than those that are saved: use 1, or evaluation.checkpoint=average"
+        )
+    if settings.evaluation.checkpoint == "ema" and not typed.ema.store_ema:
+        raise UserError("evaluation.checkpoint=ema needs fairseq.ema.store_ema=true")
+
+
+def _check_languages(typed: DictConfig, corpus: str) -> None:
+    if typed.task.get("source_lang") or typed.task.get("target_lang"):
+        entry = load_catalogue().get(corpus)  # without one the preparation will say so
+        if entry is not None and entry.is_parallel:
+            check_languages(typed, tuple(entry.languages))
+
+
 def _check_hardware(settings: ExperimentSettings) -> None:
     import torch
 
+    common = settings.fairseq["common"]
     on_gpu = torch.cuda.is_available() and not settings.on_cpu
-    if settings.fairseq["common"].get("fp16") and not on_gpu:
+    for name in ("fp16", "amp"):
+        if common.get(name) and not on_gpu:
+            raise UserError(
+                f"fairseq.common.{name}=true needs a GPU and there is none (or "
+                f"fairseq.common.cpu=true); add fairseq.common.{name}=false"
+            )
+    chosen = [name for name in ("fp16", "bf16", "amp") if common.get(name)]
+    if len(chosen) > 1:
         raise UserError(
-            "fairseq.common.fp16=true needs a GPU and there is none (or fairseq.common.cpu=true); "
-            "add fairseq.common.fp16=false"
+            f"fairseq.common.{chosen[0]}=true and fairseq.common.{chosen[1]}=true are two "
+            "precisions; choose one"
         )
+    for name in ("fp16", "bf16"):
+        if common.get(f"memory_efficient_{name}") and not common.get(name):
+            raise UserError(
+                f"fairseq.common.memory_efficient_{name}=true has no effect without "
+                f"fairseq.common.{name}=true"
+            )
 
 
 def _check_ranks(settings: ExperimentSettings, sites: Sites) -> None:
     if settings.distributed.ranks == 1:
         return
-    given = set(settings.fairseq.get("distributed_training", {})) - {"distributed_world_size"}
-    if given:
+    backend = settings.fairseq.get("distributed_training", {}).get("ddp_backend", "legacy_ddp")
+    if backend != "legacy_ddp":
         raise UserError(
-            f"fairseq.distributed_training.{min(given)} is set by normexp where there are several "
-            "ranks; leave it out"
+            f"fairseq.distributed_training.ddp_backend={backend}: ddp_backend is set by normexp "
+            "where there are several ranks; leave it out"
         )
     for site, norm in sites.items():
         alone = issubclass(norm_class(norm["name"]), RunningNorm) and "sync" not in norm
@@ -114,6 +186,23 @@ def _check_ranks(settings: ExperimentSettings, sites: Sites) -> None:
                 f"norm {norm['name']!r} ({site}) has no statistics over several ranks: choose "
                 "distributed.statistics=local, by which each rank has its own, or one rank"
             )
+
+
+def _check_layerdrop(settings: ExperimentSettings, typed: DictConfig, sites: Sites) -> None:
+    """Each rank draws the layers that it leaves out for itself."""
+    if settings.distributed.ranks == 1:
+        return
+    for key in ("encoder.layerdrop", "decoder.layerdrop", "decoder_layerdrop"):
+        if not OmegaConf.select(typed.model, key, default=0):
+            continue
+        for site, norm in sites.items():
+            in_layers = site.startswith(key[:7]) and not site.endswith("_final")
+            if in_layers and norm.get("sync"):
+                raise UserError(
+                    f"fairseq.model.{key}: each rank leaves out other layers, and norm "
+                    f"{norm['name']!r} ({site}) would add up the sums of different layers: choose "
+                    "distributed.statistics=local, by which each rank has its own, or one rank"
+                )
 
 
 def _check_criterion(settings: ExperimentSettings, typed: DictConfig, sites: Sites) -> None:

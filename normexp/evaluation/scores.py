@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from omegaconf import OmegaConf
 from tqdm import tqdm
 
 from normexp.checkpoints import store
@@ -123,17 +124,29 @@ def score_stream(
 
 
 def _score(loaded: LoadedModel, split: str, samples: Iterable[Any]) -> tuple[float, int]:
-    criterion = loaded.task.build_criterion(loaded.cfg.criterion).eval().to(loaded.device)
+    criterion = _likelihood(loaded)
     total, tokens = 0.0, 0
     for sample in samples:
         _, _, logged = criterion(loaded.model, sample)
-        # With label smoothing the loss is not the likelihood; nll_loss is.
-        total += float(logged.get("nll_loss", logged["loss"]))
+        total += float(logged["loss"])
         tokens += int(logged["ntokens"])
     expected = _num_target_tokens(loaded.task.dataset(split))
     if tokens != expected or tokens == 0:
         raise UserError(f"scored {tokens} tokens of {split}, which has {expected}")
     return total, tokens
+
+
+def _likelihood(loaded: LoadedModel) -> Any:
+    """Return the criterion whose loss is the likelihood, whatever the model was trained with."""
+    trained = loaded.cfg.criterion
+    if getattr(loaded.model.decoder, "adaptive_softmax", None) is not None:
+        # fairseq asks for this backend, with one process too
+        chosen = {"_name": "normexp_adaptive_loss", "ddp_backend": "legacy_ddp"}
+    else:
+        fused = bool(getattr(trained, "fused", False))
+        chosen = {"_name": "normexp_cross_entropy", "fused": fused}
+    criterion = loaded.task.build_criterion(OmegaConf.create({**chosen, "sentence_avg": False}))
+    return criterion.eval().to(loaded.device)
 
 
 @torch.inference_mode()
@@ -258,7 +271,10 @@ def _batches(
 ) -> Iterator[Any]:
     from fairseq import utils
 
+    from normexp.fairseq_plugin.long_lines import refuse_long_lines
+
     task = loaded.task
+    refuse_long_lines(loaded.cfg, split, max_tokens, "evaluation.max_tokens")
     if split not in task.datasets:
         task.load_dataset(split)
     iterator = task.get_batch_iterator(

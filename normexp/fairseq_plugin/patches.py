@@ -35,6 +35,10 @@ checkpoint_utils               writes without fsync; repeats a   `checkpoint_fil
   .torch_persistent_save       failed write behind what is in    save, likewise
                                the file already
 
+fairseq.trainer.build_ema      averages integers, which torch    `moving_average`: integers copied,
+                               refuses, tied weights twice, and  every tensor averaged once, norms
+                               loses the norms after the stacks  kept
+
 torch.load                     unpickles a checkpoint without    `preloaded`: a state read before,
                                comparing checksums               with checksums and weights_only
 
@@ -68,13 +72,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fairseq import checkpoint_utils, utils
+from fairseq import checkpoint_utils, trainer, utils
 from fairseq.data import iterators
 from fairseq.distributed import utils as distributed_utils
 from fairseq.file_io import PathManager
 from fairseq.logging import progress_bar
 from fairseq.logging.meters import AverageMeter
 from fairseq.models import transformer_lm
+from fairseq.models.ema import EMA
 
 from normexp.errors import UserError
 
@@ -101,9 +106,9 @@ def language_model_decoder(build: Callable[..., Any]) -> AbstractContextManager[
     return patched(transformer_lm, "TransformerDecoder", build)
 
 
-def trainer_class(fairseq_train: Any, trainer: type) -> AbstractContextManager[None]:
+def trainer_class(fairseq_train: Any, replacement: type) -> AbstractContextManager[None]:
     """Let fairseq's training loop, the module fairseq_cli.train, build a trainer of this class."""
-    return patched(fairseq_train, "Trainer", trainer)
+    return patched(fairseq_train, "Trainer", replacement)
 
 
 @contextmanager
@@ -174,6 +179,33 @@ def checkpoint_files_by(
         patched(checkpoint_utils, "torch_persistent_save", saved),
     ):
         yield
+
+
+class _MovingAverage(EMA):
+    """fairseq's moving average of a model's state, once for every tensor of it.
+
+    By itself it averages integers, such as counters of steps, which torch refuses; it averages
+    tied weights once under each of their names, that is twice; and it leaves the models' `version`
+    out, so that its own model takes itself for one of an early fairseq and loses the norms after
+    its stacks.
+    """
+
+    @torch.no_grad()
+    def _step_internal(self, new_model: Any, updates: int | None = None) -> None:
+        before = self.fp32_params if self.config.ema_fp32 else self.model.state_dict()
+        average = {}
+        for name, value in new_model.state_dict().items():
+            if value.is_floating_point():
+                value = value.to(before[name].dtype).lerp(before[name], self.decay)
+            average[name] = value.clone()
+        if self.config.ema_fp32:
+            self.fp32_params = average
+        self.restore(average)
+
+
+def moving_average() -> AbstractContextManager[None]:
+    """Let fairseq's trainer average weights by `_MovingAverage`."""
+    return patched(trainer, "build_ema", _MovingAverage)
 
 
 def preloaded(state: dict[str, Any]) -> AbstractContextManager[None]:

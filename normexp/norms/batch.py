@@ -117,7 +117,7 @@ class BatchNormFunction(torch.autograd.Function):
         mean = mask_padding_(centered, token_mask).sum(0) / n.clamp(min=1)
         mask_padding_(centered.sub_(mean), token_mask)
         local_mean, buf = mean, centered.square()
-        n, mean, var = pooled_moments(n, mean, buf.sum(0), norm.sync)
+        n, mean, var = pooled_moments(n, mean, buf.sum(0), norm.sync, norm)
         if norm.sync:
             mask_padding_(centered.add_(local_mean - mean), token_mask)
         scale = norm._inverse_std(var) * weight

@@ -87,7 +87,7 @@ class PowerNorm(QuadraticNorm):
         """One iteration's forward: psi2 to divide by, Gamma, whether in warm-up, N of all ranks."""
         if in_recomputation():
             return self._replay_cache.replay(sum_sq)
-        psi2_batch, n = pooled_mean(sum_sq, n, self.sync)
+        psi2_batch, n = pooled_mean(sum_sq, n, self.sync, self)
         in_warmup = self.step < self.warmup_steps
         psi2 = torch.where(in_warmup, psi2_batch, self.running_psi2.to(sum_sq.dtype))
         gamma = psi2_batch / (psi2 + self.eps)

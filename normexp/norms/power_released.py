@@ -88,7 +88,7 @@ class PowerNormReleased(RunningNorm):
         """
         if in_recomputation():
             return self._replay_cache.replay(sum_sq)
-        psi2_batch, n = pooled_mean(sum_sq, n, self.sync)
+        psi2_batch, n = pooled_mean(sum_sq, n, self.sync, self)
         step = self.step + 1
         running = self.running_psi2
         psi2 = torch.where(step <= self.warmup_steps, psi2_batch, running.to(sum_sq.dtype))

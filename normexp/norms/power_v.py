@@ -123,7 +123,7 @@ class PowerNormV(QuadraticNorm):
 
     @torch.no_grad()
     def _step(self, sum_sq: Tensor, n: Tensor) -> tuple[Tensor, ...]:
-        psi2, n = pooled_mean(sum_sq, n, self.sync)
+        psi2, n = pooled_mean(sum_sq, n, self.sync, self)
         if not in_recomputation():
             usable = self._is_finite_batch(n, psi2)
             average_(self.running_psi2, psi2, 1 - self.alpha, usable)

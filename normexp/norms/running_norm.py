@@ -15,6 +15,7 @@ from normexp.norms.core.option_checks import check_flag, check_positive
 from normexp.norms.core.replay_cache import ReplayCache, in_recomputation
 from normexp.norms.distributed.collectives import several_ranks, warn_of_private_statistics
 from normexp.norms.distributed.deferred import DEFERRED
+from normexp.norms.distributed.same_layer import next_place
 from normexp.norms.kernels.dispatch import operators_for
 
 _HALF = (torch.float16, torch.bfloat16)
@@ -58,7 +59,8 @@ class RunningNorm(nn.Module):
     - Statistics are computed in float32 at least and kept in float32, also in a model converted by
       .half() or .bfloat16(); .double() converts them.
     - Data parallel: with sync=True statistics are those of the tokens of all ranks, and gradients
-      those of the sum of the ranks' losses; with sync=False each rank keeps its own, and a
+      those of the sum of the ranks' losses (every rank has to run the same layers: others than on
+      the other ranks are a RuntimeError); with sync=False each rank keeps its own, and a
       UserWarning says so.
     - torch.compile: inference compiles without graph breaks. Training runs the layer outside the
       graph, with the same results.
@@ -86,6 +88,7 @@ class RunningNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(num_features))
         self.register_buffer("step", torch.zeros((), dtype=torch.long))
         self.register_buffer("num_rejected", torch.zeros((), dtype=torch.long), persistent=False)
+        self.place = next_place()  # among the layers of this process
         self._replay_cache = ReplayCache()
         self._num_rejected_reported = 0
         self.kernels: str | None = None

@@ -87,7 +87,7 @@ class UnifiedNorm(RunningNorm):
         """
         if in_recomputation():
             return self._replay_cache.replay(sum_sq)
-        psi2_batch, n = pooled_mean(sum_sq, n, self.sync)
+        psi2_batch, n = pooled_mean(sum_sq, n, self.sync, self)
         usable = self._is_finite_batch(n, psi2_batch)
         step, running = self.step + 1, self.running_psi2
         slots = torch.arange(self.window_size, device=sum_sq.device)[:, None]

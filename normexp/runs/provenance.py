@@ -32,9 +32,15 @@ def command_of_this_run() -> list[str]:
 def command_for_a_shell(settings: RunSettings) -> str:
     """Return the command that makes this run again on any machine, quoted for a shell.
 
-    Folders and tracking are left out; what the environment decided is added.
+    Folders and tracking are left out; what the environment decided is added. A checkpoint that the
+    run begins with is named by its content, for which its place has to be put in.
     """
-    overrides = [each for each in command_of_this_run()[1:] if not _OF_THE_MACHINE.match(each)]
+    donor = rf"\1sha256:{settings.finetuned_from}"
+    overrides = [
+        re.sub(r"^(\+*fairseq\.checkpoint\.finetune_from_model=).+", donor, each)
+        for each in command_of_this_run()[1:]
+        if not _OF_THE_MACHINE.match(each)
+    ]
     kernels = settings.speed.kernels
     if kernels != "auto" and not any("speed.kernels=" in each for each in overrides):
         overrides.append(f"speed.kernels={kernels}")

@@ -113,6 +113,8 @@ def data_parallel_trainer(ranks: Ranks, trainer: type) -> type:
             if error is not None:
                 raise error
             _synchronize_state(self.get_model())
+            if self._ema is not None:
+                _synchronize_state(self.ema.get_model())
             super().consolidate_optimizer()
 
         def _set_seed(self) -> None:

@@ -20,7 +20,7 @@ from normexp.norms.kernels.choice import use_kernels
 from normexp.norms.loss_scale import follow_loss_scale
 from normexp.norms.running_norm import RunningNorm
 from normexp.runs.metrics_file import MetricsFile
-from normexp.training import data_parallel, preemption, resume, speed
+from normexp.training import data_parallel, finetuning, preemption, resume, speed
 from normexp.training.diagnostics import norm_diagnostics, update_diagnostics
 from normexp.training.divergence import StatisticsWatch
 from normexp.training.process_group import Ranks
@@ -45,6 +45,7 @@ class Observed:
     """fairseq's trainer, and counts of its work that outlive the process in checkpoints."""
 
     trainer: Any = None
+    donor: Path | None = None  # the checkpoint whose weights the training begins with
     seconds: float = 0.0  # inside training steps, summed over this process and those it resumes
     tokens: int = 0  # non-padding target tokens in these seconds, end-of-sentence included
     num_epochs: int = 0
@@ -86,7 +87,10 @@ def train(
     from fairseq_cli import train as fairseq_train
 
     use_kernels(speed_settings.kernels)
-    observed = Observed()
+    # fairseq would begin with whatever lies beside this checkpoint.
+    donor = fairseq_cfg.checkpoint.finetune_from_model
+    fairseq_cfg.checkpoint.finetune_from_model = None
+    observed = Observed(donor=donor and Path(donor))
     sinks = [metrics, *sinks] if ranks.is_main else []
 
     def report(step: int, values: Mapping[str, float]) -> None:
@@ -137,6 +141,7 @@ def train(
         patches.metrics_sent_to(*sinks, report_after_validation),
         store.atomic_writes(Path(fairseq_cfg.checkpoint.save_dir)),
         patches.prefetchers_closed(),
+        patches.moving_average(),
         preemption.checkpoint_at_updates(fairseq_train),
         data_parallel.torch_process_group(ranks, fairseq_cfg),
         patches.trainer_class(fairseq_train, trainer_class),
@@ -239,6 +244,10 @@ def _observed_trainer(
             path = ranks.from_main("checkpoint", lambda: self._latest(Path(filename), latest))
             if path is None:
                 data_parallel.refuse_other_start(ranks, 0, filename)
+                if observed.donor is not None:
+                    model = self.get_model()
+                    scale = finetuning.load_donor(observed.donor, model, self.cfg.model)
+                    finetuning.follow_donor(model, scale, _loss_scale(self.optimizer))
                 catch_up(0, {})
                 return super().load_checkpoint(filename, *args, **kwargs)
             state = latest or store.load(Path(path))
@@ -256,6 +265,8 @@ def _observed_trainer(
             for name in ("seconds", "tokens", "kernels"):
                 setattr(observed, name, added.get(name, getattr(observed, name)))
             resume.restore_scheduler(self.lr_scheduler, added.get("lr_scheduler", {}))
+            if self.cfg.ema.store_ema:  # fairseq forgets how many updates ago it averaged
+                self.ema.update_freq_counter = updates % self.cfg.ema.ema_update_freq
             if at_end_of_epoch:
                 self.lr_step(observed.num_epochs, extra_state["val_loss"])
             logger.warning("resuming after update %d from %s", updates, path)

@@ -10,10 +10,10 @@ REPORT = ("report/test_report",)
 EVALUATION = [
     Fault(
         "evaluation/scores.py",
-        'logged.get("nll_loss", logged["loss"])',
-        'logged["loss"]',
-        "the label-smoothed loss counts as likelihood",
-        SCORES,
+        'chosen = {"_name": "normexp_cross_entropy", "fused": fused}',
+        "chosen = trained",
+        "the loss of training counts as likelihood",
+        (*SCORES, "evaluation/test_likelihood"),
     ),
     Fault(
         "evaluation/scores.py",

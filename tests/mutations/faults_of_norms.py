@@ -353,8 +353,8 @@ NORMS = [
     ),
     fault(
         "distributed/collectives.py",
-        "packed = sum_over_ranks(torch.cat([partial_sums, n[None]]), sync)",
-        "packed = torch.cat([sum_over_ranks(partial_sums, sync), n[None]])",
+        "n = packed[-1].detach()",
+        "n = n.detach()",
         "sums over all ranks by the tokens of one",
         SYNC,
     ),
@@ -381,9 +381,16 @@ NORMS = [
     ),
     fault(
         "distributed/deferred.py",
-        "zip(sent.entries, sent.packed.split(sizes), strict=True)",
-        "zip(sent.entries[::-1], sent.packed.split(sizes), strict=True)",
+        "zip(sent.entries, totals, strict=True)",
+        "zip(sent.entries[::-1], totals, strict=True)",
         "totals of one layer used by another",
+        SYNC,
+    ),
+    fault(
+        "distributed/same_layer.py",
+        "sums.square()).any()",
+        "sums.square()).any() | True",
+        "sums of different layers are added up",
         SYNC,
     ),
     fault(

@@ -10,6 +10,20 @@ FOLDING = ("fairseq_plugin/test_model_folding",)
 
 PLUGIN = [
     Fault(
+        "fairseq_plugin/patches.py",
+        ".lerp(before[name], self.decay)",
+        ".lerp(before[name], 1 - self.decay)",
+        "the moving average of the weights forgets at once",
+        ("training/test_moving_average",),
+    ),
+    Fault(
+        "fairseq_plugin/long_lines.py",
+        "np.asarray(text.sizes) > lowest.tokens",
+        "np.asarray(text.sizes) > lowest.tokens + 1",
+        "a line that is too long by a token is left out in silence",
+        ("fairseq_plugin/test_long_lines",),
+    ),
+    Fault(
         "fairseq_plugin/criterions.py",
         "loss = loss + penalty",
         "loss = loss - penalty",

@@ -12,6 +12,20 @@ SWEEPS = ("sweeps/test_sweeps",)
 
 RUNS = [
     Fault(
+        "config/fairseq_keys.py",
+        "if value != wanted:",
+        "if False:",
+        "settings that spoil a result in silence are accepted",
+        ("config/test_fairseq_keys",),
+    ),
+    Fault(
+        "config/identity.py",
+        'kept["fairseq"]["checkpoint"].pop("finetune_from_model", None)',
+        "pass",
+        "the place of the checkpoint that a run begins with makes it another run",
+        ("training/test_finetuning",),
+    ),
+    Fault(
         "config/identity.py",
         "exclude=set(NOT_IN_IDENTITY), exclude_defaults=True",
         "exclude=set(NOT_IN_IDENTITY)",

@@ -13,6 +13,27 @@ DIVERGENCE = ("training/test_survival_of_divergence",)
 TRAINING = [
     Fault(
         "training/loop.py",
+        "self.ema.update_freq_counter = updates % self.cfg.ema.ema_update_freq",
+        "pass",
+        "a resumed run averages its weights after other updates",
+        ("training/test_moving_average",),
+    ),
+    Fault(
+        "training/finetuning.py",
+        "if one != other:",
+        "if False:",
+        "a run begins with the weights of a model with other norms",
+        ("training/test_finetuning",),
+    ),
+    Fault(
+        "training/loop.py",
+        "fairseq_cfg.checkpoint.finetune_from_model = None",
+        "pass",
+        "fairseq looks for a checkpoint beside the donor",
+        ("training/test_finetuning",),
+    ),
+    Fault(
+        "training/loop.py",
         "self.lr_step(observed.num_epochs, extra_state",
         "(lambda *_: None)(observed.num_epochs, extra_state",
         "a resumed run forgets the learning rate's step at the end of an epoch",

@@ -114,6 +114,16 @@ def test_one_collective_per_pass(results: Results, kernels: str, case: str) -> N
         assert recorded["collectives_eval"] == 0
 
 
+def test_statistics_of_different_layers_are_not_added_up(results: Results) -> None:
+    """As where each rank leaves out layers at random; on every rank, before its sums are used."""
+    for of_rank in results:
+        said = dict(of_rank["other_layers"])
+        assert said.pop("before") == said.pop("after") == ""
+        assert said.keys() == {*norm_ranks.SYNC_CASES, "deferred"}
+        for case, message in said.items():
+            assert message.startswith("ranks add up the statistics of different"), case
+
+
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("frozen", [False, True])
 def test_several_layers_share_a_collective(

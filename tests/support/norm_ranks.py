@@ -337,6 +337,48 @@ def several_layers(rank: int, world: int) -> dict[str, object]:
     }
 
 
+def _complaint(work: Callable[[], object]) -> str:
+    try:
+        work()
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
+def other_layers(rank: int, world: int) -> dict[str, object]:
+    """What is said where rank 0 runs one layer and the others another one of the same kind."""
+    x = torch.ones(5, C) * 10.0**rank
+    said: dict[str, object] = {}
+    for case in SYNC_CASES:
+        one, other = (CASES[case].build(sync=True) for _ in range(2))
+        kept = one if rank == 0 else other
+        said[case] = _complaint(lambda kept=kept: kept.train()(x))
+    # PN past its warm-up, whose sums arrive at its next forward.
+    one, other = (build_norm("power", num_features=C, warmup_steps=0, sync=True) for _ in range(2))
+    order = (one, other) if rank == 0 else (other, one)
+
+    def two_steps() -> None:
+        for _ in range(2):
+            y = x.clone().requires_grad_()
+            for norm in order:
+                y = norm(y)
+            y.sum().backward()
+
+    said["deferred"] = _complaint(two_steps)
+    # A rank that has built a further model, before or after, is in the right.
+    for when in ("before", "after"):
+        if rank == 0 and when == "before":
+            build_norm("batch", num_features=C)
+        norm = build_norm("batch", num_features=C, sync=True)
+        if rank == 0 and when == "after":
+            build_norm("batch", num_features=C)
+        said[when] = _complaint(lambda norm=norm: norm(x))
+        # Level again, for what comes next.
+        if rank != 0:
+            build_norm("batch", num_features=C)
+    return said
+
+
 SCENARIOS = [
     private,
     several_layers,
@@ -347,6 +389,7 @@ SCENARIOS = [
     data_parallel_private,
     differentiable,
     half_precision,
+    other_layers,
 ]
 
 

@@ -31,11 +31,9 @@ SMALL = [
     "fairseq.model.decoder_ffn_embed_dim=16",
     "fairseq.model.decoder_layers=1",
     "fairseq.model.dropout=0.3",
-    "+fairseq.dataset.train_subset=valid",  # short epochs
-    "+fairseq.dataset.validate_interval=5",
     "fairseq.dataset.max_tokens=1200",
     "fairseq.common.log_interval=1",
-    "fairseq.optimization.max_epoch=20",
+    "fairseq.optimization.max_update=150",
 ]
 LAUNCHER = [
     "hydra/launcher=slurm",

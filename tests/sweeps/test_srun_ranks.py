@@ -17,8 +17,7 @@ def test_tasks_of_a_step_are_ranks(slurm, tmp_path) -> None:
         f"results_dir={tmp_path / 'results'}",
         "label=PN",
         "tracking=disabled",
-        "fairseq.optimization.max_epoch=1",
-        "+fairseq.dataset.train_subset=valid",
+        "fairseq.optimization.max_update=8",
         "evaluation.splits=[valid]",
     ]
     shown = subprocess.run(

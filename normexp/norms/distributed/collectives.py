@@ -6,7 +6,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+
+from normexp.norms.distributed.same_layer import NUM_MARKS, check_marks, marks
 
 
 def several_ranks() -> bool:
@@ -23,27 +25,47 @@ def sum_over_ranks(packed: Tensor, sync: bool) -> Tensor:
     return _SumOverRanks.apply(packed) if sync and several_ranks() else packed
 
 
-def pooled_mean(partial_sums: Tensor, n: Tensor, sync: bool) -> tuple[Tensor, Tensor]:
+def pooled_mean(
+    partial_sums: Tensor, n: Tensor, sync: bool, layer: nn.Module | None = None
+) -> tuple[Tensor, Tensor]:
     """Mean over the tokens of all ranks.
 
-    partial_sums (C,): sums over the rank's tokens; n: scalar, their number. Returns the mean (C,),
-    zero where there is no token, and n over all ranks.
+    partial_sums (C,): sums over the rank's tokens; n: scalar, their number; layer: whose sums they
+    are. Returns the mean (C,), zero where there is no token, and n over all ranks. Raises
+    RuntimeError where it is not the same layer on all ranks.
     """
-    packed = sum_over_ranks(torch.cat([partial_sums, n[None]]), sync)
+    parts = [partial_sums, n[None]]
+    marked = layer is not None and sync and several_ranks()
+    if marked:
+        parts.append(marks([layer], partial_sums))
+    packed = sum_over_ranks(torch.cat(parts), sync)
+    if marked:
+        check_marks(packed[-NUM_MARKS:])
+        packed = packed[:-NUM_MARKS]
     n = packed[-1].detach()
     return packed[:-1] / n.clamp(min=1), n
 
 
-def pooled_moments(n: Tensor, mean: Tensor, m2: Tensor, sync: bool) -> tuple[Tensor, ...]:
+def pooled_moments(
+    n: Tensor, mean: Tensor, m2: Tensor, sync: bool, layer: nn.Module | None = None
+) -> tuple[Tensor, ...]:
     """Mean and biased variance over the tokens of all ranks.
 
     n: scalar, number of the rank's real tokens; mean (C,) of them; m2 (C,) = their sum of
-    (x - mean)^2. Returns n, mean and variance over all ranks, differentiable. Moments are combined
-    as by Chan, Golub, LeVeque (1979); E[x^2] - E[x]^2 loses its digits where the mean is large.
+    (x - mean)^2; layer: whose moments they are. Returns n, mean and variance over all ranks,
+    differentiable. Raises RuntimeError where it is not the same layer on all ranks. Moments are
+    combined as by Chan, Golub, LeVeque (1979); E[x^2] - E[x]^2 loses its digits where the mean is
+    large.
     """
     if not (sync and several_ranks()):
         return n, mean, m2 / n.clamp(min=1)
-    ranks = _GatherRanks.apply(torch.cat([n[None], mean, m2]))
+    parts = [n[None], mean, m2]
+    if layer is not None:
+        parts.append(marks([layer], mean))
+    ranks = _GatherRanks.apply(torch.cat(parts))
+    if layer is not None:
+        check_marks(ranks[:, -NUM_MARKS:].sum(0))
+        ranks = ranks[:, :-NUM_MARKS]
     n_of, (mean_of, m2_of) = ranks[:, :1].detach(), ranks[:, 1:].chunk(2, dim=1)
     n = n_of.sum()
     mean = (n_of * mean_of).sum(0) / n.clamp(min=1)

@@ -3,7 +3,8 @@
 A layer whose output does not depend on the sums of this step adds them here with a function of
 their totals. When the backward pass ends, everything added leaves in one asynchronous all-reduce,
 which runs while the optimizer steps; the totals are used when a layer next needs its state. Since
-every rank adds the same in the same order, no rank waits for one that does not come.
+every rank adds the same in the same order, no rank waits for one that does not come; sums of other
+layers than on the other ranks are an error.
 """
 
 from collections.abc import Callable, Hashable
@@ -17,6 +18,7 @@ from torch import Tensor
 from torch.autograd import Variable
 
 from normexp.norms.core.replay_cache import in_recomputation
+from normexp.norms.distributed.same_layer import NUM_MARKS, check_marks, marks
 
 
 @dataclass
@@ -66,7 +68,9 @@ class DeferredSums:
             sent = self._in_flight.pop(0)
             sent.work.wait()
             sizes = [entry.partial_sums.numel() for entry in sent.entries]
-            for entry, total in zip(sent.entries, sent.packed.split(sizes), strict=True):
+            *totals, of_layers = sent.packed.split([*sizes, NUM_MARKS])
+            check_marks(of_layers)
+            for entry, total in zip(sent.entries, totals, strict=True):
                 entry.use(total.to(entry.partial_sums.dtype))
 
     def flush(self) -> None:
@@ -79,7 +83,9 @@ class DeferredSums:
         entries, self._queued = self._queued, []
         for _, group in groupby(entries, key=lambda entry: entry.partial_sums.device):
             on_one_device = list(group)
-            packed = torch.cat([entry.partial_sums for entry in on_one_device])
+            layers = [entry.key[0] for entry in on_one_device]
+            sums = [entry.partial_sums for entry in on_one_device]
+            packed = torch.cat([*sums, marks(layers, sums[0])])
             work = dist.all_reduce(packed, async_op=True)
             self._in_flight.append(_AllReduce(work, packed, on_one_device))
 
