@@ -44,7 +44,7 @@ def typed_config(settings: ExperimentSettings) -> DictConfig:
     `SAFEGUARDS` forbids.
     """
     node = _with_safeguards(settings.fairseq)
-    node["common"]["seed"] = settings.seed
+    node["common"]["seed"] = settings.seeds.initialization
     node["model"] = model_config(settings)
     apply_speed(settings.speed, node)
     if settings.evaluation.checkpoint == "average":

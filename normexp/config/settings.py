@@ -17,6 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from yaml import YAMLError
 
+from normexp.config.seeding import Seeding, Seeds
 from normexp.errors import UserError
 
 Kind = Literal["translation", "language_model"]
@@ -173,12 +174,18 @@ class ExperimentSettings(_Settings):
     task: TaskSettings
     norm: NormSettings
     seed: _Seed
+    seeding: Seeding = "fairseq"
     label: _FileName
     budget: _OptionalText
     evaluation: EvaluationSettings
     speed: SpeedSettings = SpeedSettings()
     distributed: DistributedSettings = DistributedSettings()
     fairseq: _Mapping
+
+    @property
+    def seeds(self) -> Seeds:
+        """The seeds of the run's random generators."""
+        return Seeds(self.seed, self.seeding)
 
     @property
     def save_interval(self) -> int:

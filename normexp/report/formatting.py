@@ -1,11 +1,13 @@
 """How names, marks and numbers are written in tables."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 from normexp.report.aggregate import Row, Sample
 from normexp.report.paper import Published
 from normexp.report.table import Number
+from normexp.runs.metric_values import value_of
 from normexp.runs.records import Record
 
 UNVERIFIED, BUDGET, FUTURE = "†", "‡", "§"
@@ -51,8 +53,19 @@ def mean(sample: Sample, metric: str, signed: bool = False) -> Number:
 
 
 def number(value: float, metric: str, signed: bool = False) -> Number:
-    """Format a value with the number of decimals of its metric."""
+    """Format a value with the number of decimals of its metric; infinity is ∞."""
+    if math.isinf(value):
+        return Number(("+" * signed if value > 0 else "−") + "∞", value)
+    if math.isnan(value):
+        return Number("undefined", value)
     return Number(minus(f"{value:{'+' if signed else ''}.{_decimals(metric)}f}"), value)
+
+
+def recorded(metrics: Mapping[str, Any], name: str) -> str | float:
+    """Give a metric as a record has it, but a null as what it stands for."""
+    if metrics[name] is not None:
+        return metrics[name]
+    return "not finite" if value_of(metrics, name) is None else "∞"
 
 
 def published(entry: Published) -> Number:
