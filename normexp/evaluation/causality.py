@@ -21,11 +21,11 @@ from normexp.corpora import prepare
 from normexp.errors import UserError
 from normexp.evaluation.scores import LoadedModel, load_evaluated, load_model
 from normexp.paths import OWN_RESULTS, REPOSITORY
-from normexp.perplexity import perplexity
 from normexp.runs import provenance, records
 from normexp.runs.causality_record import CausalityRecord, write_causality_record
 from normexp.runs.evidence import is_evidence
 from normexp.runs.folder import RunFolder
+from normexp.runs.perplexity import perplexity
 
 _LOG_PROBS_AT_A_TIME = 2**26
 

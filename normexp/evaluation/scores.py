@@ -18,8 +18,8 @@ from normexp.config.settings import EvaluationSettings, RunSettings, window_stri
 from normexp.corpora import PreparedCorpus
 from normexp.errors import UserError
 from normexp.evaluation import bleu, sliding_window, translations
-from normexp.perplexity import perplexity
 from normexp.runs.folder import RunFolder
+from normexp.runs.perplexity import perplexity
 
 logger = logging.getLogger(__name__)
 

@@ -11,8 +11,8 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from normexp.perplexity import perplexity
 from normexp.report.aggregate import Row, row_name
+from normexp.runs.perplexity import perplexity
 
 MOST_DRAWN = 1e9
 """Perplexity at which a curve of a diverging run leaves the figure; no dictionary is as large."""
