@@ -108,9 +108,11 @@ def _run_in_folder(settings: RunSettings, valid: ValidRun, ranks: Ranks) -> Reco
 def _run_with_corpus(
     settings: RunSettings, valid: ValidRun, corpus: PreparedCorpus, folder: RunFolder, ranks: Ranks
 ) -> Record:
+    from normexp.evaluation.preflight import check_end_of_run
     from normexp.tracking.tracker import Tracker
 
     asked = _asked(settings, valid.sites, corpus)
+    check_end_of_run(settings, asked, corpus, folder)
     _write_environment(folder, asked)
     _print(f"{asked.task} · {asked.label} · seed {asked.seed} · {settings.run_dir}")
     _print("  " + ", ".join(f"{site} {norm['name']}" for site, norm in valid.sites.items()))

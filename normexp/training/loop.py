@@ -22,7 +22,15 @@ from normexp.norms.kernels.choice import use_kernels
 from normexp.norms.loss_scale import follow_loss_scale
 from normexp.norms.running_norm import RunningNorm
 from normexp.runs.metrics_file import MetricsFile
-from normexp.training import data_parallel, preemption, randomness, resume, speed, warmups
+from normexp.training import (
+    data_parallel,
+    preemption,
+    randomness,
+    resume,
+    speed,
+    storage,
+    warmups,
+)
 from normexp.training.diagnostics import norm_diagnostics, update_diagnostics
 from normexp.training.divergence import StatisticsWatch
 from normexp.training.process_group import Ranks
@@ -265,6 +273,8 @@ def _observed_trainer(
             # 1. Rank 0 decides which file, and all ranks must see the same one.
             latest: dict[str, Any] = {}
             path = ranks.from_main("checkpoint", lambda: self._latest(Path(filename), latest))
+            if ranks.is_main:
+                storage.check_room(self.cfg, self.get_model())
             if path is None:
                 data_parallel.refuse_other_start(ranks, 0, filename)
                 catch_up(0, {})
