@@ -36,8 +36,11 @@ class Sample:
 
     @property
     def mean(self) -> float:
-        """Arithmetic mean."""
-        return statistics.fmean(self.values.values())
+        """Arithmetic mean; infinite where a sum of the values is."""
+        try:
+            return statistics.fmean(self.values.values())
+        except OverflowError:
+            return math.inf
 
     @property
     def sd(self) -> float | None:

@@ -187,11 +187,14 @@ def describe(record: Record) -> str:
         del shown["perplexity_per_word"], shown["perplexity_per_token"]
     test = record.metrics.get("test") or record.metrics["valid"]
     values = {name: value_of(test, key) for key, name in shown.items() if key in test}
-    numbers = [
-        f"{name} " + ("unknown" if value is None else f"{value:.2f}")
-        for name, value in values.items()
-    ]
+    numbers = [f"{name} {_rounded(value)}" for name, value in values.items()]
     return head + ", ".join(numbers) + f" ({record.num_updates} updates)"
+
+
+def _rounded(value: float | None) -> str:
+    if value is None:
+        return "not finite"
+    return f"{value:.2f}" if value < 1e9 else f"{value:.3g}"
 
 
 def read_record(path: Path) -> Record:
