@@ -9,7 +9,7 @@ from pathlib import Path
 from normexp.config.settings import RunSettings
 from normexp.corpora import PreparedCorpus
 from normexp.errors import UserError
-from normexp.evaluation import bleu
+from normexp.evaluation import bleu, translations
 from normexp.runs import records
 from normexp.runs.folder import RunFolder
 from normexp.runs.provenance import utc_now
@@ -84,7 +84,8 @@ def _check_metrics(compound_split: bool, corpus: PreparedCorpus) -> None:
 
 def _check_writable(folder: Path, splits: Iterable[str]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    _refuse_folders(folder / f"{split}.txt" for split in splits)
+    names = translations.TOKENISED, translations.DETOKENISED
+    _refuse_folders(folder / name.format(split=split) for split in splits for name in names)
     with tempfile.NamedTemporaryFile(dir=folder) as probe:
         probe.write(b"translation\n")
 

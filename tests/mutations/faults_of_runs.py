@@ -200,4 +200,25 @@ RUNS = [
         "srun's line is shown instead of the job's own error",
         SWEEPS,
     ),
+    Fault(
+        "runs/perplexity.py",
+        "return math.inf",
+        "raise",
+        "a huge loss stops the evaluation",
+        ("runs/test_metrics_that_are_not_finite",),
+    ),
+    Fault(
+        "runs/lookup.py",
+        "return not unknown_values(record.metrics)",
+        "return True",
+        "a record without numbers is never made again",
+        ("runs/test_metrics_that_are_not_finite",),
+    ),
+    Fault(
+        "evaluation/preflight.py",
+        "_check_metrics(settings.evaluation.compound_split, corpus)",
+        "pass",
+        "a missing package is noticed after the training",
+        ("runs/test_failures_before_training",),
+    ),
 ]
