@@ -97,8 +97,8 @@ RUNS = [
     ),
     Fault(
         "runs/lookup.py",
-        'if found and found[1].status != "failed" else None',
-        "if found else None",
+        'return record.status == "diverged"',
+        "return True",
         "a failed run is not tried again",
         ("runs/test_survival_of_folders::test_too_little_memory",),
     ),

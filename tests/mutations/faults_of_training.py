@@ -90,9 +90,9 @@ TRAINING = [
         ("training/test_process_group",),
     ),
     Fault(
-        "training/data_parallel.py",
-        "return (seed + (rank << 24)) % 2**32 if rank else seed",
-        "return seed",
+        "training/randomness.py",
+        "seeds.masks(self.get_num_updates(), rank)",
+        "seeds.masks(self.get_num_updates())",
         "all ranks draw the same dropout masks",
         KILLED_RANKS,
     ),

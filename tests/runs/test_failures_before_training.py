@@ -75,7 +75,6 @@ def test_references_that_were_cut(refused, monkeypatch) -> None:
     [
         "runs/toy_translation/LN-seed1/hypotheses/test.txt/folder",
         "runs/toy_translation/LN-seed1/record.json/folder",
-        "records/toy_translation/LN-seed1.json/folder",
     ],
 )
 def test_folders_where_results_belong(
