@@ -14,6 +14,7 @@ OWN_RESULTS = RESULTS / "own"
 def home_folder() -> Path | None:
     """Return the user's home folder; None for a user without one, as in many containers."""
     try:
-        return Path.home()
+        home = Path.home()
     except RuntimeError:
         return None
+    return home if home.is_absolute() else None

@@ -28,7 +28,8 @@ def check_end_of_run(
             raise UserError(f"evaluation.splits: {error}") from None
     if corpus.kind == "translation":
         _check_beam(settings.evaluation.beam, corpus)
-        _check_references(settings.evaluation.splits, corpus)
+        for split in settings.evaluation.splits:
+            translations.raw_references(corpus, split, corpus.sentences(split))
         _check_metrics(settings.evaluation.compound_split, corpus)
         _check_writable(folder.hypotheses, settings.evaluation.splits)
 
@@ -53,17 +54,6 @@ def _check_beam(beam: int, corpus: PreparedCorpus) -> None:
         raise UserError(
             f"evaluation.beam={beam} must be less than the {words} entries of the dictionary"
         )
-
-
-def _check_references(splits: Iterable[str], corpus: PreparedCorpus) -> None:
-    for split in splits:
-        path = corpus.raw_reference(split)
-        lines = path.read_bytes().count(b"\n")
-        if lines != corpus.sentences(split):
-            raise UserError(
-                f"{path} has {lines} lines for {corpus.sentences(split)} sentences; remove "
-                f"{corpus.directory} to prepare the corpus again"
-            )
 
 
 def _check_metrics(compound_split: bool, corpus: PreparedCorpus) -> None:

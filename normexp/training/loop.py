@@ -285,7 +285,7 @@ def _observed_trainer(
                 extra_state = super().load_checkpoint(path, *args, **kwargs)
             updates = self.get_num_updates()
             data_parallel.refuse_other_start(ranks, updates, path)
-            _check_validation(self, [extra_state["val_loss"]])  # earlier versions went on
+            _check_validation(self, [extra_state.get("val_loss")])  # earlier versions went on
             # 3. The rest: our counts, and what fairseq does only after an epoch's checkpoint.
             position = extra_state["train_iterator"]
             # At the end of an epoch the position is the beginning of the next one.
