@@ -9,3 +9,12 @@ RESULTS = REPOSITORY / "results"
 
 OWN_RESULTS = RESULTS / "own"
 """Where runs leave their results by default; git ignores it."""
+
+
+def home_folder() -> Path | None:
+    """Return the user's home folder; None for a user without one, as in many containers."""
+    try:
+        home = Path.home()
+    except RuntimeError:
+        return None
+    return home if home.is_absolute() else None

@@ -28,9 +28,10 @@ from normexp.runs import advice, provenance, records
 from normexp.runs.archive import make_way
 from normexp.runs.evidence import refuse_evidence
 from normexp.runs.folder import RunFolder, open_run
-from normexp.runs.lookup import already, find_finished
+from normexp.runs.lookup import already, find_finished, is_final
+from normexp.runs.metric_values import unknown_values
 from normexp.runs.records import Asked, Outcome, Record
-from normexp.training import preemption, process_group
+from normexp.training import preemption, process_group, warmups
 from normexp.training.process_group import Ranks
 
 if TYPE_CHECKING:  # it imports fairseq, which takes seconds
@@ -76,7 +77,7 @@ def _train_as_worker(settings: RunSettings, ranks: Ranks) -> None:
         validate(settings).fairseq, Path(sent["data_bin"]), languages, Path(sent["checkpoints"])
     )
     with suppress(loop.Diverged):  # on all ranks: rank 0 records it
-        loop.train(fairseq_cfg, None, [], settings.speed, ranks)
+        loop.train(fairseq_cfg, None, [], settings.speed, settings.seeds, ranks)
 
 
 def _run_in_folder(settings: RunSettings, valid: ValidRun, ranks: Ranks) -> Record:
@@ -107,9 +108,11 @@ def _run_in_folder(settings: RunSettings, valid: ValidRun, ranks: Ranks) -> Reco
 def _run_with_corpus(
     settings: RunSettings, valid: ValidRun, corpus: PreparedCorpus, folder: RunFolder, ranks: Ranks
 ) -> Record:
+    from normexp.evaluation.preflight import check_end_of_run
     from normexp.tracking.tracker import Tracker
 
     asked = _asked(settings, valid.sites, corpus)
+    check_end_of_run(settings, asked, corpus, folder)
     _write_environment(folder, asked)
     _print(f"{asked.task} · {asked.label} · seed {asked.seed} · {settings.run_dir}")
     _print("  " + ", ".join(f"{site} {norm['name']}" for site, norm in valid.sites.items()))
@@ -118,6 +121,8 @@ def _run_with_corpus(
             "  the moving average of the weights (fairseq.ema) is kept in the checkpoints; "
             f"evaluation.checkpoint={settings.evaluation.checkpoint} is of the weights themselves"
         )
+    for line in warmups.what_counts(valid.fairseq, valid.sites, ranks.size):
+        _print("  " + line)
     with Tracker.start(
         settings.tracking.mode,
         settings.tracking.project,
@@ -181,8 +186,9 @@ def _train_and_evaluate(
                 diverged.reason,
                 diverged_at_update=diverged.update,
                 diverged_site=diverged.site,
-                num_updates=diverged.update - 1,
+                num_updates=diverged.num_updates,
                 curve=_curve(folder),
+                notes=diverged.notes,
             )
         write_json(folder.finished, vars(trained))
         preemption.raise_if_signalled()
@@ -196,8 +202,10 @@ def _train_and_evaluate(
         logger.warning("%s; resuming from %s to make it again", lost, source)
         return _train_and_evaluate(settings, valid, corpus, folder, tracker, ranks)
     logger.info("evaluated: %s", evaluated.checkpoint)
+    unknown = unknown_values(evaluated.metrics)
     return Outcome(
-        status="complete",
+        status="diverged" if unknown else "complete",
+        reason=f"{', '.join(unknown)} of {evaluated.checkpoint} is not finite" if unknown else None,
         metrics=evaluated.metrics,
         curve=_curve(folder),
         sees_future_tokens=evaluated.sees_future_tokens,
@@ -227,7 +235,7 @@ def _train(
     ranks.publish("training", paths | {"languages": languages})
     with MetricsFile(folder.metrics) as metrics:
         sinks = [tracker, _print_validation]
-        return loop.train(fairseq_cfg, metrics, sinks, settings.speed, ranks)
+        return loop.train(fairseq_cfg, metrics, sinks, settings.speed, settings.seeds, ranks)
 
 
 def _refuse_long_lines(settings: RunSettings, fairseq_cfg: Any) -> None:
@@ -328,7 +336,7 @@ def _complete_record(folder: RunFolder, settings: RunSettings) -> Record | None:
     except UserError as error:
         logger.warning("%s; the run is evaluated again", error)
         return None
-    if record.status == "failed" or record.config_hash != config_hash(settings):
+    if not is_final(record) or record.config_hash != config_hash(settings):
         return None
     _publish(record, settings.results_dir)  # somebody removed it from among the results
     _print(already(folder.record))

@@ -29,7 +29,7 @@ def typed_config(settings: ExperimentSettings) -> DictConfig:
     for key, value in fairseq_keys.set_values().items():
         OmegaConf.update(guarded, key, value)
     node = OmegaConf.to_container(guarded)
-    node["common"]["seed"] = settings.seed
+    node["common"]["seed"] = settings.seeds.initialization
     node["model"] = model_config(settings)
     apply_speed(settings.speed, node)
     if settings.evaluation.checkpoint == "average":

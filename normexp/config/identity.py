@@ -63,21 +63,20 @@ def identity(settings: ExperimentSettings) -> dict[str, Any]:
 
 
 def is_same_training(one: ExperimentSettings, other: ExperimentSettings) -> bool:
-    """Return whether two runs are one training: they differ at most in name and evaluation.
+    """Return whether the training of `one` is that of `other`: name and evaluation may differ.
 
-    Which epochs are kept for averaging belongs to the training.
+    But for an average that needs epochs whose checkpoints `one` did not keep.
     """
-    return one.seed == other.seed and _of_training(one) == _of_training(other)
+    kept, needed = (settings.evaluation for settings in (one, other))
+    enough = needed.checkpoint == "best" or (
+        kept.checkpoint == "average" and needed.average_last <= kept.average_last
+    )
+    return enough and one.seed == other.seed and _of_training(one) == _of_training(other)
 
 
 def _of_training(settings: ExperimentSettings) -> str:
-    kept = identity(settings)
-    del kept["label"]
-    evaluation = settings.evaluation
-    kept["evaluation"] = [evaluation.checkpoint]
-    if evaluation.checkpoint == "average":
-        kept["evaluation"].append(evaluation.average_last)
-    return hash_config(kept, without=["budget", "task.budget"])
+    without = ["label", "evaluation", "budget", "task.budget"]
+    return hash_config(identity(settings), without=without)
 
 
 def config_hash(settings: ExperimentSettings) -> str:

@@ -15,9 +15,10 @@ from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from yaml import YAMLError
 
+from normexp.config.seeding import Seeding, Seeds
 from normexp.errors import UserError
 
 Kind = Literal["translation", "language_model"]
@@ -45,9 +46,19 @@ NOT_IN_IDENTITY = ("data", "results_dir", "run_dir", "tracking", "departures")
 """Settings of a run that do not decide its result."""
 
 
+LONGEST_NAME = 170
+"""Characters of a label or a task's name. Names of files, of 255 bytes, add a seed and a time."""
+
+
 def _text(value: Any) -> Any:
     """A label such as 0.95 is a number to YAML."""
     return str(value) if type(value) in (int, float) else value
+
+
+def _without_repetition(values: list[str]) -> list[str]:
+    if len(set(values)) < len(values):
+        raise ValueError("repeated")
+    return values
 
 
 def _path(value: Any) -> Any:
@@ -63,7 +74,13 @@ _Integer = Annotated[int, Field(description="must be an integer")]
 _OptionalInteger = Annotated[int | None, Field(description="must be an integer or null")]
 _Count = Annotated[int, Field(ge=1, description="must be an integer of at least 1")]
 _Seed = Annotated[int, Field(ge=1, lt=2**31, description="must be an integer from 1 to 2147483647")]
-_Number = Annotated[float, Field(description="must be a number")]
+# Lengths of hypotheses are raised to this power, in float32.
+_Exponent = Annotated[float, Field(ge=-10, le=10, description="must be a number from -10 to 10")]
+_Beam = Annotated[int, Field(ge=1, le=1000, description="must be an integer from 1 to 1000")]
+_Epochs = Annotated[int, Field(ge=1, le=10_000, description="must be an integer from 1 to 10000")]
+_Tokens = Annotated[
+    int, Field(ge=1, le=10_000_000, description="must be an integer from 1 to 10000000")
+]
 _Path = Annotated[Path, Field(strict=False, description="must be a path"), BeforeValidator(_path)]
 _OptionalPath = Annotated[
     Path | None,
@@ -80,7 +97,9 @@ _FileName = Annotated[
     BeforeValidator(_text),
     Field(
         pattern=r"^[A-Za-z0-9][A-Za-z0-9_.+=-]*$",
-        description="names files: use letters, digits and . _ - + = (no spaces)",
+        max_length=LONGEST_NAME,
+        description="names files: use letters, digits and . _ - + = (no spaces), at most "
+        f"{LONGEST_NAME} of them",
     ),
 ]
 
@@ -117,15 +136,16 @@ class EvaluationSettings(_Settings):
     """How the trained model is evaluated; lengths in tokens."""
 
     checkpoint: Literal["average", "best", "ema"]
-    average_last: _Count
-    beam: _Count
-    length_penalty: _Number
-    max_tokens: _Count
+    average_last: _Epochs
+    beam: _Beam
+    length_penalty: _Exponent
+    max_tokens: _Tokens
     context_window: _Integer = 0
     stride: _OptionalInteger = None
     compound_split: _Flag = False
     splits: Annotated[
         list[Literal["valid", "test"]],
+        AfterValidator(_without_repetition),
         Field(min_length=1, description="; known: valid, test (a list of one or both)"),
     ]
 
@@ -174,6 +194,7 @@ class ExperimentSettings(_Settings):
     task: TaskSettings
     norm: NormSettings
     seed: _Seed
+    seeding: Seeding = "fairseq"
     label: _FileName
     budget: _OptionalText
     evaluation: EvaluationSettings
@@ -182,6 +203,11 @@ class ExperimentSettings(_Settings):
     fairseq: _Mapping
     finetuned_from: _OptionalText = None
     """SHA-256 of the checkpoint that fairseq.checkpoint.finetune_from_model names; filled in."""
+
+    @property
+    def seeds(self) -> Seeds:
+        """The seeds of the run's random generators."""
+        return Seeds(self.seed, self.seeding)
 
     @property
     def save_interval(self) -> int:

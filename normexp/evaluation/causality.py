@@ -25,6 +25,7 @@ from normexp.runs import provenance, records
 from normexp.runs.causality_record import CausalityRecord, write_causality_record
 from normexp.runs.evidence import is_evidence
 from normexp.runs.folder import RunFolder
+from normexp.runs.perplexity import perplexity
 
 _LOG_PROBS_AT_A_TIME = 2**26
 
@@ -102,7 +103,8 @@ def perplexity_by_future(
     Every position of every drawn block is predicted three times: with the inputs of the ordinary
     evaluation, with all inputs after the position replaced by random tokens, and with them
     replaced by padding. The three perplexities of a causal model are equal. segments: number of
-    blocks drawn from the split. Raises UserError if the split has no block of two tokens.
+    blocks drawn from the split. Raises UserError if the split has no block of two tokens, and if
+    the probabilities are not numbers.
     """
     generator = torch.Generator().manual_seed(seed)
     sums, count = dict.fromkeys(("visible", "random", "hidden"), 0.0), 0
@@ -130,8 +132,10 @@ def perplexity_by_future(
                     own = log_probs[torch.arange(len(block), device=at.device), block]
                     sums[treatment] -= float(own.gather(1, own_targets[block]).sum())
             count += length
+    if any(math.isnan(value) for value in sums.values()):
+        raise UserError(f"the model's probabilities on {split} are not numbers: it has diverged")
     return PerplexityByFuture(
-        count, **{name: math.exp(value / count) for name, value in sums.items()}
+        count, **{name: perplexity(value / count) for name, value in sums.items()}
     )
 
 
@@ -213,9 +217,9 @@ def _write_record(
         sees_future_tokens=sensitivity.sees_future,
         changed=sensitivity.changed,
         largest_nats=sensitivity.largest,
-        perplexity_visible=perplexity.visible,
-        perplexity_random=perplexity.random,
-        perplexity_hidden=perplexity.hidden,
+        perplexity_visible=_finite(perplexity.visible),
+        perplexity_random=_finite(perplexity.random),
+        perplexity_hidden=_finite(perplexity.hidden),
         code_commit=commit,
         code_dirty=dirty,
         versions=provenance.package_versions(),
@@ -224,6 +228,10 @@ def _write_record(
     )
     write_causality_record(path, result)
     return path
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 def _of_checkpoint(path: Path, data: Path | None, user_dir: Path | None, cpu: bool) -> LoadedModel:

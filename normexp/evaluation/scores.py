@@ -5,7 +5,6 @@ tools leave out what does not fit and report a score all the same.
 """
 
 import logging
-import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +20,7 @@ from normexp.corpora import PreparedCorpus
 from normexp.errors import UserError
 from normexp.evaluation import bleu, sliding_window, translations
 from normexp.runs.folder import RunFolder
+from normexp.runs.perplexity import perplexity
 
 logger = logging.getLogger(__name__)
 
@@ -219,7 +219,7 @@ def evaluate_translation(
             corpus, hypotheses, references, detokenised, raw, settings.compound_split
         ) | {
             "loss_per_token_nats": nll / tokens,
-            "perplexity_per_token": math.exp(nll / tokens),
+            "perplexity_per_token": perplexity(nll / tokens),
         }
     return metrics
 
@@ -252,16 +252,16 @@ def evaluate_language_model(
             )
         metrics[split] = {
             "loss_per_token_nats": nll / tokens,
-            "perplexity_per_token": math.exp(nll / tokens),
-            "perplexity_per_word": math.exp(nll / words),
+            "perplexity_per_token": perplexity(nll / tokens),
+            "perplexity_per_word": perplexity(nll / words),
         }
         if streamed:
             windows = settings.context_window, settings.stride, settings.max_tokens
             nll, _ = score_stream(loaded, split, *windows, progress)
             metrics[split] |= {
                 "streamed_loss_per_token_nats": nll / tokens,
-                "streamed_perplexity_per_token": math.exp(nll / tokens),
-                "streamed_perplexity_per_word": math.exp(nll / words),
+                "streamed_perplexity_per_token": perplexity(nll / tokens),
+                "streamed_perplexity_per_word": perplexity(nll / words),
             }
     return metrics
 

@@ -18,6 +18,11 @@ fairseq_cli.train              validates and saves after an      `after_updates`
   .validate_and_save           update, as configured             call, in which a signal can end
                                                                  training in order
 
+fairseq_cli.train.validate     returns the validation losses     `after_validations`: the same, then
+                                                                 a call that can end the training
+                                                                 before one of them chooses a
+                                                                 checkpoint
+
 progress_bar                   calls wandb.init at each epoch    `metrics_sent_to`: a bar that
   .WandBProgressBarWrapper     and validation, which leaves      passes each number to functions and
                                empty run folders                 knows nothing of W&B
@@ -133,6 +138,26 @@ def after_updates(
         return losses, should_stop
 
     with patched(fairseq_train, "validate_and_save", and_then):
+        yield
+
+
+@contextmanager
+def after_validations(
+    fairseq_train: Any, action: Callable[[Any, list[float | None]], None]
+) -> Iterator[None]:
+    """Within this context fairseq's training loop, the module fairseq_cli.train, calls `action`.
+
+    action: called as action(trainer, losses) after a validation that has been logged, before a
+    checkpoint is written; losses: the value of best_checkpoint_metric for each subset.
+    """
+    validate = fairseq_train.validate
+
+    def and_then(cfg: Any, trainer: Any, *args: Any) -> list[float | None]:
+        losses = validate(cfg, trainer, *args)
+        action(trainer, losses)
+        return losses
+
+    with patched(fairseq_train, "validate", and_then):
         yield
 
 

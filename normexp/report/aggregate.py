@@ -5,6 +5,7 @@ The rules are those of results/PROTOCOL.md.
 
 import hashlib
 import json
+import math
 import re
 import statistics
 from collections import defaultdict
@@ -12,6 +13,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from normexp.runs.metric_values import value_of
 from normexp.runs.records import Record
 
 LABEL_ORDER = ("LN", "BN", "BN-released", "PN-V", "PN", "PN-released", "PN-released-mt")
@@ -34,17 +36,22 @@ class Sample:
 
     @property
     def mean(self) -> float:
-        """Arithmetic mean."""
-        return statistics.fmean(self.values.values())
+        """Arithmetic mean; infinite where a sum of the values is."""
+        try:
+            return statistics.fmean(self.values.values())
+        except OverflowError:
+            return math.inf
 
     @property
     def sd(self) -> float | None:
-        """Standard deviation of the sample (n - 1); None for one seed."""
-        return statistics.stdev(self.values.values()) if self.n > 1 else None
+        """Standard deviation of the sample (n - 1); None for one seed, and beside an infinity."""
+        if self.n < 2 or not math.isfinite(self.mean):
+            return None
+        return statistics.stdev(self.values.values())
 
     @property
     def interval(self) -> tuple[float, float] | None:
-        """95 % confidence interval of the mean by Student's t; None for one seed."""
+        """95 % confidence interval of the mean by Student's t; None where `sd` is None."""
         if self.sd is None:
             return None
         from scipy.stats import t  # here, because it takes a second to load
@@ -75,12 +82,12 @@ class Row:
         return _setting(self.first)
 
     def sample(self, split: str, metric: str) -> Sample | None:
-        """Collect the finite values of the complete runs; None if there are none."""
+        """Collect the values of the complete runs, also infinite ones; None if there are none."""
         values = {
             run.seed: value
             for run in self.runs.values()
             if run.status == "complete"
-            and isinstance(value := run.metrics.get(split, {}).get(metric), int | float)
+            and (value := value_of(run.metrics.get(split, {}), metric)) is not None
         }
         return Sample(values) if values else None
 
@@ -99,7 +106,9 @@ class Difference:
         """The verdict by the rule of PROTOCOL.md."""
         if self.sample.n < MIN_SEEDS_TO_JUDGE:
             return f"not judged: fewer than {MIN_SEEDS_TO_JUDGE} seeds"
-        low, high = self.sample.interval
+        if (interval := self.sample.interval) is None:
+            return "not judged: not all perplexities are finite"
+        low, high = interval
         if low <= 0 <= high:
             return "no difference shown"
         better = (low > 0) == (self.metric in HIGHER_IS_BETTER)

@@ -1,5 +1,6 @@
 """The table of causality tests: what language models do without the tokens they predict."""
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -25,9 +26,9 @@ def causality_table(task: str, causality: Mapping[Path, CausalityRecord]) -> Tab
                 str(record.seed),
                 "yes" if record.sees_future_tokens else "no",
                 Number(f"{100 * record.changed:.1f} %", record.changed),
-                formatting.number(record.perplexity_visible, "perplexity"),
-                formatting.number(record.perplexity_random, "perplexity"),
-                formatting.number(record.perplexity_hidden, "perplexity"),
+                formatting.number(_infinite_if_null(record.perplexity_visible), "perplexity"),
+                formatting.number(_infinite_if_null(record.perplexity_random), "perplexity"),
+                formatting.number(_infinite_if_null(record.perplexity_hidden), "perplexity"),
                 f"{record.split}, {record.blocks} blocks",
                 record.code_commit[:7],
                 [Link("record", path)],
@@ -50,3 +51,7 @@ def causality_table(task: str, causality: Mapping[Path, CausalityRecord]) -> Tab
         "and hidden; the three are equal for a causal model."
     )
     return Table(header, lines, [Note(note)])
+
+
+def _infinite_if_null(perplexity: float | None) -> float:
+    return math.inf if perplexity is None else perplexity

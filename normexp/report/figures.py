@@ -7,13 +7,15 @@ the SHA-256 of its data, by which it is found to be up to date.
 import hashlib
 import io
 import json
-import math
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from normexp.report.aggregate import Row, row_name
+from normexp.runs.perplexity import perplexity
 
+MOST_DRAWN = 1e9
+"""Perplexity at which a curve of a diverging run leaves the figure; no dictionary is as large."""
 _DIGEST = re.compile(r"<dc:description>(\w+)</dc:description>")
 STYLE = {
     "svg.hashsalt": "normexp",  # else the ids of elements are random
@@ -45,7 +47,7 @@ def curves_svg(rows: list[Row]) -> str | None:
             updates, losses = zip(*curve, strict=True)
             axes.plot(
                 updates,
-                [math.exp(loss) for loss in losses],
+                [min(perplexity(loss), MOST_DRAWN) for loss in losses],
                 color=f"C{number % 10}",
                 linestyle="--" if sees_future else "-",
                 label=None if name in named else name + " (sees future tokens)" * sees_future,

@@ -1,11 +1,13 @@
 """How names, marks and numbers are written in tables."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 from normexp.report.aggregate import Row, Sample
 from normexp.report.paper import Published
 from normexp.report.table import Number
+from normexp.runs.metric_values import value_of
 from normexp.runs.records import Record
 
 UNVERIFIED, BUDGET, FUTURE = "†", "‡", "§"
@@ -31,6 +33,8 @@ METRIC_NAMES = {
     "loss_per_token_nats": "loss (nats per token)",
 }
 
+_MANY_DIGITS = 1e9
+
 
 def metric_name(metric: str) -> str:
     """Give the name of a metric in a heading."""
@@ -45,14 +49,27 @@ def with_marks(name: str, row: Row) -> str:
 
 def mean(sample: Sample, metric: str, signed: bool = False) -> Number:
     """Format mean, standard deviation and number of seeds, as in "35.81 ± 0.05 (n = 3)"."""
-    sd = "" if sample.sd is None else f" ± {sample.sd:.{_decimals(metric)}f}"
+    sd = "" if sample.sd is None else f" ± {number(sample.sd, metric)}"
     text = f"{number(sample.mean, metric, signed)}{sd} (n = {sample.n})"
     return Number(text, sample.mean)
 
 
 def number(value: float, metric: str, signed: bool = False) -> Number:
-    """Format a value with the number of decimals of its metric."""
+    """Format a value with the number of decimals of its metric; ∞ where it is infinite."""
+    if math.isinf(value):
+        return Number(("+" * signed if value > 0 else "−") + "∞", value)
+    if math.isnan(value):
+        return Number("undefined", value)
+    if abs(value) >= _MANY_DIGITS:
+        return Number(minus(f"{value:{'+' if signed else ''}.2e}"), value)
     return Number(minus(f"{value:{'+' if signed else ''}.{_decimals(metric)}f}"), value)
+
+
+def recorded(metrics: Mapping[str, Any], name: str) -> str | float:
+    """Give a metric as a record has it, but a null as what it stands for."""
+    if metrics[name] is not None:
+        return metrics[name]
+    return "not finite" if value_of(metrics, name) is None else "∞"
 
 
 def published(entry: Published) -> Number:

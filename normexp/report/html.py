@@ -35,6 +35,7 @@ from normexp.report.result_tables import (
 )
 from normexp.report.table import Cell, Link, Note, Number, Table
 from normexp.runs.causality_record import CausalityRecord
+from normexp.runs.metric_values import value_of
 from normexp.runs.records import Record
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -224,8 +225,8 @@ class _Content:
 
     def headline(self, run: Record) -> str:
         """Give name and value of the run's primary metric."""
-        value = run.metrics.get("test", {}).get(metric := PRIMARY_METRIC[run.kind])
-        if not isinstance(value, int | float):
+        value = value_of(run.metrics.get("test", {}), metric := PRIMARY_METRIC[run.kind])
+        if value is None:
             return ""
         return f"test {metric_name(metric)} {formatting.number(value, metric)}"
 

@@ -16,6 +16,7 @@ _SPECIAL = {
     "×": r"$\times$",
     "≈": r"$\approx$",
     "—": "---",
+    "∞": r"$\infty$",
     "†": r"$^\dagger$",
     "‡": r"$^\ddagger$",
     "§": r"$^\S$",

@@ -7,6 +7,7 @@ from normexp.report.aggregate import Row, label_sort_key, row_name
 from normexp.report.formatting import BUDGET, FUTURE, UNVERIFIED, metric_name, status
 from normexp.report.paper import Published
 from normexp.report.table import Link, Note
+from normexp.runs.metric_values import value_of
 
 
 def notes(rows: list[Row], published: list[Published]) -> list[Note]:
@@ -50,6 +51,8 @@ def notes(rows: list[Row], published: list[Published]) -> list[Note]:
 def _left_out(row: Row, name: str) -> Iterator[Note]:
     for path, run in row.runs.items():
         link = Link("record", path)
+        for note in run.notes:
+            yield Note(f"{name}, seed {run.seed}: {note}.", link)
         if run.status != "complete":
             yield Note(f"{name}, seed {run.seed}: {status(run)}; not in the mean.", link)
             continue
@@ -57,7 +60,7 @@ def _left_out(row: Row, name: str) -> Iterator[Note]:
             f"{split} {metric_name(metric)}"
             for split, metrics in sorted(run.metrics.items())
             for metric, value in sorted(metrics.items())
-            if value is None
+            if value is None and value_of(metrics, metric) is None
         ]
         if absent:
             text = f"{', '.join(absent)} is not a finite number; not in the mean."

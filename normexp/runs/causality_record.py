@@ -26,6 +26,7 @@ class CausalityRecord:
         changed: Share of the positions, 0 to 1, whose prediction depends on later tokens.
         largest_nats: Largest change of a log-probability when later tokens change, in nats.
         perplexity_visible: Per token over the blocks, with later tokens as they are.
+            None where it is infinite, as of the next two.
         perplexity_random: The same with later tokens replaced at random.
         perplexity_hidden: The same with later tokens replaced by padding.
     """
@@ -46,9 +47,9 @@ class CausalityRecord:
     sees_future_tokens: bool
     changed: float
     largest_nats: float
-    perplexity_visible: float
-    perplexity_random: float
-    perplexity_hidden: float
+    perplexity_visible: float | None
+    perplexity_random: float | None
+    perplexity_hidden: float | None
     code_commit: str
     code_dirty: bool | None
     versions: dict[str, str]

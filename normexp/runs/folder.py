@@ -27,7 +27,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from normexp.config.identity import differences, is_same_training
-from normexp.config.settings import RunSettings, parse
+from normexp.config.settings import EvaluationSettings, RunSettings, parse
 from normexp.errors import UserError
 from normexp.files import whole_file
 from normexp.runs.archive import CURE, archive
@@ -89,9 +89,10 @@ class RunFolder:
                 return True
         return False
 
-    def read_settings(self) -> RunSettings:
+    def read_settings(self, mended: EvaluationSettings | None = None) -> RunSettings:
         """Read the settings of the run.
 
+        mended: evaluation in the place of the run's own, but for the checkpoints that it keeps.
         Raises UserError where there are none or the file is damaged, and OtherSettings where they
         are of another version.
         """
@@ -107,6 +108,12 @@ class RunFolder:
             raise UserError(f"{self.config} is damaged ({reason}); {self._cure}") from None
         if not isinstance(cfg, DictConfig) or "task" not in cfg:
             raise UserError(f"{self.config} is not the configuration of a run; {self._cure}")
+        if mended is not None:
+            kept = {
+                key: OmegaConf.select(cfg, f"evaluation.{key}")
+                for key in ("checkpoint", "average_last")
+            }
+            cfg.evaluation = mended.model_dump(mode="json") | kept
         try:
             return parse(cfg)
         except UserError as error:
@@ -123,7 +130,10 @@ class RunFolder:
         try:
             own = self.read_settings()
         except OtherSettings as error:
-            return str(error)
+            try:  # an earlier version accepted an evaluation that this command mends
+                own = self.read_settings(mended=settings.evaluation)
+            except OtherSettings:
+                return str(error)
         return "" if is_same_training(own, settings) else differences(own, settings)
 
     def has_result(self) -> bool:

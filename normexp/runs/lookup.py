@@ -8,6 +8,7 @@ from normexp.errors import UserError
 from normexp.paths import RESULTS
 from normexp.runs.evidence import evidence_beside
 from normexp.runs.folder import RunFolder
+from normexp.runs.metric_values import unknown_values
 from normexp.runs.records import Record, path_of_run, read_record
 
 
@@ -47,7 +48,14 @@ def _record_in(results_dir: Path, settings: RunSettings) -> tuple[Path, Record] 
 def find_finished(settings: RunSettings) -> tuple[Path, Record] | None:
     """Find the record of this run if it needs nothing more: it is complete or has diverged."""
     found = find_record(settings)
-    return found if found and found[1].status != "failed" else None
+    return found if found and is_final(found[1]) else None
+
+
+def is_final(record: Record) -> bool:
+    """Return False where the same command tries again: a failed run, or metrics without numbers."""
+    if record.status == "complete":
+        return not unknown_values(record.metrics)
+    return record.status == "diverged"
 
 
 def already(path: Path) -> str:

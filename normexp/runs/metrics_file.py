@@ -57,10 +57,13 @@ class MetricsFile:
         self._file = open(self._path, "a+b", buffering=0)  # noqa: SIM115
 
     def values(self, tag: str, name: str) -> dict[int, float]:
-        """Return the finite values logged under a tag and a name so far, by step and in order."""
+        """Return the finite numbers logged under a tag and a name so far, by step and in order.
+
+        Whatever else stands there, 1e999 or a text, is left out.
+        """
         entries = (entry for _, entry in self._lines())
         found = {entry["step"]: entry.get(name) for entry in entries if entry["tag"] == tag}
-        return {step: value for step, value in found.items() if value is not None}
+        return {step: float(value) for step, value in found.items() if _is_finite(value)}
 
     def close(self) -> None:
         """Close the file; the sink cannot be called afterwards."""
@@ -101,8 +104,15 @@ class MetricsFile:
         for line in self._path.read_bytes().splitlines(keepends=True):
             try:
                 entry = json.loads(line)
-                if isinstance(entry["tag"], str) and isinstance(entry["step"], int):
+                if isinstance(entry["tag"], str) and type(entry["step"]) is int:
                     found.append((line, entry))
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, RecursionError):
                 continue
         return found
+
+
+def _is_finite(value: Any) -> bool:
+    try:
+        return type(value) in (int, float) and math.isfinite(value)
+    except OverflowError:  # an integer of more than 308 digits
+        return False

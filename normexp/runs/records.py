@@ -18,6 +18,8 @@ from normexp.config.identity import config_hash, hash_config
 from normexp.config.settings import ExperimentSettings, validated
 from normexp.errors import UserError, invalid_fields
 from normexp.files import whole_file
+from normexp.paths import home_folder
+from normexp.runs.metric_values import value_of
 
 SCHEMA_VERSION = 1
 
@@ -85,6 +87,7 @@ class Outcome:
         peak_memory_bytes: Of the GPU's memory allocated to tensors, or of the process on the CPU.
         kernels: How many layers with running statistics were trained by "native" (compiled),
             "triton" or "plain" kernels; None where the run ended before, or is older than they are.
+        notes: What a reader of the result has to know, in sentences: a warm-up that outlasted it.
     """
 
     status: Literal["complete", "diverged", "failed"]
@@ -101,6 +104,7 @@ class Outcome:
     peak_memory_bytes: int | None
     wall_time_seconds: float | None
     kernels: dict[str, int] | None = None
+    notes: list[str] = field(default_factory=list)
 
     @classmethod
     def without_result(cls, status: str, reason: str, **known: Any) -> "Outcome":
@@ -156,16 +160,16 @@ def write_record(path: Path, record: Record) -> None:
     replaced by "." and "~" wherever they occur (an error message quotes paths). Raises ValueError
     naming the field if the record does not have the types it declares.
     """
-    folders = {str(Path.cwd()): ".", str(Path.home()): "~"}
-    content = _storable(asdict(record), folders)
-    try:
-        _RECORD.validate_json(json.dumps(content, allow_nan=False))
-    except ValidationError as error:
-        raise ValueError(f"not a valid record: {invalid_fields(error)}") from error
+    content = _content(record)
     text = json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(path) as file:
         file.write(text + "\n")
+
+
+def check(record: Record) -> None:
+    """Raise ValueError naming the field if `write_record` would not write this record."""
+    _content(record)
 
 
 def describe(record: Record) -> str:
@@ -182,8 +186,15 @@ def describe(record: Record) -> str:
     if record.kind == "translation":
         del shown["perplexity_per_word"], shown["perplexity_per_token"]
     test = record.metrics.get("test") or record.metrics["valid"]
-    numbers = [f"{name} {test[key]:.2f}" for key, name in shown.items() if key in test]
+    values = {name: value_of(test, key) for key, name in shown.items() if key in test}
+    numbers = [f"{name} {_rounded(value)}" for name, value in values.items()]
     return head + ", ".join(numbers) + f" ({record.num_updates} updates)"
+
+
+def _rounded(value: float | None) -> str:
+    if value is None:
+        return "not finite"
+    return f"{value:.2f}" if value < 1e9 else f"{value:.3g}"
 
 
 def read_record(path: Path) -> Record:
@@ -232,6 +243,17 @@ def load_records(results_dir: Path) -> dict[Path, Record]:
 
 def _refuse(constant: str) -> None:
     raise ValueError(f"{constant} is not a JSON number")
+
+
+def _content(record: Record) -> dict[str, Any]:
+    """Return what `write_record` writes; raises ValueError as it does."""
+    folders = {str(Path.cwd()): "."} | ({str(home): "~"} if (home := home_folder()) else {})
+    content = _storable(asdict(record), folders)
+    try:
+        _RECORD.validate_json(json.dumps(content, allow_nan=False))
+    except ValidationError as error:
+        raise ValueError(f"not a valid record: {invalid_fields(error)}") from error
+    return content
 
 
 def _storable(value: Any, folders: Mapping[str, str]) -> Any:

@@ -12,7 +12,7 @@ from typing import Literal
 
 from normexp.config.settings import RunSettings
 from normexp.runs.folder import RunFolder
-from normexp.runs.lookup import find_record
+from normexp.runs.lookup import find_record, is_final
 from normexp.sweeps.slurm_queue import Job
 
 State = Literal["done", "diverged", "running", "waiting", "failed", "interrupted", "missing"]
@@ -45,7 +45,7 @@ def status_of(settings: RunSettings, jobs: Mapping[Path, Job]) -> RunStatus:
 def _state(settings: RunSettings, jobs: Mapping[Path, Job]) -> tuple[State, str]:
     folder = RunFolder(settings.run_dir.absolute())
     found = find_record(settings)
-    if found and found[1].status == "complete":
+    if found and found[1].status == "complete" and is_final(found[1]):
         return "done", f"{found[1].num_updates} updates, {found[1].finished_at}"
     if found and found[1].status == "diverged":
         return "diverged", found[1].reason or ""
@@ -59,7 +59,7 @@ def _state(settings: RunSettings, jobs: Mapping[Path, Job]) -> tuple[State, str]
     if job and job.state:
         return "running", f"SLURM job {job.id} {job.state.lower()}, run folder not in use yet"
     if found:
-        return "failed", found[1].reason or ""
+        return "failed", found[1].reason or "its metrics are not finite"
     if folder.config.is_file() and not changed:
         return "interrupted", _progress(folder)
     if job and (last := job.last_words()):

@@ -1,9 +1,8 @@
 """fairseq's trainer on several ranks: the same update as one process with all their batches.
 
-fairseq averages the gradients. This module adds what it leaves open: each rank draws dropout masks
-of its own, a rank that has no batch left in the last update of an epoch takes part without a
-token, all ranks validate and save the same running statistics, and none waits forever for another
-that failed.
+fairseq averages the gradients. This module adds what it leaves open: a rank that has no batch left
+in the last update of an epoch takes part without a token, all ranks validate and save the same
+running statistics, and none waits forever for another that failed.
 """
 
 import socket
@@ -23,16 +22,6 @@ from normexp.fairseq_plugin.patches import no_pickled_gathering
 from normexp.norms import average_statistics
 from normexp.norms.running_norm import RunningNorm
 from normexp.training.process_group import COLLECTIVE_TIMEOUT, Ranks
-
-
-def rank_seed(rank: int, seed: int) -> int:
-    """Return torch's seed on a rank; rank 0 has that of a single process.
-
-    seed: fairseq's, which grows by one with each update and is the same on all ranks, so that
-    their dropout masks would be equal. The rank is added at bit 24, because torch's generator
-    of the CPU uses the lower 32 bits only.
-    """
-    return (seed + (rank << 24)) % 2**32 if rank else seed
 
 
 @contextmanager
@@ -116,10 +105,6 @@ def data_parallel_trainer(ranks: Ranks, trainer: type) -> type:
             if self._ema is not None:
                 _synchronize_state(self.ema.get_model())
             super().consolidate_optimizer()
-
-        def _set_seed(self) -> None:
-            seed = self.cfg.common.seed + self.get_num_updates()
-            utils.set_torch_seed(rank_seed(ranks.rank, seed))
 
         def _prepare_sample(self, sample: Any, is_dummy: bool = False) -> tuple[Any, bool]:
             if not sample and not is_dummy and self.get_model().training:

@@ -1,6 +1,7 @@
 """Training in this process with fairseq's own trainer, made safe to interrupt and to repeat."""
 
 import logging
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -14,13 +15,23 @@ from omegaconf import DictConfig
 from torch import nn
 
 from normexp.checkpoints import recovery, store
+from normexp.config.seeding import Seeds
 from normexp.config.settings import SpeedSettings
 from normexp.fairseq_plugin import patches
 from normexp.norms.kernels.choice import use_kernels
 from normexp.norms.loss_scale import follow_loss_scale
 from normexp.norms.running_norm import RunningNorm
 from normexp.runs.metrics_file import MetricsFile
-from normexp.training import data_parallel, finetuning, preemption, resume, speed
+from normexp.training import (
+    data_parallel,
+    finetuning,
+    preemption,
+    randomness,
+    resume,
+    speed,
+    storage,
+    warmups,
+)
 from normexp.training.diagnostics import norm_diagnostics, update_diagnostics
 from normexp.training.divergence import StatisticsWatch
 from normexp.training.process_group import Ranks
@@ -29,15 +40,17 @@ logger = logging.getLogger(__name__)
 
 
 class Diverged(Exception):
-    """A loss or gradient of training is not finite.
+    """A loss or gradient of training, or the loss of a validation, is not finite.
 
-    update: the update that failed, counted from 1. reason: what is not finite and where, in words.
-    site: where statistics were first not finite (see StatisticsWatch), or None.
+    update: the update that failed, or after which the validation was, counted from 1. num_updates:
+    how many were done. reason: what is not finite and where, in words. site: where statistics were
+    first not finite (see StatisticsWatch), or None. notes: see TrainingResult.
     """
 
-    def __init__(self, update: int, reason: str, site: str | None):
+    def __init__(self, update: int, num_updates: int, reason: str, site: str | None):
         super().__init__(reason)
-        self.update, self.reason, self.site = update, reason, site
+        self.update, self.num_updates, self.reason, self.site = update, num_updates, reason, site
+        self.notes: list[str] = []
 
 
 @dataclass
@@ -50,6 +63,7 @@ class Observed:
     tokens: int = 0  # non-padding target tokens in these seconds, end-of-sentence included
     num_epochs: int = 0
     kernels: dict[str, int] = field(default_factory=dict)  # of the process it resumes
+    warned_of_warmups: bool = False
 
 
 @dataclass(frozen=True)
@@ -62,6 +76,7 @@ class TrainingResult:
     tokens_per_second: float  # non-padding target tokens of all ranks, over all updates
     wall_time_seconds: float  # summed over the processes that resumed one another
     kernels: dict[str, int]  # layers with running statistics by what computed their last step
+    notes: list[str] = field(default_factory=list)  # what a reader of the result has to know
 
 
 def train(
@@ -69,6 +84,7 @@ def train(
     metrics: MetricsFile | None,
     sinks: list[patches.Sink],
     speed_settings: SpeedSettings,
+    seeds: Seeds,
     ranks: Ranks,
 ) -> TrainingResult:
     """Train to the end as configured, from checkpoint_last.pt where there is one.
@@ -78,11 +94,11 @@ def train(
     "diagnostics", what diagnostics.py computes of the norms: their statistics after each
     validation, and more at every update that is logged. speed_settings: they
     have decided the loss and the optimizer in fairseq_cfg and here decide precision, dropout and
-    kernels. ranks: all of them call this function; rank 0 logs and writes, the others pass None
-    and [] for metrics and sinks.
+    kernels. seeds: of each update and each epoch. ranks: all of them call this function; rank 0
+    logs and writes, the others pass None and [] for metrics and sinks.
 
-    Raises Diverged when a loss or gradient is not finite, UserError for what the user can correct,
-    and Preempted after a signal (see preemption.py).
+    Raises Diverged when a loss or gradient, or the loss of a validation, is not finite, UserError
+    for what the user can correct, and Preempted after a signal (see preemption.py).
     """
     from fairseq_cli import train as fairseq_train
 
@@ -130,7 +146,9 @@ def train(
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     trainer_class = _observed_trainer(
-        data_parallel.data_parallel_trainer(ranks, fairseq_train.Trainer),
+        randomness.seeded_trainer(
+            seeds, ranks.rank, data_parallel.data_parallel_trainer(ranks, fairseq_train.Trainer)
+        ),
         observed,
         catch_up,
         report,
@@ -144,6 +162,7 @@ def train(
         patches.moving_average(),
         preemption.checkpoint_at_updates(fairseq_train),
         data_parallel.torch_process_group(ranks, fairseq_cfg),
+        patches.after_validations(fairseq_train, _check_validation),
         patches.trainer_class(fairseq_train, trainer_class),
     ):
         try:
@@ -151,6 +170,7 @@ def train(
                 fairseq_train.main(fairseq_cfg)
         except Diverged as diverged:  # the state of all sites, to look for the cause
             values = norm_diagnostics(observed.trainer.get_model())
+            diverged.notes = warmups.notes(observed.trainer.get_model())
             if ranks.is_main:
                 metrics("diagnostics", diverged.update, values)
             raise
@@ -163,7 +183,23 @@ def train(
         tokens_per_second=tokens / observed.seconds if observed.seconds else 0.0,
         wall_time_seconds=float(trainer.cumulative_training_time()),
         kernels=_kernels(trainer.get_model()) or observed.kernels,
+        notes=warmups.notes(trainer.get_model()),
     )
+
+
+def _check_validation(trainer: Any, losses: list[float | None]) -> None:
+    """Raise Diverged where a validation's loss is not finite.
+
+    fairseq would go on and, as no number is smaller than NaN, take the next model for the best.
+    An infinite perplexity may be that of a finite loss.
+    """
+    may_be_infinite = trainer.cfg.checkpoint.best_checkpoint_metric == "ppl"
+    for loss in losses:
+        if loss is None or math.isfinite(loss) or (may_be_infinite and loss == math.inf):
+            continue
+        updates = trainer.get_num_updates()
+        what = f"the validation loss is {loss} after update {updates}"
+        raise trainer.divergence(updates, what, num_batches=0)
 
 
 def _kernels(model: nn.Module) -> dict[str, int]:
@@ -211,7 +247,9 @@ def _observed_trainer(
                 cause = error if isinstance(error, FloatingPointError) else error.__context__
                 if not isinstance(cause, FloatingPointError):
                     raise
-                raise self._diverged(cause, len(samples)) from None
+                update = self.get_num_updates() + 1
+                what = f"{cause} in update {update}"
+                raise self.divergence(update, what, len(samples)) from None
             # 2. float16: nu has the scale of the loss, which this update may have changed.
             if (changed := _loss_scale(self.optimizer)) != scale:
                 follow_loss_scale(self.get_model(), changed / scale)
@@ -220,14 +258,13 @@ def _observed_trainer(
             observed.tokens += sum(sample["ntokens"] for sample in samples if sample)
             return output
 
-        def _diverged(self, cause: FloatingPointError, num_batches: int) -> Diverged:
-            update = self.get_num_updates() + 1
-            reason, first = f"{cause} in update {update}", self._watch.first_site(num_batches)
+        def divergence(self, update: int, reason: str, num_batches: int) -> Diverged:
+            first = self._watch.first_site(num_batches)
             if first is not None:
                 reason += f"; first not finite: {first[1]} at {first[0]}"
             elif self._watch:
                 reason += "; the statistics of all sites were finite"
-            return Diverged(update, reason, first and first[0])
+            return Diverged(update, self.get_num_updates(), reason, first and first[0])
 
         def save_checkpoint(self, filename: str, extra_state: dict[str, Any]) -> Any:
             added = {
@@ -242,6 +279,8 @@ def _observed_trainer(
             # 1. Rank 0 decides which file, and all ranks must see the same one.
             latest: dict[str, Any] = {}
             path = ranks.from_main("checkpoint", lambda: self._latest(Path(filename), latest))
+            if ranks.is_main:
+                storage.check_room(self.cfg, self.get_model())
             if path is None:
                 data_parallel.refuse_other_start(ranks, 0, filename)
                 if observed.donor is not None:
@@ -256,6 +295,7 @@ def _observed_trainer(
                 extra_state = super().load_checkpoint(path, *args, **kwargs)
             updates = self.get_num_updates()
             data_parallel.refuse_other_start(ranks, updates, path)
+            _check_validation(self, [extra_state.get("val_loss")])  # earlier versions went on
             # 3. The rest: our counts, and what fairseq does only after an epoch's checkpoint.
             position = extra_state["train_iterator"]
             # At the end of an epoch the position is the beginning of the next one.
@@ -288,6 +328,14 @@ def _observed_trainer(
             recovery.restore(last.parent, path, state, f"checkpoint{epoch}.pt" if kept else None)
             content.update(state)
             return str(path)
+
+        def get_train_iterator(self, *args: Any, **kwargs: Any) -> Any:
+            iterator = super().get_train_iterator(*args, **kwargs)
+            if ranks.is_main and not observed.warned_of_warmups:
+                observed.warned_of_warmups = True
+                for warning in warmups.too_short(self.cfg, self.get_model(), len(iterator)):
+                    logger.warning("%s", warning)
+            return iterator
 
         def begin_epoch(self, epoch: int) -> None:
             super().begin_epoch(epoch)

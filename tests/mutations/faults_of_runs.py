@@ -111,8 +111,8 @@ RUNS = [
     ),
     Fault(
         "runs/lookup.py",
-        'if found and found[1].status != "failed" else None',
-        "if found else None",
+        'return record.status == "diverged"',
+        "return True",
         "a failed run is not tried again",
         ("runs/test_survival_of_folders::test_too_little_memory",),
     ),
@@ -213,5 +213,26 @@ RUNS = [
         "",
         "srun's line is shown instead of the job's own error",
         SWEEPS,
+    ),
+    Fault(
+        "runs/perplexity.py",
+        "return math.inf",
+        "raise",
+        "a huge loss stops the evaluation",
+        ("runs/test_metrics_that_are_not_finite",),
+    ),
+    Fault(
+        "runs/lookup.py",
+        "return not unknown_values(record.metrics)",
+        "return True",
+        "a record without numbers is never made again",
+        ("runs/test_metrics_that_are_not_finite",),
+    ),
+    Fault(
+        "evaluation/preflight.py",
+        "_check_metrics(settings.evaluation.compound_split, corpus)",
+        "pass",
+        "a missing package is noticed after the training",
+        ("runs/test_failures_before_training",),
     ),
 ]

@@ -9,6 +9,7 @@ KILLED_RANKS = ("training/test_distributed::test_killed_ranks_resume_as_if_nothi
 SIGNALS = ("training/test_preemption",)
 DIAGNOSTICS = ("training/test_diagnostics",)
 DIVERGENCE = ("training/test_survival_of_divergence",)
+IN_VALIDATION = ("training/test_divergence_in_validation",)
 
 TRAINING = [
     Fault(
@@ -110,9 +111,9 @@ TRAINING = [
         ("training/test_process_group",),
     ),
     Fault(
-        "training/data_parallel.py",
-        "return (seed + (rank << 24)) % 2**32 if rank else seed",
-        "return seed",
+        "training/randomness.py",
+        "seeds.masks(self.get_num_updates(), rank)",
+        "seeds.masks(self.get_num_updates())",
         "all ranks draw the same dropout masks",
         KILLED_RANKS,
     ),
@@ -164,5 +165,33 @@ TRAINING = [
         "running.norm()",
         "the distance of the mean is in units of the mean",
         DIAGNOSTICS,
+    ),
+    Fault(
+        "training/loop.py",
+        "patches.after_validations(fairseq_train, _check_validation)",
+        "patches.after_validations(fairseq_train, lambda *_: None)",
+        "a validation loss that is not a number goes unnoticed",
+        IN_VALIDATION,
+    ),
+    Fault(
+        "training/loop.py",
+        "notes=warmups.notes(trainer.get_model())",
+        "notes=[]",
+        "a training within its warm-up is not marked",
+        IN_VALIDATION,
+    ),
+    Fault(
+        "training/randomness.py",
+        'kwargs["seed"] = seeds.order(kwargs["epoch"]) - kwargs["epoch"]',
+        "pass",
+        "the orders of batches are fairseq's",
+        ("training/test_seeds_of_runs",),
+    ),
+    Fault(
+        "config/seeding.py",
+        "value ^= value >> (BITS // 2)",
+        "value |= value >> (BITS // 2)",
+        "two updates share a seed",
+        ("config/test_seeding",),
     ),
 ]

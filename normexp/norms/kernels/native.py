@@ -79,8 +79,13 @@ def _notice_once(failure: str) -> None:
 
 
 def cache_folder() -> Path:
-    """Where compiled libraries are kept."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    """Where compiled libraries are kept. Raises Unavailable for a user without a home folder."""
+    try:
+        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    except RuntimeError:
+        raise Unavailable(
+            "the user has no home folder to keep them in; set XDG_CACHE_HOME"
+        ) from None
     return Path(base) / "normexp" / "kernels"
 
 
