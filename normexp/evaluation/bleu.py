@@ -8,7 +8,7 @@ import re
 
 from sacrebleu.metrics import BLEU
 
-from normexp.corpora.tokenization import tokenize
+from normexp.corpora.tokenization import detokenize, tokenize
 
 
 def tokenised_bleu(hypotheses: list[str], references: list[str]) -> float:
@@ -62,7 +62,4 @@ def sacre_bleu(hypotheses: list[str], references: list[str], lowercase: bool) ->
 
 def detokenise(lines: list[str], language: str) -> list[str]:
     """Undo Moses tokenization, escapes and the hyphens of -a included."""
-    from sacremoses import MosesDetokenizer
-
-    detokenizer = MosesDetokenizer(lang=language)
-    return [detokenizer.detokenize(line.split(" ")) for line in lines]
+    return [detokenize(line, language) for line in lines]
