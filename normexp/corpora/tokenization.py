@@ -155,11 +155,15 @@ def _tokenize(line: str, language: str, aggressive: bool) -> str:
     line = line.translate(_INFORMATION_SEPARATORS)
     if not line.strip():
         return line
-    return " ".join(_tokenizer(language).tokenize(line, aggressive_dash_splits=aggressive))
+    return _tokenizer(language).tokenize(line, aggressive, return_str=True)
 
 
 def tokenize(line: str, language: str) -> str:
-    """tokenizer.perl -l LANGUAGE, with escaping; a blank line stays as it is."""
+    """tokenizer.perl -l LANGUAGE, with escaping; a blank line stays as it is.
+
+    As the script does it, byte for byte: an English line that ends in ``.'`` gets a blank behind it
+    and, if there was one before the dot, another there.
+    """
     return _tokenize(line, language, aggressive=False)
 
 
@@ -200,3 +204,4 @@ STEPS: dict[str, Step] = {
     for step in (tokenize, tokenize_aggressive, normalize_punctuation, remove_non_printing,
                  lowercase, ascii_apostrophe)
 }  # fmt: skip
+TOKENIZERS = ("tokenize", "tokenize_aggressive")

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from normexp.config.settings import FAIRSEQ_TASKS, RunSettings
 from normexp.corpora import prepare
 from normexp.errors import UserError
-from normexp.evaluation.scores import LoadedModel, load_evaluated, load_model
+from normexp.evaluation.scores import LoadedModel, load_evaluated, load_model, load_split
 from normexp.paths import OWN_RESULTS, REPOSITORY
 from normexp.runs import provenance, records
 from normexp.runs.causality_record import CausalityRecord, write_causality_record
@@ -154,8 +154,11 @@ def main(
     folder = RunFolder(model.absolute()) if model.is_dir() else None
     if folder:
         settings = folder.read_settings()
-        corpus = prepare(settings.task.corpus, settings.data.dir, settings.data.local)
+        corpus = prepare(
+            settings.task.corpus, settings.data.dir, settings.data.local, splits=[split]
+        )
         loaded, checkpoint = load_evaluated(settings, folder, corpus, cpu)
+        load_split(loaded, corpus, split)
     else:
         loaded = _of_checkpoint(model, data, user_dir, cpu)
     if loaded.cfg.task._name not in FAIRSEQ_TASKS["language_model"]:

@@ -34,7 +34,12 @@ def main(path: Path, overrides: list[str], fold: bool) -> None:
     folder = RunFolder(path.absolute())
     settings = folder.read_settings().with_overrides(overrides)
     validate(settings)
-    corpus = prepare(settings.task.corpus, settings.data.dir, settings.data.local)
+    corpus = prepare(
+        settings.task.corpus,
+        settings.data.dir,
+        settings.data.local,
+        splits=settings.evaluation.splits,
+    )
     evaluated = evaluate_run(settings, folder, corpus, fold)
     recorded = read_record(folder.record).metrics if folder.record.is_file() else {}
     folded = ", norms folded" if fold else ""
