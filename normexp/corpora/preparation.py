@@ -25,7 +25,7 @@ from normexp.corpora.atomic_stage import build_stage, changed_files, locked, rea
 from normexp.corpora.binarization import build_binary
 from normexp.corpora.catalogue import CATALOGUE, SPLITS, Corpus, Part, load_catalogue
 from normexp.corpora.download import fetch
-from normexp.corpora.expected_counts import compare
+from normexp.corpora.expected_counts import compare, explain
 from normexp.corpora.parallel_text import Row, write_rows, zip_texts
 from normexp.corpora.prepared import PreparedCorpus
 from normexp.corpora.process_pool import available_cores
@@ -254,8 +254,7 @@ def _rows(corpus: Corpus, parts: list[Part], paths: dict[str, Path]) -> Iterator
 
 
 def _check(corpus: Corpus, manifest: dict, directory: Path) -> None:
-    comparisons = compare(corpus, manifest, directory)
-    wrong = [str(comparison) for comparison in comparisons if not comparison.agrees]
+    wrong = explain(corpus, compare(corpus, manifest, directory))
     if wrong and corpus.expected.enforced:
         raise UserError(
             f"corpus {corpus.name} did not come out as it must: {'; '.join(wrong)}. Compare the "

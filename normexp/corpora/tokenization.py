@@ -48,15 +48,11 @@ _APOSTROPHES = {"en": _ENGLISH_APOSTROPHES, "so": _SOMALI_APOSTROPHES} | dict.fr
 )
 
 
-class _Tokenizer(MosesTokenizer):
-    """sacremoses's tokenizer with the character classes and the last dot of tokenizer.perl.
+class _EarlierTokenizer(MosesTokenizer):
+    """sacremoses's tokenizer with the character classes of tokenizer.perl before 2018-11-07.
 
     sacremoses has lists of characters for the classes. They lack 150,000 letters, Chinese and
     Korean among them, and have marks that are none, so it would split "中文" and join "नमस्ते".
-
-    Since 2018-11-07 (mosesdecoder 9fc964da7) the dot of a line's last token is always split off;
-    sacremoses keeps it after an abbreviation ("usw.", "U.S.", "20."). On IWSLT14 this alone
-    decides between 160,239 and 160,215 training pairs.
     """
 
     COMMA_SEPARATE_1, COMMA_SEPARATE_2, COMMA_SEPARATE_3 = _rules(
@@ -88,6 +84,14 @@ class _Tokenizer(MosesTokenizer):
 
     def isanyalpha(self, text: str) -> bool:
         return self._LETTER.search(text) is not None
+
+
+class _Tokenizer(_EarlierTokenizer):
+    """tokenizer.perl since 2018-11-07 (mosesdecoder 9fc964da7).
+
+    The dot of a line's last token is always split off; it stayed after an abbreviation ("usw.",
+    "U.S.", "20."). On IWSLT14 this alone decides between 160,239 and 160,215 training pairs.
+    """
 
     def handles_nonbreaking_prefixes(self, text: str) -> str:
         text = super().handles_nonbreaking_prefixes(text)
@@ -132,6 +136,11 @@ def _tokenizer(language: str) -> _Tokenizer:
 
 
 @cache
+def _earlier_tokenizer(language: str) -> _EarlierTokenizer:
+    return _EarlierTokenizer(language)
+
+
+@cache
 def _detokenizer(language: str) -> _Detokenizer:
     return _Detokenizer(language)
 
@@ -139,10 +148,10 @@ def _detokenizer(language: str) -> _Detokenizer:
 @cache
 def _normalizer(language: str) -> MosesPunctNormalizer:
     normalizer = MosesPunctNormalizer(language, perl_parity=True)
-    # The script reads bytes, so that its digits and blanks are those of ASCII.
-    normalizer.substitutions = [
-        (re.compile(pattern, re.ASCII), by) for pattern, by in normalizer.substitutions
-    ]
+    # The scripts read bytes, so that their digits and blanks are those of ASCII.
+    for name in ("substitutions", "REPLACE_UNICODE_PUNCTUATION"):
+        rules = [(re.compile(pattern, re.ASCII), by) for pattern, by in getattr(normalizer, name)]
+        setattr(normalizer, name, rules)
     return normalizer
 
 
@@ -151,11 +160,11 @@ def _normalizer(language: str) -> MosesPunctNormalizer:
 _INFORMATION_SEPARATORS = dict.fromkeys(range(0x1C, 0x20))
 
 
-def _tokenize(line: str, language: str, aggressive: bool) -> str:
+def _tokenize(line: str, tokenizer: MosesTokenizer, aggressive: bool = False) -> str:
     line = line.translate(_INFORMATION_SEPARATORS)
     if not line.strip():
         return line
-    return _tokenizer(language).tokenize(line, aggressive, return_str=True)
+    return tokenizer.tokenize(line, aggressive, return_str=True)
 
 
 def tokenize(line: str, language: str) -> str:
@@ -164,12 +173,17 @@ def tokenize(line: str, language: str) -> str:
     As the script does it, byte for byte: an English line that ends in ``.'`` gets a blank behind it
     and, if there was one before the dot, another there.
     """
-    return _tokenize(line, language, aggressive=False)
+    return _tokenize(line, _tokenizer(language))
 
 
 def tokenize_aggressive(line: str, language: str) -> str:
     """tokenizer.perl -a -l LANGUAGE: hyphens inside words become ``@-@`` as well."""
-    return _tokenize(line, language, aggressive=True)
+    return _tokenize(line, _tokenizer(language), aggressive=True)
+
+
+def tokenize_before_2018_11(line: str, language: str) -> str:
+    """tokenizer.perl -l LANGUAGE before the rule of the last dot; for scores, not a step."""
+    return _tokenize(line, _earlier_tokenizer(language))
 
 
 def detokenize(line: str, language: str) -> str:
@@ -181,6 +195,11 @@ def normalize_punctuation(line: str, language: str) -> str:
     """normalize-punctuation.perl -l LANGUAGE."""
     # One of the script's rules wants a character after a closing quote and gets the line end.
     return _normalizer(language).normalize(line + "\n")
+
+
+def replace_unicode_punctuation(line: str, language: str) -> str:
+    """replace-unicode-punctuation.perl; not a step."""
+    return _normalizer(language).replace_unicode_punct(line)
 
 
 def remove_non_printing(line: str, language: str) -> str:

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from tqdm import tqdm
 
+from normexp import terminal
 from normexp.config.settings import FAIRSEQ_TASKS, RunSettings
 from normexp.corpora import prepare
 from normexp.errors import UserError
@@ -176,7 +176,7 @@ def main(
         ("perplexity per token, future hidden", f"{perplexity.hidden:.2f}"),
     ):
         table.add_row(name, value)
-    Console().print(table)
+    terminal.console().print(table)
     if folder and folder.record.is_file():
         options = f" --split {split} --segments {segments} --seed {seed}" + " --cpu" * cpu
         drawn = split, segments, seed, options

@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
+from normexp import terminal
 from normexp.config.validation import validate
 from normexp.corpora import prepare
 from normexp.errors import UserError
@@ -71,7 +71,7 @@ def _print(title: str, metrics: dict[str, Metrics], recorded: dict[str, Metrics]
     for split, values in metrics.items():
         for name, value in values.items():
             table.add_row(split, name, _shown(value), _shown(recorded.get(split, {}).get(name)))
-    console = Console()
+    console = terminal.console()
     console.print(title, soft_wrap=True, markup=False)
     console.print(table)
 
