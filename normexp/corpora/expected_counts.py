@@ -5,7 +5,7 @@ differences that no earlier one explains are told apart from those that follow f
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,10 @@ class Comparison:
     def agrees(self) -> bool:
         """Whether the value is the expected one."""
         return self.expected == self.obtained
+
+    def __str__(self) -> str:
+        cause = f" ({self.cause})" if self.cause else ""
+        return f"{self.quantity}: {self.obtained} instead of {self.expected}{cause}"
 
 
 def compare(corpus: Corpus, manifest: dict, directory: Path) -> list[Comparison]:
@@ -62,14 +66,13 @@ def explain(corpus: Corpus, comparisons: list[Comparison]) -> list[str]:
     for one in first:
         stage = _place(corpus, one.quantity).stage
         meaning = _MEANINGS.get(stage, "cause not known; this step comes first among what differs")
-        cause = one.cause or meaning
-        lines.append(f"{one.quantity}: {one.obtained} instead of {one.expected} ({cause})")
+        lines.append(str(replace(one, cause=one.cause or meaning)))
     known = [one for one in differing if one.cause and one not in first]
     for cause in dict.fromkeys(one.cause for one in known):
-        values = [f"{one.quantity}: {one.obtained}" for one in known if one.cause == cause]
+        values = [str(replace(one, cause="")) for one in known if one.cause == cause]
         lines.append(f"{', '.join(values)} ({cause})")
     if following := len(differing) - len(first):
-        lines.append(f"{following} more values differ, all of them of what is made from these")
+        lines.append(f"{following} more values differ, of what is made from these")
     return lines
 
 
@@ -129,7 +132,8 @@ def _place(corpus: Corpus, quantity: str) -> _Place:
         return _Place(_DICTIONARY, None, None)
     split, _, rest = name.partition(".")
     step, _, language = rest.rpartition(".")
-    held, steps = _source_of(corpus, split), corpus.splits[split].steps
+    held = _source_of(corpus, split)
+    steps = corpus.splits[held].steps if held in corpus.splits else []
     if folder == "raw":
         return _Place(_RAW, held, language)
     if folder == f"text/{STEP_TEXTS}":
@@ -137,14 +141,14 @@ def _place(corpus: Corpus, quantity: str) -> _Place:
         joined = CLEAN in steps[: number + 1]
         return _Place(_STEPS + number, held, None if joined else language)
     if folder == f"text/{TOKENIZED}":
-        joined = CLEAN in corpus.splits[held].steps
+        joined = CLEAN in steps
         return _Place(_TOKENIZED, held, None if joined else language)
     return _Place(_SEGMENTED if folder == f"text/{SEGMENTED}" else _BINARY, held, None)
 
 
 def _source_of(corpus: Corpus, split: str) -> str:
     """The split itself, or train if its lines are taken from there."""
-    return "train" if corpus.splits[split].every else split
+    return "train" if split in corpus.splits and corpus.splits[split].every else split
 
 
 def _readers(corpus: Corpus) -> dict[str, tuple[str, str]]:

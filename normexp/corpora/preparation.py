@@ -143,27 +143,28 @@ def _prepare(
         _require_space(corpus, directory)
     workers = available_cores()
     raw_dir, text_dir, bin_dir = (directory / part for part in ("raw", "text", "data-bin"))
-    home, texts, bins = directory, None, None
+    home, codes, dictionaries = directory, {}, {}
     if base is not None:
-        home, texts, bins = base.directory, base.directory / "text", base.data_bin
+        home = base.directory
+        codes, dictionaries = {"trained": home / "text"}, {"trained": base.data_bin}
     raw = build_stage(
         raw_dir, fingerprint, lambda folder: build_raw(corpus, home, folder, local, progress)
     )
     text = build_stage(
         text_dir,
         fingerprint,
-        lambda folder: build_text(corpus, raw_dir, folder, workers, progress, texts),
+        lambda folder: build_text(corpus, raw_dir, folder, workers, progress, **codes),
     )
     binary = build_stage(
         bin_dir,
         fingerprint,
-        lambda folder: build_binary(corpus, text_dir, folder, workers, progress, bins),
+        lambda folder: build_binary(corpus, text_dir, folder, workers, progress, **dictionaries),
     )
     stages = {"raw": raw, "text": text, "data-bin": binary}
     splits = {
         split: {"raw_sentences": raw["result"].get(split), "words": text["result"][split]}
         | binary["result"]["splits"][split]
-        for split in corpus.splits
+        for split in (SPLITS if base is None else corpus.splits)
     }
     manifest = {
         "fingerprint": fingerprint,
