@@ -95,7 +95,12 @@ def _run_in_folder(settings: RunSettings, valid: ValidRun, ranks: Ranks) -> Reco
             return earlier
         _check_records_writable(own_record.parent)
         # The corpus is prepared before the log opens: its progress belongs on the console.
-        corpus = prepare(settings.task.corpus, settings.data.dir, settings.data.local)
+        corpus = prepare(
+            settings.task.corpus,
+            settings.data.dir,
+            settings.data.local,
+            splits=settings.evaluation.splits,
+        )
         if corpus.kind != settings.task.kind:
             raise UserError(
                 f"the corpus {corpus.name} is for {corpus.kind}, the task for "
@@ -298,11 +303,7 @@ def _asked(settings: RunSettings, sites: Sites, corpus: PreparedCorpus) -> Asked
         command=provenance.command_for_a_shell(settings),
         config=settings.experiment(),
         config_hash=config_hash(settings),
-        corpus={
-            "name": corpus.name,
-            "hashes": corpus.manifest["files"],
-            "counts": corpus.manifest["splits"],
-        },
+        corpus=corpus.for_record(),
         budget=marked_budget(settings),
         departures=settings.departures,
     )

@@ -58,12 +58,11 @@ def main() -> None:
 
 
 def _show(benchmark: str, record: dict[str, Any]) -> None:
-    from rich.console import Console
-
+    from normexp import terminal
     from normexp.report.benchmark_tables import tables
     from normexp.report.console import print_table
 
-    console = Console() if sys.stdout.isatty() else Console(width=200)
+    console = terminal.console()
     for title, table in tables(benchmark, record):
         print_table(title, table, console)
 

@@ -21,8 +21,8 @@ def main() -> None:
     """Parse the command line, prepare the corpus, print its table."""
     from hydra import compose, initialize_config_dir
     from hydra.errors import HydraException
-    from rich.console import Console
 
+    from normexp import terminal
     from normexp.config.settings import parse
     from normexp.corpora import prepare
     from normexp.corpora.catalogue import load_catalogue
@@ -56,8 +56,9 @@ def main() -> None:
         name if name in corpora else settings.task.corpus,
         settings.data.dir,
         settings.data.local,
+        splits=settings.evaluation.splits,
     )
-    print_summary(catalogue[corpus.name], corpus, Console())
+    print_summary(catalogue[corpus.name], corpus, terminal.console())
 
 
 if __name__ == "__main__":

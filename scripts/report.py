@@ -11,11 +11,9 @@ FOLDER is results/own, where runs leave their records, or results while there ar
 runs of a task in results/own the tables show the committed ones.
 """
 
-import sys
 from pathlib import Path
 
-from rich.console import Console
-
+from normexp import terminal
 from normexp.config.command_grammar import Parser
 from normexp.errors import UserError, exit_on_user_error
 from normexp.files import whole_file
@@ -70,9 +68,7 @@ def main() -> None:
     if options.check:
         check_files(files)
         return
-    console = Console()
-    if not sys.stdout.isatty():
-        console = Console(width=200)  # a file or a pipe has no width that tables must fit
+    console = terminal.console()
     print_results(rows, paper, console)
     if not rows:
         console.print(f"no records below {options.results}/records yet")

@@ -144,9 +144,12 @@ class EvaluationSettings(_Settings):
     stride: _OptionalInteger = None
     compound_split: _Flag = False
     splits: Annotated[
-        list[Literal["valid", "test"]],
-        AfterValidator(_without_repetition),
-        Field(min_length=1, description="; known: valid, test (a list of one or both)"),
+        list[Annotated[str, Field(pattern=r"^(valid|test|test_[A-Za-z0-9_]+)$")]],
+        Field(
+            min_length=1,
+            description="; known: valid, test (a list of one or both), and further test sets that "
+            "the catalogue has for the corpus",
+        ),
     ]
 
 

@@ -15,13 +15,20 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from normexp.corpora.catalogue import SPLITS, Corpus
+from normexp.corpora.catalogue import Corpus
 from normexp.corpora.parallel_text import Row, open_text, read_rows
 from normexp.corpora.process_pool import map_rows
 from normexp.corpora.text import final_text
 
 
-def build_binary(corpus: Corpus, text: Path, folder: Path, workers: int, progress: bool) -> dict:
+def build_binary(
+    corpus: Corpus,
+    text: Path,
+    folder: Path,
+    workers: int,
+    progress: bool,
+    trained: Path | None = None,
+) -> dict:
     """Make fairseq's data folder from the text stage, and return its counts.
 
     The files are those of ``fairseq-preprocess --joined-dictionary`` (where the recipe says so) or
@@ -29,9 +36,14 @@ def build_binary(corpus: Corpus, text: Path, folder: Path, workers: int, progres
     to a multiple of 8. The counts are dictionary sizes and, per split, the number of sentences and
     per language tokens (with one end-of-sentence each), unknown tokens, tokens of the longest
     sentence, and the hash of the sentence lengths.
+
+    trained: a data folder whose dictionaries are taken instead of those of the train split.
     """
     dictionaries = {}
     for language in corpus.languages:
+        if trained is not None:
+            dictionaries[language] = _load_dictionary(trained / _dictionary_name(corpus, language))
+            continue
         if corpus.joined_dictionary and dictionaries:
             dictionaries[language] = dictionaries[corpus.languages[0]]
             continue
@@ -41,9 +53,9 @@ def build_binary(corpus: Corpus, text: Path, folder: Path, workers: int, progres
     splits = {}
     for language, dictionary in dictionaries.items():
         suffix = f".{language}" if corpus.is_parallel else ""
-        dictionary.save(str(folder / f"dict{suffix}.txt"))
+        dictionary.save(str(folder / _dictionary_name(corpus, language)))
         pair = f".{'-'.join(corpus.languages)}{suffix}" if suffix else ""
-        for split in SPLITS:
+        for split in corpus.splits:
             source = final_text(corpus, split, language, text)
             rows = tqdm(
                 read_rows([source]), f"{corpus.name} {source.name} binary", disable=not progress
@@ -54,6 +66,16 @@ def build_binary(corpus: Corpus, text: Path, folder: Path, workers: int, progres
                 record.setdefault(quantity, {})[language] = value
     types = {language: len(dictionary) for language, dictionary in dictionaries.items()}
     return {"dictionary_types": types, "splits": splits}
+
+
+def _dictionary_name(corpus: Corpus, language: str) -> str:
+    return f"dict.{language}.txt" if corpus.is_parallel else "dict.txt"
+
+
+def _load_dictionary(file: Path):
+    from fairseq.data import Dictionary
+
+    return Dictionary.load(str(file))
 
 
 def _dictionary(files: list[Path]):

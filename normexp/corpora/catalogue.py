@@ -8,7 +8,7 @@ import hashlib
 import json
 import re
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import (
@@ -30,6 +30,7 @@ CATALOGUE = REPOSITORY / "data" / "catalogue.yaml"
 SPLITS = ("train", "valid", "test")
 CLEAN = "clean"
 STEP_TEXTS = "steps"  # folder of the text stage
+TEST_SET_NAME = r"^test_[A-Za-z0-9_]+$"  # it names files
 HASH = rf"^({'|'.join(ALGORITHMS)}):[0-9a-f]+$"
 
 SplitName = Literal["train", "valid", "test"]
@@ -70,6 +71,24 @@ class Split(_Model):
     every: int = 0  # n > 0: every n-th line of the train split (1-based), removed from there
     steps: list[Literal[*STEPS, CLEAN]] = []  # applied in this order, before BPE
     after_bpe: list[Literal[CLEAN]] = []
+
+
+class ExpectedTestSet(_Model):
+    """Expected results of a further test set."""
+
+    enforced: bool = False
+    counts: dict[str, Any] = {}  # as under expected.splits.<split>
+    hashes: dict[str, str] = {}  # path below the test set's folder -> its hash
+
+
+class TestSet(Split):
+    """A test set besides `test`, prepared with the corpus's BPE codes and dictionaries.
+
+    It is fetched and made only where an evaluation asks for it.
+    """
+
+    __test__ = False  # no class of tests, although pytest would take it for one
+    expected: ExpectedTestSet = ExpectedTestSet()
 
 
 class Clean(_Model):
@@ -123,6 +142,7 @@ class Corpus(_Model):
     sizes: dict[SplitName, int] = {}  # lines per split, for a generator
     archives: dict[str, list[Archive]] = {}
     archives_of: str | None = None  # use the archive folder of another corpus
+    test_sets: dict[Annotated[str, Field(pattern=TEST_SET_NAME)], TestSet] = {}
     disk_space: int = 0  # bytes needed in all
     clean: Clean | None = None
     bpe_merges: int = 0  # 0: no BPE
@@ -137,7 +157,7 @@ class Corpus(_Model):
             exclude={
                 "name": True, "description": True, "licence": True, "homepage": True,
                 "archives_of": True, "disk_space": True, "expected": True,
-                "known_deviations": True,
+                "known_deviations": True, "test_sets": True,
                 "archives": {"__all__": {"__all__": {"urls", "size", "verified", "hash_source"}}},
             },
         )  # fmt: skip
@@ -160,6 +180,12 @@ class Corpus(_Model):
             problem = self._split_problem(name, split)
             if problem:
                 raise ValueError(f"splits.{name}: {problem}")
+        for name, test_set in self.test_sets.items():
+            problem = self._split_problem(name, test_set)
+            if test_set.every or self.generator:
+                problem = "a further test set has text of its own"
+            if problem:
+                raise ValueError(f"test_sets.{name}: {problem}")
         return self
 
     def _split_problem(self, name: str, split: Split) -> str | None:
@@ -186,6 +212,22 @@ class Corpus(_Model):
         """Names of the archives that some split reads."""
         parts = [part for split in self.splits.values() for part in split.parts]
         return {archive for part in parts for archive, _ in part.sources(self.languages)}
+
+    def alone(self, name: str) -> "Corpus":
+        """This corpus with a further test set as its only split."""
+        test_set = self.test_sets[name]
+        expected = self.expected.model_copy(
+            update={
+                "enforced": test_set.expected.enforced,
+                "splits": {name: test_set.expected.counts},
+                "dictionary_types": {},
+                "members": {},
+                "hashes": test_set.expected.hashes,
+            }
+        )
+        return self.model_copy(
+            update={"splits": {name: test_set}, "test_sets": {}, "expected": expected}
+        )
 
     @property
     def kept_step_texts(self) -> set[str]:

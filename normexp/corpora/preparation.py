@@ -14,8 +14,9 @@ import platform
 import shutil
 import sys
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
@@ -24,7 +25,7 @@ from normexp.corpora.atomic_stage import build_stage, changed_files, locked, rea
 from normexp.corpora.binarization import build_binary
 from normexp.corpora.catalogue import CATALOGUE, SPLITS, Corpus, Part, load_catalogue
 from normexp.corpora.download import fetch
-from normexp.corpora.expected_counts import compare
+from normexp.corpora.expected_counts import compare, explain
 from normexp.corpora.parallel_text import Row, write_rows, zip_texts
 from normexp.corpora.prepared import PreparedCorpus
 from normexp.corpora.process_pool import available_cores
@@ -36,7 +37,7 @@ from normexp.files import write_json
 log = logging.getLogger(__name__)
 
 # Increase it when a change to this package changes prepared bytes: then they are prepared anew.
-VERSION = 1
+VERSION = 2
 TOOLS = ("sacremoses", "subword-nmt", "fairseq-fixed", "regex")
 
 
@@ -51,12 +52,15 @@ def prepare(
     local: Path | None = None,
     progress: bool = True,
     catalogue: Path = CATALOGUE,
+    *,
+    splits: Iterable[str] = (),
 ) -> PreparedCorpus:
     """Download, verify, tokenize and binarize a corpus into ``data_dir/<name>``.
 
     Does nothing if that has been done with the same recipe; a changed recipe prepares anew.
     `local` is a folder searched for the corpus's files before any download. Processes that
-    prepare the same corpus wait for each other.
+    prepare the same corpus wait for each other. `splits` are those to be evaluated: of the
+    corpus's further test sets only these are prepared, in ``data_dir/<name>/test_sets/``.
 
     Raises UserError: unknown name, no source reachable, wrong hash, too little disk space, or
     counts that differ from those the catalogue enforces.
@@ -67,6 +71,7 @@ def prepare(
     if name not in corpora:
         raise UserError(f"no corpus {name!r}; known are {', '.join(corpora)}")
     corpus, data_dir = corpora[name], Path(data_dir)
+    further = _further_test_sets(corpus, splits)
     fingerprint = _fingerprint(corpus)
     directory = data_dir / name
     # Without the lock: a finished corpus can lie on a disk that is not writable.
@@ -75,9 +80,9 @@ def prepare(
         with _explained(directory), locked(data_dir / f"{name}.lock"):
             prepared = _finished(corpus, directory, fingerprint)
             if prepared is None:
-                local = None if local is None else Path(local)
                 prepared = _prepare(corpus, directory, fingerprint, local, progress)
-    return prepared
+    test_sets = {name: _test_set(corpus, name, prepared, local, progress) for name in further}
+    return replace(prepared, test_sets=test_sets)
 
 
 @contextlib.contextmanager
@@ -122,30 +127,44 @@ def _finished(corpus: Corpus, directory: Path, fingerprint: str) -> PreparedCorp
 
 
 def _prepare(
-    corpus: Corpus, directory: Path, fingerprint: str, local: Path | None, progress: bool
+    corpus: Corpus,
+    directory: Path,
+    fingerprint: str,
+    local: Path | None,
+    progress: bool,
+    base: PreparedCorpus | None = None,
 ) -> PreparedCorpus:
+    """Make every stage; `base` is the corpus whose codes and dictionaries a test set gets."""
+    local = None if local is None else Path(local)
     if local is not None and not local.is_dir():
         raise UserError(f"data.local={local} is not a folder")
     (directory / "manifest.json").unlink(missing_ok=True)
-    _require_space(corpus, directory)
+    if base is None:
+        _require_space(corpus, directory)
     workers = available_cores()
     raw_dir, text_dir, bin_dir = (directory / part for part in ("raw", "text", "data-bin"))
+    home, codes, dictionaries = directory, {}, {}
+    if base is not None:
+        home = base.directory
+        codes, dictionaries = {"trained": home / "text"}, {"trained": base.data_bin}
     raw = build_stage(
-        raw_dir, fingerprint, lambda folder: build_raw(corpus, directory, folder, local, progress)
+        raw_dir, fingerprint, lambda folder: build_raw(corpus, home, folder, local, progress)
     )
     text = build_stage(
-        text_dir, fingerprint, lambda folder: build_text(corpus, raw_dir, folder, workers, progress)
+        text_dir,
+        fingerprint,
+        lambda folder: build_text(corpus, raw_dir, folder, workers, progress, **codes),
     )
     binary = build_stage(
         bin_dir,
         fingerprint,
-        lambda folder: build_binary(corpus, text_dir, folder, workers, progress),
+        lambda folder: build_binary(corpus, text_dir, folder, workers, progress, **dictionaries),
     )
     stages = {"raw": raw, "text": text, "data-bin": binary}
     splits = {
         split: {"raw_sentences": raw["result"].get(split), "words": text["result"][split]}
         | binary["result"]["splits"][split]
-        for split in SPLITS
+        for split in (SPLITS if base is None else corpus.splits)
     }
     manifest = {
         "fingerprint": fingerprint,
@@ -236,8 +255,7 @@ def _rows(corpus: Corpus, parts: list[Part], paths: dict[str, Path]) -> Iterator
 
 
 def _check(corpus: Corpus, manifest: dict, directory: Path) -> None:
-    comparisons = compare(corpus, manifest, directory)
-    wrong = [str(comparison) for comparison in comparisons if not comparison.agrees]
+    wrong = explain(corpus, compare(corpus, manifest, directory))
     if wrong and corpus.expected.enforced:
         raise UserError(
             f"corpus {corpus.name} did not come out as it must: {'; '.join(wrong)}. Compare the "
@@ -245,3 +263,30 @@ def _check(corpus: Corpus, manifest: dict, directory: Path) -> None:
         )
     for difference in wrong:
         log.warning("corpus %s: %s", corpus.name, difference)
+
+
+def _further_test_sets(corpus: Corpus, splits: Iterable[str]) -> list[str]:
+    """Those of `splits` outside the corpus itself. Raises UserError for unknown ones."""
+    for split in splits:
+        if split not in (*SPLITS, *corpus.test_sets):
+            raise UserError(
+                f"evaluation.splits: corpus {corpus.name} has no {split}; known: "
+                f"{', '.join([*SPLITS[1:], *corpus.test_sets])}"
+            )
+    return [split for split in splits if split in corpus.test_sets]
+
+
+def _test_set(
+    corpus: Corpus, name: str, base: PreparedCorpus, local: Path | None, progress: bool
+) -> PreparedCorpus:
+    """Prepare a further test set of a prepared corpus, unless that has been done."""
+    alone = corpus.alone(name)
+    parts = (base.manifest["fingerprint"], alone.fingerprint())
+    fingerprint = hashlib.sha256("\n".join(parts).encode()).hexdigest()
+    directory = base.directory / "test_sets" / name
+    finished = _finished(alone, directory, fingerprint)
+    if finished is not None:
+        return finished
+    with _explained(directory), locked(base.directory.with_name(f"{corpus.name}.lock")):
+        finished = _finished(alone, directory, fingerprint)
+        return finished or _prepare(alone, directory, fingerprint, local, progress, base)

@@ -1,5 +1,6 @@
 """A prepared corpus, as training and evaluation see it."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,12 +12,14 @@ class PreparedCorpus:
     """A corpus on disk, ready for fairseq.
 
     `manifest` holds tool versions, counts per split and the hash of every file, and nothing about
-    the machine, so equal manifests mean equal corpora.
+    the machine, so equal manifests mean equal corpora. `test_sets` has further test sets by name,
+    each prepared in a folder of its own.
     """
 
     name: str
     directory: Path
     manifest: dict = field(repr=False)
+    test_sets: Mapping[str, "PreparedCorpus"] = field(default_factory=dict, repr=False)
 
     @property
     def kind(self) -> str:
@@ -27,6 +30,10 @@ class PreparedCorpus:
     def data_bin(self) -> Path:
         """The folder for fairseq's `task.data`."""
         return self.directory / "data-bin"
+
+    def data_bin_of(self, split: str) -> Path:
+        """The folder for fairseq's `task.data` in which a split lies."""
+        return self._owner(split).data_bin
 
     @property
     def source_language(self) -> str | None:
@@ -53,10 +60,23 @@ class PreparedCorpus:
 
         For sacreBLEU. Raises ValueError for a language model or an unknown split.
         """
-        self._split(split)
+        owner = self._owner(split)
         if self.kind != "translation":
             raise ValueError(f"{self.name} is a language model's corpus and has no references")
-        return self.directory / "text" / REFERENCE / f"{split}.{self.target_language}"
+        return owner.directory / "text" / REFERENCE / f"{split}.{self.target_language}"
+
+    def for_record(self) -> dict:
+        """Names, hashes of all files and counts, those of the further test sets included."""
+        described = {
+            "name": self.name,
+            "hashes": self.manifest["files"],
+            "counts": self.manifest["splits"],
+        }
+        if self.test_sets:
+            described["test_sets"] = {
+                name: test_set.for_record() for name, test_set in self.test_sets.items()
+            }
+        return described
 
     def sentences(self, split: str) -> int:
         """Sentence pairs, or lines of a language model's corpus (blank ones included)."""
@@ -71,10 +91,15 @@ class PreparedCorpus:
         return self._split(split)["tokens"][self._language(language)]
 
     def _split(self, split: str) -> dict:
-        if split not in self.manifest["splits"]:
-            known = ", ".join(self.manifest["splits"])
+        return self._owner(split).manifest["splits"][split]
+
+    def _owner(self, split: str) -> "PreparedCorpus":
+        if split in self.manifest["splits"]:
+            return self
+        if split not in self.test_sets:
+            known = ", ".join([*self.manifest["splits"], *self.test_sets])
             raise ValueError(f"{self.name} has no split {split!r}, only {known}")
-        return self.manifest["splits"][split]
+        return self.test_sets[split]
 
     def _language(self, language: str | None) -> str:
         languages = self.manifest["languages"]

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import os
+import shutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,28 +14,40 @@ from subword_nmt.apply_bpe import BPE
 from tqdm import tqdm
 
 from normexp.corpora.bpe import learn_codes
-from normexp.corpora.catalogue import CLEAN, SPLITS, STEP_TEXTS, Corpus
+from normexp.corpora.catalogue import CLEAN, STEP_TEXTS, Corpus
 from normexp.corpora.cleaning import clean_rows
 from normexp.corpora.parallel_text import Row, open_text, read_rows, row_writer, write_rows
 from normexp.corpora.process_pool import map_rows
-from normexp.corpora.tokenization import STEPS
+from normexp.corpora.tokenization import STEPS, TOKENIZERS
 from normexp.errors import UserError
 
 TOKENIZED, SEGMENTED, REFERENCE, CODES = "tokenized", "bpe", "reference", "bpe.codes"
 
 
-def build_text(corpus: Corpus, raw: Path, folder: Path, workers: int, progress: bool) -> dict:
+def build_text(
+    corpus: Corpus,
+    raw: Path,
+    folder: Path,
+    workers: int,
+    progress: bool,
+    trained: Path | None = None,
+) -> dict:
     """Make `folder` from the plain text in `raw`; return the number of words per split.
 
     ``tokenized/<split>.<language>`` is the text after the steps, ``bpe/<split>.<language>`` after
     BPE, ``reference/<split>.<target>`` the untouched target text. All files of one split have the
     same lines in the same order.
+
+    trained: a finished text stage whose BPE codes are taken instead of those of the train split.
     """
     tokenize_splits(corpus, raw, folder, workers, progress)
     if corpus.bpe_merges:
-        learn_bpe(corpus, folder, progress)
+        if trained is None:
+            learn_bpe(corpus, folder, progress)
+        else:
+            shutil.copyfile(trained / CODES, folder / CODES)
         segment_splits(corpus, folder, workers, progress)
-    return {split: _words(corpus, split, folder) for split in SPLITS}
+    return {split: _words(corpus, split, folder) for split in corpus.splits}
 
 
 def tokenize_splits(corpus: Corpus, raw: Path, folder: Path, workers: int, progress: bool) -> None:
@@ -43,7 +56,7 @@ def tokenize_splits(corpus: Corpus, raw: Path, folder: Path, workers: int, progr
     Where the catalogue has hashes of the text between two steps, that text is kept as
     ``steps/<split>.<step before>.<language>``. Raises UserError if a split is left without a line.
     """
-    for split in SPLITS:
+    for split in corpus.splits:
         if not corpus.splits[split].every:
             paths = [raw / f"{split}.{language}" for language in corpus.languages]
             # The raw target is one more column, so that it is kept or dropped with its row.
@@ -52,7 +65,7 @@ def tokenize_splits(corpus: Corpus, raw: Path, folder: Path, workers: int, progr
             with contextlib.ExitStack() as stack:
                 rows = _apply_steps(corpus, split, rows, workers, folder, stack)
                 _write_split(corpus, split, rows, folder)
-    for split in SPLITS:
+    for split in corpus.splits:
         if not (folder / TOKENIZED / f"{split}.{corpus.languages[0]}").stat().st_size:
             raise UserError(f"corpus {corpus.name}: the recipe leaves no line in {split}")
 
@@ -70,7 +83,7 @@ def learn_bpe(corpus: Corpus, folder: Path, progress: bool) -> None:
 
 def segment_splits(corpus: Corpus, folder: Path, workers: int, progress: bool) -> None:
     """Apply the BPE, and what the recipe has `after_bpe`, to every split."""
-    for split in SPLITS:
+    for split in corpus.splits:
         _segment(corpus, split, folder, workers, progress)
 
 
@@ -142,7 +155,16 @@ def _apply_steps(
         if corpus.kept_step_texts.intersection(names):
             paths = [folder / STEP_TEXTS / name for name in names]
             rows = _copied(rows, stack.enter_context(row_writer(paths)), len(paths))
+    if not set(TOKENIZERS).isdisjoint(corpus.splits[split].steps):
+        rows = _with_single_blanks(rows, len(corpus.languages))
     return rows
+
+
+def _with_single_blanks(rows: Iterable[Row], columns: int) -> Iterator[Row]:
+    """Remove the blanks that the tokenizer leaves behind some last words."""
+    for row in rows:
+        texts = (" ".join(text.split()) if text.strip() else text for text in row[:columns])
+        yield (*texts, *row[columns:])
 
 
 def _copied(rows: Iterable[Row], write: Callable[[Row], None], columns: int) -> Iterator[Row]:

@@ -5,37 +5,129 @@ matters because every published split of IWSLT14 depends on the tokenizer throug
 filter (see data/README.md).
 """
 
+import re
 from collections.abc import Callable
 from functools import cache
 
 import regex
-from sacremoses import MosesPunctNormalizer, MosesTokenizer
+from sacremoses import MosesDetokenizer, MosesPunctNormalizer, MosesTokenizer
+
+# What Perl calls IsAlpha, IsAlnum and IsLower are properties of Unicode, in Perl 5.36 those of
+# Unicode 14. `regex` follows the newest Unicode, in whose versions 15 to 17 38 marks became letters
+# and 6 letters changed their case. Characters that Unicode 14 lacks are what `regex` says.
+_LETTERS_SINCE_15 = r"[\u0363-\u036F\u0C04\u0F82\u0F83\u1DD3-\u1DE6\U00011080\U00011081]"
+_ALPHA = rf"[\p{{Alphabetic}}--{_LETTERS_SINCE_15}]"
+_ALNUM = rf"[[\p{{Alphabetic}}\p{{Nd}}]--{_LETTERS_SINCE_15}]"
+_LOWER = r"[[\p{Lowercase}\u0295]--[\u10FC\uA7F2-\uA7F4\uAB69]]"
 
 
-class _Tokenizer(MosesTokenizer):
-    """sacremoses's tokenizer with tokenizer.perl's rule for the last dot.
+def _pattern(pattern: str) -> regex.Pattern:
+    return regex.compile(pattern, regex.VERSION1)  # the syntax that has [a--b]
 
-    Since 2018-11-07 (mosesdecoder 9fc964da7) the dot of a line's last token is always split off;
-    sacremoses keeps it after an abbreviation ("usw.", "U.S.", "20."). On IWSLT14 this alone
-    decides between 160,239 and 160,215 training pairs.
+
+def _rules(*rules: tuple[str, str]) -> list[tuple[regex.Pattern, str]]:
+    return [(_pattern(pattern), replacement) for pattern, replacement in rules]
+
+
+_ENGLISH_APOSTROPHES = _rules(
+    (rf"([^{_ALPHA}])'([^{_ALPHA}])", r"\1 ' \2"),
+    (rf"([^{_ALPHA}\p{{N}}])'({_ALPHA})", r"\1 ' \2"),
+    (rf"({_ALPHA})'([^{_ALPHA}])", r"\1 ' \2"),
+    (rf"({_ALPHA})'({_ALPHA})", r"\1 '\2"),
+    (r"(\p{N})'(s)", r"\1 '\2"),
+)
+_SOMALI_APOSTROPHES = _rules(
+    (rf"([^{_ALPHA}])'([^{_ALPHA}])", r"\1 ' \2"),
+    (rf"([^{_ALPHA}])'({_ALPHA})", r"\1 ' \2"),
+    (rf"({_ALPHA})'([^{_ALPHA}])", r"\1 ' \2"),
+)
+_ROMANCE_APOSTROPHES = [*_SOMALI_APOSTROPHES, *_rules((rf"({_ALPHA})'({_ALPHA})", r"\1' \2"))]
+# In other languages every apostrophe is a word.
+_APOSTROPHES = {"en": _ENGLISH_APOSTROPHES, "so": _SOMALI_APOSTROPHES} | dict.fromkeys(
+    ("fr", "it", "ga", "ca"), _ROMANCE_APOSTROPHES
+)
+
+
+class _EarlierTokenizer(MosesTokenizer):
+    """sacremoses's tokenizer with the character classes of tokenizer.perl before 2018-11-07.
+
+    sacremoses has lists of characters for the classes. They lack 150,000 letters, Chinese and
+    Korean among them, and have marks that are none, so it would split "中文" and join "नमस्ते".
     """
+
+    COMMA_SEPARATE_1, COMMA_SEPARATE_2, COMMA_SEPARATE_3 = _rules(
+        (r"(\P{N}),", r"\1 , "),
+        (r",(\P{N})", r" , \1"),
+        (r"(\p{N}),$", r"\1 , "),
+    )
+    _LOWERCASE = _pattern(f"{_LOWER}+")
+    _LETTER = _pattern(_ALPHA)
 
     def __init__(self, language: str) -> None:
         super().__init__(language)
-        # sacremoses makes these sets anew for every word with a dot, the larger from 10,000
-        # characters.
-        self._lowercase, self._letters = frozenset(self.IsLower), frozenset(self.IsAlpha)
+        # On the object, since there sacremoses puts lists for Chinese, Japanese and Korean.
+        self.PAD_NOT_ISALNUM, self.AGGRESSIVE_HYPHEN_SPLIT = _rules(
+            (rf"([^{_ALNUM}\s.'`,\-])", r" \1 "),
+            (rf"(?<={_ALNUM})-(?={_ALNUM})", " @-@ "),
+        )
+        if language in ("fi", "sv"):
+            # A colon before an ending stays: "EU:n", "USA:s".
+            (self.PAD_NOT_ISALNUM,) = _rules(
+                (rf"(:(?![\p{{Ll}}\u0295])|[^{_ALNUM}\s.:'`,\-])", r" \1 ")
+            )
+        if language in _APOSTROPHES:
+            # sacremoses has a list of rules for "en" and one for "fr": one place is enough.
+            self.lang, self.FR_IT_SPECIFIC_APOSTROPHE = "fr", _APOSTROPHES[language]
 
     def islower(self, text: str) -> bool:
-        return self._lowercase.issuperset(text)
+        return self._LOWERCASE.fullmatch(text) is not None
 
     def isanyalpha(self, text: str) -> bool:
-        return not self._letters.isdisjoint(text)
+        return self._LETTER.search(text) is not None
+
+
+class _Tokenizer(_EarlierTokenizer):
+    """tokenizer.perl since 2018-11-07 (mosesdecoder 9fc964da7).
+
+    The dot of a line's last token is always split off; it stayed after an abbreviation ("usw.",
+    "U.S.", "20."). On IWSLT14 this alone decides between 160,239 and 160,215 training pairs.
+    """
 
     def handles_nonbreaking_prefixes(self, text: str) -> str:
         text = super().handles_nonbreaking_prefixes(text)
         # Runs of dots are placeholders at this point, so "..." is not affected.
         return regex.sub(r"(?<=\S)\.\Z", " .", text)
+
+
+class _Detokenizer(MosesDetokenizer):
+    """sacremoses's detokenizer with the character classes and the Czech of detokenizer.perl.
+
+    It still joins neighbouring words in Tangut and in historic kana, which the script does not.
+    """
+
+    IS_CURRENCY_SYMBOL = _pattern(r"^[\p{Sc}(\[{¿¡]+$")
+    IS_ENGLISH_CONTRACTION = _pattern(rf"^'{_ALPHA}")
+    IS_FRENCH_CONRTACTION = _pattern(rf"{_ALPHA}'$")
+    STARTS_WITH_ALPHA = _pattern(rf"^{_ALPHA}")
+
+    # sacremoses looks for the neighbours of a Czech number or dash at the wrong places, and fails
+    # in a rule for dashes that Moses does not have. What Moses joins is joined before instead.
+    _CZECH = _rules(
+        (r"(?<![^ ])([0-9]+) ([.,])(?: (?=[0-9]+(?: |$))|(?=$))", r"\1\2"),
+        (rf"(?<={_ALPHA}) ([-–]) (?=(?i:li|mail\S*) \S)", r"\1"),
+    )
+
+    def __init__(self, language: str) -> None:
+        super().__init__(language)
+        if language == "cs":
+            self.IS_FRENCH_CONRTACTION = _pattern(r"(?!)")
+
+    def detokenize_line(self, line: str) -> str:
+        line = line.strip(" ")
+        if self.lang == "cs":
+            for pattern, replacement in self._CZECH:
+                line = pattern.sub(replacement, line)
+        return self.detokenize(line.split(" "))
 
 
 @cache
@@ -44,8 +136,23 @@ def _tokenizer(language: str) -> _Tokenizer:
 
 
 @cache
+def _earlier_tokenizer(language: str) -> _EarlierTokenizer:
+    return _EarlierTokenizer(language)
+
+
+@cache
+def _detokenizer(language: str) -> _Detokenizer:
+    return _Detokenizer(language)
+
+
+@cache
 def _normalizer(language: str) -> MosesPunctNormalizer:
-    return MosesPunctNormalizer(language, perl_parity=True)
+    normalizer = MosesPunctNormalizer(language, perl_parity=True)
+    # The scripts read bytes, so that their digits and blanks are those of ASCII.
+    for name in ("substitutions", "REPLACE_UNICODE_PUNCTUATION"):
+        rules = [(re.compile(pattern, re.ASCII), by) for pattern, by in getattr(normalizer, name)]
+        setattr(normalizer, name, rules)
+    return normalizer
 
 
 # Perl's \s lacks these four, so tokenizer.perl deletes them as control characters; Python's \s
@@ -53,27 +160,46 @@ def _normalizer(language: str) -> MosesPunctNormalizer:
 _INFORMATION_SEPARATORS = dict.fromkeys(range(0x1C, 0x20))
 
 
-def _tokenize(line: str, language: str, aggressive: bool) -> str:
+def _tokenize(line: str, tokenizer: MosesTokenizer, aggressive: bool = False) -> str:
+    line = line.translate(_INFORMATION_SEPARATORS)
     if not line.strip():
         return line
-    line = line.translate(_INFORMATION_SEPARATORS)
-    return " ".join(_tokenizer(language).tokenize(line, aggressive_dash_splits=aggressive))
+    return tokenizer.tokenize(line, aggressive, return_str=True)
 
 
 def tokenize(line: str, language: str) -> str:
-    """tokenizer.perl -l LANGUAGE, with escaping; a blank line stays as it is."""
-    return _tokenize(line, language, aggressive=False)
+    """tokenizer.perl -l LANGUAGE, with escaping; a blank line stays as it is.
+
+    As the script does it, byte for byte: an English line that ends in ``.'`` gets a blank behind it
+    and, if there was one before the dot, another there.
+    """
+    return _tokenize(line, _tokenizer(language))
 
 
 def tokenize_aggressive(line: str, language: str) -> str:
     """tokenizer.perl -a -l LANGUAGE: hyphens inside words become ``@-@`` as well."""
-    return _tokenize(line, language, aggressive=True)
+    return _tokenize(line, _tokenizer(language), aggressive=True)
+
+
+def tokenize_before_2018_11(line: str, language: str) -> str:
+    """tokenizer.perl -l LANGUAGE before the rule of the last dot; for scores, not a step."""
+    return _tokenize(line, _earlier_tokenizer(language))
+
+
+def detokenize(line: str, language: str) -> str:
+    """detokenizer.perl -l LANGUAGE, with escapes and the hyphens of -a undone; not a step."""
+    return _detokenizer(language).detokenize_line(line)
 
 
 def normalize_punctuation(line: str, language: str) -> str:
     """normalize-punctuation.perl -l LANGUAGE."""
     # One of the script's rules wants a character after a closing quote and gets the line end.
     return _normalizer(language).normalize(line + "\n")
+
+
+def replace_unicode_punctuation(line: str, language: str) -> str:
+    """replace-unicode-punctuation.perl; not a step."""
+    return _normalizer(language).replace_unicode_punct(line)
 
 
 def remove_non_printing(line: str, language: str) -> str:
@@ -97,3 +223,4 @@ STEPS: dict[str, Step] = {
     for step in (tokenize, tokenize_aggressive, normalize_punctuation, remove_non_printing,
                  lowercase, ascii_apostrophe)
 }  # fmt: skip
+TOKENIZERS = ("tokenize", "tokenize_aggressive")

@@ -11,15 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from tqdm import tqdm
 
+from normexp import terminal
 from normexp.config.settings import FAIRSEQ_TASKS, RunSettings
 from normexp.corpora import prepare
 from normexp.errors import UserError
-from normexp.evaluation.scores import LoadedModel, load_evaluated, load_model
+from normexp.evaluation.scores import LoadedModel, load_evaluated, load_model, load_split
 from normexp.paths import OWN_RESULTS, REPOSITORY
 from normexp.runs import provenance, records
 from normexp.runs.causality_record import CausalityRecord, write_causality_record
@@ -158,8 +158,11 @@ def main(
     folder = RunFolder(model.absolute()) if model.is_dir() else None
     if folder:
         settings = folder.read_settings()
-        corpus = prepare(settings.task.corpus, settings.data.dir, settings.data.local)
+        corpus = prepare(
+            settings.task.corpus, settings.data.dir, settings.data.local, splits=[split]
+        )
         loaded, checkpoint = load_evaluated(settings, folder, corpus, cpu)
+        load_split(loaded, corpus, split)
     else:
         loaded = _of_checkpoint(model, data, user_dir, cpu)
     if loaded.cfg.task._name not in FAIRSEQ_TASKS["language_model"]:
@@ -177,7 +180,7 @@ def main(
         ("perplexity per token, future hidden", f"{perplexity.hidden:.2f}"),
     ):
         table.add_row(name, value)
-    Console().print(table)
+    terminal.console().print(table)
     if folder and folder.record.is_file():
         options = f" --split {split} --segments {segments} --seed {seed}" + " --cpu" * cpu
         drawn = split, segments, seed, options

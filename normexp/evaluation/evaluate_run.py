@@ -35,6 +35,8 @@ def evaluate_run(
     loaded, checkpoint = scores.load_evaluated(settings, folder, corpus)
     if fold:
         loaded = scores.folded(loaded)
+    for split in evaluation.splits:
+        scores.load_split(loaded, corpus, split)
     if corpus.kind == "translation":
         metrics = scores.evaluate_translation(loaded, corpus, evaluation, folder.hypotheses)
         return Evaluated(metrics, checkpoint, None)

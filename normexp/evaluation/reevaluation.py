@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
+from normexp import terminal
 from normexp.config.validation import validate
 from normexp.corpora import prepare
 from normexp.errors import UserError
@@ -34,7 +34,12 @@ def main(path: Path, overrides: list[str], fold: bool) -> None:
     folder = RunFolder(path.absolute())
     settings = folder.read_settings().with_overrides(overrides)
     validate(settings)
-    corpus = prepare(settings.task.corpus, settings.data.dir, settings.data.local)
+    corpus = prepare(
+        settings.task.corpus,
+        settings.data.dir,
+        settings.data.local,
+        splits=settings.evaluation.splits,
+    )
     evaluated = evaluate_run(settings, folder, corpus, fold)
     recorded = read_record(folder.record).metrics if folder.record.is_file() else {}
     folded = ", norms folded" if fold else ""
@@ -66,7 +71,7 @@ def _print(title: str, metrics: dict[str, Metrics], recorded: dict[str, Metrics]
     for split, values in metrics.items():
         for name, value in values.items():
             table.add_row(split, name, _shown(value), _shown(recorded.get(split, {}).get(name)))
-    console = Console()
+    console = terminal.console()
     console.print(title, soft_wrap=True, markup=False)
     console.print(table)
 

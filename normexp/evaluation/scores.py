@@ -70,6 +70,16 @@ def load_evaluated(
     return load_model(path, corpus.data_bin, cpu or settings.on_cpu), selected
 
 
+def load_split(loaded: LoadedModel, corpus: PreparedCorpus, split: str) -> None:
+    """Load the data of a split, which may be a further test set with a data folder of its own."""
+    settings = loaded.task.cfg or loaded.task.args  # fairseq's older tasks have the latter
+    folder, settings.data = settings.data, str(corpus.data_bin_of(split))
+    try:
+        loaded.task.load_dataset(split)
+    finally:
+        settings.data = folder
+
+
 def folded(loaded: LoadedModel) -> LoadedModel:
     """Merge the norms of a model into linear layers. Raises UserError if that is impossible."""
     from normexp.fairseq_plugin.folding import fold_norms

@@ -37,9 +37,11 @@ def bleu_of(
         "sacrebleu_signature": signature,
     }
     if compound_split:
-        metrics["bleu_compound_split"] = bleu.compound_split_bleu(
-            detokenised, raw, corpus.target_language
-        )
+        text = detokenised, raw, corpus.target_language
+        metrics |= {
+            "bleu_compound_split": bleu.compound_split_bleu(*text),
+            "bleu_compound_split_published": bleu.published_compound_split_bleu(*text),
+        }
     return metrics
 
 
@@ -56,8 +58,9 @@ def rescore(
         _lines(folder / name.format(split=split)) for name in (TOKENISED, DETOKENISED)
     )
     source, target = corpus.source_language, corpus.target_language
-    dictionary = Dictionary.load(str(corpus.data_bin / f"dict.{target}.txt"))
-    path = corpus.data_bin / f"{split}.{source}-{target}.{target}"
+    data_bin = corpus.data_bin_of(split)
+    dictionary = Dictionary.load(str(data_bin / f"dict.{target}.txt"))
+    path = data_bin / f"{split}.{source}-{target}.{target}"
     dataset = data_utils.load_indexed_dataset(str(path), dictionary)
     if not len(tokenised) == len(detokenised) == len(dataset):
         raise UserError(

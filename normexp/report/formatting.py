@@ -26,6 +26,7 @@ MARKS = {
 METRIC_NAMES = {
     "bleu_tokenised": "BLEU (tokenised)",
     "bleu_compound_split": "BLEU (tokenised, compounds split)",
+    "bleu_compound_split_published": "BLEU (compounds split, by the published scripts)",
     "sacrebleu": "sacreBLEU",
     "perplexity_per_word": "PPL per word",
     "perplexity_per_token": "PPL per token",

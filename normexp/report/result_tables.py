@@ -17,6 +17,7 @@ from normexp.report.table import Cell, Link, Number, Table
 SHOWN = (
     ("test", "bleu_tokenised"),
     ("test", "bleu_compound_split"),
+    ("test", "bleu_compound_split_published"),
     ("test", "sacrebleu"),
     ("test", "perplexity_per_word"),
     ("test", "perplexity_per_token"),

@@ -78,7 +78,8 @@ class Outcome:
             be averaged into them, were first not finite in the failed update
             (`training.divergence.StatisticsWatch` explains what that says of the cause). None
             without divergence, without such norms, and where all of it was finite.
-        metrics: By split ("valid", "test"), then by name. A name says which convention it follows.
+        metrics: By split ("valid", "test", a further test set), then by name. A name says which
+            convention it follows.
         curve: (update, validation loss per token in nats) at every validation while training.
         sees_future_tokens: Whether a language model's output depends on the tokens it predicts;
             None for translation.
@@ -185,7 +186,7 @@ def describe(record: Record) -> str:
     }
     if record.kind == "translation":
         del shown["perplexity_per_word"], shown["perplexity_per_token"]
-    test = record.metrics.get("test") or record.metrics["valid"]
+    test = record.metrics.get("test") or next(iter(record.metrics.values()))
     values = {name: value_of(test, key) for key, name in shown.items() if key in test}
     numbers = [f"{name} {_rounded(value)}" for name, value in values.items()]
     return head + ", ".join(numbers) + f" ({record.num_updates} updates)"

@@ -1,15 +1,14 @@
 """The status of a sweep's runs as a table."""
 
-import sys
 from collections import Counter
 from collections.abc import Sequence
 from typing import get_args
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from normexp import terminal
 from normexp.sweeps.run_status import RunStatus, State
 
 COLOURS: dict[State, str] = {
@@ -25,9 +24,7 @@ COLOURS: dict[State, str] = {
 
 def print_statuses(statuses: Sequence[RunStatus]) -> None:
     """Print one line per run on standard output, and the number of runs in each state."""
-    console = Console()
-    if not sys.stdout.isatty():
-        console = Console(width=200)  # a file or a pipe has no width that tables must fit
+    console = terminal.console()
     table = Table(box=box.SIMPLE_HEAD)
     for name in ("task", "label", "seed", "state", ""):
         table.add_column(name, justify="right" if name == "seed" else "left")

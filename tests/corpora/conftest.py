@@ -93,7 +93,7 @@ def catalogue_with(tmp_path: Path) -> Callable[..., Path]:
 
     def write(name: str, **replaced) -> Path:
         entry = yaml.safe_load(CATALOGUE.read_text(encoding="utf-8"))["corpora"][name]
-        entry |= {"expected": {}, "disk_space": 0} | replaced
+        entry |= {"expected": {}, "test_sets": {}, "disk_space": 0} | replaced
         path = tmp_path / "catalogue.yaml"
         path.write_text(yaml.safe_dump({"corpora": {name: entry}}), encoding="utf-8")
         return path

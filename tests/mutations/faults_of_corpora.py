@@ -5,6 +5,9 @@ from fault import Fault
 DOWNLOAD = ("corpora/test_download",)
 CLEANING = ("corpora/test_cleaning",)
 PREPARATION = ("corpora/test_preparation",)
+TOKENIZATION = ("corpora/test_tokenization",)
+DIFFERENCES = ("corpora/test_expected_counts",)
+TEST_SETS = ("corpora/test_test_sets",)
 
 CORPORA = [
     Fault(
@@ -62,5 +65,40 @@ CORPORA = [
         "",
         "lost files are not made again",
         PREPARATION,
+    ),
+    Fault(
+        "corpora/tokenization.py",
+        r'_ALNUM = rf"[[\p{{Alphabetic}}\p{{Nd}}]--{_LETTERS_SINCE_15}]"',
+        r'_ALNUM = r"[\p{Alphabetic}\p{Nd}]"',
+        "letters are those of the newest Unicode",
+        TOKENIZATION,
+    ),
+    Fault(
+        "corpora/tokenization.py",
+        r"[[\p{Lowercase}\u0295]--",
+        r"[[\p{Ll}\u0295]--",
+        "small letters in circles are none",
+        TOKENIZATION,
+    ),
+    Fault(
+        "corpora/tokenization.py",
+        "(re.compile(pattern, re.ASCII), by)",
+        "(re.compile(pattern), by)",
+        "digits of all scripts count as the normalizer's",
+        TOKENIZATION,
+    ),
+    Fault(
+        "corpora/expected_counts.py",
+        'return other.split == "train" and (self.split is None or self.stage >= _SEGMENTED)',
+        'return other.split == "train"',
+        "the train text is to blame for the test set's",
+        DIFFERENCES,
+    ),
+    Fault(
+        "corpora/text.py",
+        "shutil.copyfile(trained / CODES, folder / CODES)",
+        "learn_bpe(corpus, folder, progress)",
+        "a further test set has BPE codes of its own",
+        TEST_SETS,
     ),
 ]

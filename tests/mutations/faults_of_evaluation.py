@@ -44,6 +44,20 @@ EVALUATION = [
         SCORES,
     ),
     Fault(
+        "evaluation/bleu.py",
+        """replace_unicode_punctuation(line, language).replace("„", '"')""",
+        "replace_unicode_punctuation(line, language)",
+        "opening quotes stay by the published scripts",
+        SCORES,
+    ),
+    Fault(
+        "evaluation/bleu.py",
+        "return tokenize_before_2018_11(line, language)",
+        "return tokenize(line, language)",
+        "the last dot is split off by the published scripts",
+        SCORES,
+    ),
+    Fault(
         "evaluation/sliding_window.py",
         "max(0, first - context_window)",
         "max(0, first - context_window + 1)",
