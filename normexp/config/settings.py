@@ -145,6 +145,7 @@ class EvaluationSettings(_Settings):
     compound_split: _Flag = False
     splits: Annotated[
         list[Annotated[str, Field(pattern=r"^(valid|test|test_[A-Za-z0-9_]+)$")]],
+        AfterValidator(_without_repetition),
         Field(
             min_length=1,
             description="; known: valid, test (a list of one or both), and further test sets that "
