@@ -120,12 +120,10 @@ class PowerNorm(QuadraticNorm):
         self.nu.copy_(torch.where(self._is_finite_batch(n, nu), nu, self.nu))
 
     def inference_affine(self) -> tuple[Tensor, Tensor]:
-        DEFERRED.wait()
-        return torch.rsqrt(self.running_psi2 + self.eps) * self.weight, self.bias
+        return torch.rsqrt(self.settled("running_psi2") + self.eps) * self.weight, self.bias
 
     def statistics(self) -> dict[str, Tensor]:
-        DEFERRED.wait()
-        return {"psi2": self.running_psi2, "nu": self.nu}
+        return {"psi2": self.settled("running_psi2"), "nu": self.settled("nu")}
 
     def decay_over(self, first: Tensor, last: Tensor) -> Tensor:
         return self.alpha_fwd ** (last - first)
