@@ -276,7 +276,7 @@ class RunningNorm(nn.Module):
         return {**self.__dict__, "_buffers": buffers, "_settled": None}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "RunningNorm":
-        DEFERRED.wait()
+        self._settled = None
         # With eight bits of mantissa a running average would stand still: its steps are too small.
         before = dict(self._buffers)
         super()._apply(fn, recurse)

@@ -198,6 +198,7 @@ def test_reading_on_one_rank_changes_no_training(results: Results) -> None:
                     scale = torch.rsqrt(psi2 + 1e-5) * model["norm.weight"]
                     expected = {
                         "by_state_dict": model,
+                        "by_moving": model,
                         "by_statistics": {"psi2": psi2, "nu": nu},
                         "by_inference": {"scale": scale, "shift": model["norm.bias"]},
                         "by_copy": {"norm.running_psi2": psi2, "norm.nu": nu},

@@ -369,8 +369,12 @@ def reading(rank: int, world: int) -> dict[str, object]:
     def copied(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return {name: value.detach().clone() for name, value in tensors.items()}
 
+    def by_moving(model: nn.Module) -> dict[str, torch.Tensor]:
+        """As evaluations begin."""
+        return model.to("cpu").double().state_dict()
+
     results: dict[str, object] = {}
-    ways = (by_state_dict, by_statistics, by_inference, by_copy, by_pickle)
+    ways = (by_state_dict, by_statistics, by_inference, by_copy, by_pickle, by_moving)
     for broadcast in (True, False):
         for reader, read in ((None, by_state_dict), *((i, w) for i in range(world) for w in ways)):
             model = _OfOneNorm(build_norm("power", C, warmup_steps=1, sync=True))
