@@ -88,7 +88,7 @@ def _closing_the_fast_path(build: Callable[..., None]) -> Callable[..., None]:
         norm.register_forward_pre_hook(_block_fast_path)
         for parameter in ("weight", "bias"):
             if not hasattr(norm, parameter):
-                norm.register_parameter(parameter, None)
+                setattr(norm, parameter, None)
         if not hasattr(norm, "eps"):
             norm.eps = math.nan  # equal to no other, which closes the path too
 
