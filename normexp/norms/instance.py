@@ -36,6 +36,11 @@ class InstanceNorm(nn.Module):
     def forward(self, x: Tensor, padding_mask: Tensor | None = None) -> Tensor:
         """x (T, B, C) or (N, C) -> y like x. Raises ValueError on invalid shapes or masks."""
         check_input(x, padding_mask, self.num_features)
+        if x.dim() not in (2, 3):
+            raise ValueError(
+                f"instance normalization of {tuple(x.shape)}: which dimensions are the positions "
+                f"of a sentence? Give (T, B, {self.num_features}) or (N, {self.num_features})"
+            )
         values = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
         if padding_mask is None:
             var, mean = torch.var_mean(values, dim=0, correction=0, keepdim=True)

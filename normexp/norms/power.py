@@ -120,12 +120,10 @@ class PowerNorm(QuadraticNorm):
         self.nu.copy_(torch.where(self._is_finite_batch(n, nu), nu, self.nu))
 
     def inference_affine(self) -> tuple[Tensor, Tensor]:
-        DEFERRED.wait()
-        return torch.rsqrt(self.running_psi2 + self.eps) * self.weight, self.bias
+        return torch.rsqrt(self.settled("running_psi2") + self.eps) * self.weight, self.bias
 
     def statistics(self) -> dict[str, Tensor]:
-        DEFERRED.wait()
-        return {"psi2": self.running_psi2, "nu": self.nu}
+        return {"psi2": self.settled("running_psi2"), "nu": self.settled("nu")}
 
     def decay_over(self, first: Tensor, last: Tensor) -> Tensor:
         return self.alpha_fwd ** (last - first)
@@ -211,6 +209,7 @@ class PowerNorm(QuadraticNorm):
     @torch.no_grad()
     def _finish_forward(self, iteration: "_Iteration", total: Tensor) -> None:
         """total (C + 1,): sums of x^2 and the number of tokens, of all ranks."""
+        total = total.to(self.running_psi2.device)  # the layer may have moved meanwhile
         iteration.n = total[-1]
         psi2_batch = total[:-1] / iteration.n.clamp(min=1)
         # The state is still that of the forward: the next one first flushes what is deferred.
@@ -220,7 +219,8 @@ class PowerNorm(QuadraticNorm):
     @torch.no_grad()
     def _finish_backward(self, iteration: "_Iteration", total: Tensor) -> None:
         """total (C,): sums of g x_hat, of all ranks."""
-        self._advance_nu(total / iteration.n.clamp(min=1), iteration.gamma, iteration.n)
+        total, gamma, n = (t.to(self.nu.device) for t in (total, iteration.gamma, iteration.n))
+        self._advance_nu(total / n.clamp(min=1), gamma, n)
 
     def _past_warmup(self) -> bool:
         # Reading the step waits for a GPU; once past the warm-up it need not be read again.

@@ -34,7 +34,9 @@ class PowerNormReleased(RunningNorm):
     5. Statistics are each worker's own; sync=True is not what was released.
 
     Because of 4 padded positions influence e, and parameter gradients count them, so training
-    depends on how batches are padded. RunningNorm lists the rules of the state.
+    depends on how batches are padded. In a batch of padding only the running statistic divides
+    forward and backward, and nothing corrects the gradient. RunningNorm lists the rules of the
+    state.
 
     Reference: normexp/norms/reference/power_released.py
     Proof: pytest tests/norms/test_references.py -k "power_released]"
@@ -91,6 +93,7 @@ class PowerNormReleased(RunningNorm):
         psi2_batch, n = pooled_mean(sum_sq, n, self.sync, self)
         step = self.step + 1
         running = self.running_psi2
+        psi2_batch = torch.where(n > 0, psi2_batch, running.to(sum_sq.dtype))
         psi2 = torch.where(step <= self.warmup_steps, psi2_batch, running.to(sum_sq.dtype))
         self._replay_cache.store(sum_sq, psi2, psi2_batch, n)
         usable = self._is_finite_batch(n, psi2_batch)
@@ -111,7 +114,7 @@ class PowerNormReleased(RunningNorm):
         mean, _ = pooled_mean(partial_sums, partial_sums.new_full((), positions), self.sync)
         e = self.e + mean
         self.e.copy_(torch.where(self._is_finite_batch(n, e), e, self.e))
-        return factor
+        return torch.where(n > 0, factor, 0.0)
 
     def _infer(self, tokens: Tensor, token_mask: Tensor | None) -> Tensor:
         scale = torch.rsqrt(self.running_psi2 + self.eps) * self.weight

@@ -1,9 +1,13 @@
 """Names of normalizations and how to build them."""
 
+import functools
 import inspect
+import math
 from collections.abc import Callable
 
 from torch import nn
+
+from normexp.norms.core.nested import accept_nested
 
 _NORMS: dict[str, type[nn.Module]] = {}
 
@@ -12,12 +16,16 @@ def register_norm(name: str) -> Callable[[type[nn.Module]], type[nn.Module]]:
     """Class decorator: register a layer for `build_norm` as `name`.
 
     The class takes `num_features` first; its other parameters, each with a default, are the
-    options of the normalization. Raises ValueError where the name is in use.
+    options of the normalization. Within torch's TransformerEncoder its objects can stand for a
+    LayerNorm. Raises ValueError where the name is in use.
     """
 
     def add(cls: type[nn.Module]) -> type[nn.Module]:
         if name in _NORMS:
             raise ValueError(f"normalization {name!r} is registered twice")
+        cls.forward = accept_nested(cls.forward)
+        if not issubclass(cls, nn.LayerNorm):
+            cls.__init__ = _closing_the_fast_path(cls.__init__)
         _NORMS[name] = cls
         return cls
 
@@ -61,15 +69,31 @@ def build_norm(name: str, num_features: int, **options: object) -> nn.Module:
         )
     if not isinstance(num_features, int) or num_features < 1:
         raise ValueError(f"num_features must be a positive integer, got {num_features!r}")
-    norm = norm_class(name)(num_features, **options)
-    if not isinstance(norm, nn.LayerNorm):
+    return norm_class(name)(num_features, **options)
+
+
+def _closing_the_fast_path(build: Callable[..., None]) -> Callable[..., None]:
+    """Decorator of a layer's __init__.
+
+    In eval mode torch's TransformerEncoderLayer reads eps, weight and bias of whatever its norm1
+    and norm2 are and computes LN by itself, unless a hook is attached to one of its modules. It
+    asks for eps before it looks for hooks, and its TransformerEncoder for weight and bias.
+    """
+
+    @functools.wraps(build)
+    def init(norm: nn.Module, *args: object, **options: object) -> None:
+        build(norm, *args, **options)
+        if norm._forward_pre_hooks:  # a subclass of a registered layer
+            return
         norm.register_forward_pre_hook(_block_fast_path)
-    return norm
+        for parameter in ("weight", "bias"):
+            if not hasattr(norm, parameter):
+                setattr(norm, parameter, None)
+        if not hasattr(norm, "eps"):
+            norm.eps = math.nan  # equal to no other, which closes the path too
+
+    return init
 
 
 def _block_fast_path(norm: nn.Module, args: tuple[object, ...]) -> None:
-    """A hook whose presence alone has an effect.
-
-    In eval mode torch's TransformerEncoderLayer reads weight, bias and eps of whatever its norm1
-    and norm2 are and computes LN by itself, unless a hook is attached to one of its modules.
-    """
+    """A hook whose presence alone has an effect."""

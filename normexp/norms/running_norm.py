@@ -3,14 +3,20 @@
 import functools
 import inspect
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from normexp.norms.core.masking import check_input, flatten_tokens, mask_padding_
+from normexp.norms.core.masking import (
+    check_input,
+    flatten_tokens,
+    list_of_tokens,
+    mask_padding_,
+)
 from normexp.norms.core.option_checks import check_flag, check_positive
 from normexp.norms.core.replay_cache import ReplayCache, in_recomputation
 from normexp.norms.distributed.collectives import several_ranks, warn_of_private_statistics
@@ -60,8 +66,12 @@ class RunningNorm(nn.Module):
       .half() or .bfloat16(); .double() converts them.
     - Data parallel: with sync=True statistics are those of the tokens of all ranks, and gradients
       those of the sum of the ranks' losses (every rank has to run the same layers: others than on
-      the other ranks are a RuntimeError); with sync=False each rank keeps its own, and a
-      UserWarning says so.
+      the other ranks are a RuntimeError). Reading the state (`statistics`, `state_dict`, copies,
+      inference) changes nothing, on whatever ranks it happens.
+    - With sync=False each rank counts its own tokens, and a UserWarning says so. The statistics
+      stay its own only under DistributedDataParallel(broadcast_buffers=False): torch's default
+      replaces them by rank 0's before each forward. A checkpoint has those of the rank that writes
+      it; torch.distributed.checkpoint, which takes equal keys for equal values, mixes the ranks'.
     - torch.compile: inference compiles without graph breaks. Training runs the layer outside the
       graph, with the same results.
 
@@ -90,6 +100,7 @@ class RunningNorm(nn.Module):
         self.register_buffer("num_rejected", torch.zeros((), dtype=torch.long), persistent=False)
         self.place = next_place()  # among the layers of this process
         self._replay_cache = ReplayCache()
+        self._settled: tuple[object, dict[str, Tensor]] | None = None
         self._num_rejected_reported = 0
         self.kernels: str | None = None
 
@@ -104,8 +115,9 @@ class RunningNorm(nn.Module):
     def forward(self, x: Tensor, padding_mask: Tensor | None = None) -> Tensor:
         """x (T, B, C) or (N, C), padding_mask (B, T) or (N,), True = padding -> y like x.
 
-        Values of y at padded positions are undefined. Raises ValueError on invalid shapes or
-        masks, RuntimeError where activation checkpointing repeats a forward that is too long ago.
+        Other numbers of dimensions: see `check_input`. Values of y at padded positions are
+        undefined. Raises ValueError on invalid shapes or masks, RuntimeError where activation
+        checkpointing repeats a forward that is too long ago.
         """
         if self.training:
             return self._train_step(x, padding_mask)
@@ -115,8 +127,13 @@ class RunningNorm(nn.Module):
     @_outside_graphs
     def _train_step(self, x: Tensor, padding_mask: Tensor | None) -> Tensor:
         check_input(x, padding_mask, self.num_features)
+        if x.dim() not in (2, 3):  # kernels know no other
+            rows, mask = list_of_tokens(x, padding_mask)
+            return self._train_step(rows, mask).reshape(x.shape)
         if not self.sync and several_ranks():
             warn_of_private_statistics()
+        if DEFERRED.in_flight() and not several_ranks():
+            DEFERRED.wait()  # of ranks that there were before
         kernels, operators = operators_for(self, x)
         if self.sync and several_ranks():
             y = self._train_deferred(operators, x, padding_mask)
@@ -210,9 +227,8 @@ class RunningNorm(nn.Module):
 
     def train(self, mode: bool = True) -> "RunningNorm":
         """Switch to training or eval mode; leaving training, warn of rejected batches."""
-        DEFERRED.wait()
         if self.training and not mode and not self.num_rejected.is_meta:
-            num_rejected = int(self.num_rejected)
+            num_rejected = int(self.settled("num_rejected"))
             unreported = num_rejected - self._num_rejected_reported
             if unreported > 0:
                 warnings.warn(
@@ -223,16 +239,47 @@ class RunningNorm(nn.Module):
             self._num_rejected_reported = num_rejected
         return super().train(mode)
 
+    def settled(self, name: str) -> Tensor:
+        """The buffer of this name, or where sums over the ranks are under way, what it will be.
+
+        PN leaves these to its next forward. A copy then, and the buffer itself otherwise.
+        """
+        if not DEFERRED.in_flight():
+            return getattr(self, name)
+        return self._settled_buffers()[name]
+
+    @torch.no_grad()
+    @torch.inference_mode(False)  # what is made in it would be of no use outside
+    def _settled_buffers(self) -> dict[str, Tensor]:
+        versions = [buffer._version for buffer in self._buffers.values()]
+        if self._settled is None or self._settled[0] != (DEFERRED.num_launched, versions):
+            copies = {name: buffer.clone() for name, buffer in self._buffers.items()}
+            with self._other_buffers(copies):
+                for use in DEFERRED.arrived(self):
+                    use()
+                settled = dict(self._buffers)
+            self._settled = (DEFERRED.num_launched, versions), settled
+        return self._settled[1]
+
+    @contextmanager
+    def _other_buffers(self, buffers: dict[str, Tensor]) -> Iterator[None]:
+        before = dict(self._buffers)
+        self._buffers.update(buffers)
+        try:
+            yield
+        finally:
+            self._buffers.update(before)
+
     def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        DEFERRED.wait()
-        super()._save_to_state_dict(*args, **kwargs)
+        with self._other_buffers({name: self.settled(name) for name in self._buffers}):
+            super()._save_to_state_dict(*args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
-        DEFERRED.wait()
-        return self.__dict__.copy()
+        buffers = {name: self.settled(name) for name in self._buffers}
+        return {**self.__dict__, "_buffers": buffers, "_settled": None}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "RunningNorm":
-        DEFERRED.wait()
+        self._settled = None
         # With eight bits of mantissa a running average would stand still: its steps are too small.
         before = dict(self._buffers)
         super()._apply(fn, recurse)

@@ -41,7 +41,8 @@ class UnifiedNorm(RunningNorm):
     arithmetic minus the geometric mean of the window exceeds M times the variance of sqrt(psi2_B)
     over the window as it was before; its slot then holds psi2. `skipped` counts these.
 
-    Because of the means over all positions, training depends on how batches are padded.
+    Because of the means over all positions, training depends on how batches are padded. In a batch
+    of padding only, V is psi2 and nothing corrects the gradient.
     Double differentiation is refused. RunningNorm lists the rules of the state.
 
     Reference: normexp/norms/reference/unified.py
@@ -102,6 +103,7 @@ class UnifiedNorm(RunningNorm):
             skip = ~early & outlier.any()
             window = torch.where(skip & slot, running, window)
         v = torch.where(early | skip, psi2_batch, geometric.to(sum_sq.dtype))
+        v = torch.where(n > 0, v, running.to(sum_sq.dtype))
         ratio = torch.sqrt((v + self.eps) / (running + self.eps))
         ratio = ratio.clamp(1 / _MOST_CORRECTION, _MOST_CORRECTION).to(sum_sq.dtype)
         uncorrected = (step <= max(_STEPS_UNCORRECTED, self.warmup_steps)) | skip
@@ -123,7 +125,7 @@ class UnifiedNorm(RunningNorm):
         smoothed = torch.where(direct, lambda_, window.mean(0))
         e = torch.lerp(self.e, smoothed, 1 - self.momentum)
         usable = self._is_finite_batch(n, e)
-        correction = torch.where(skip, smoothed, e)
+        correction = torch.where(n > 0, torch.where(skip, smoothed, e), 0.0)
         self.e.copy_(torch.where(usable, e, self.e))
         self.lambda_window.copy_(torch.where(usable, window, self.lambda_window))
         return correction

@@ -99,7 +99,7 @@ def _statistics(sites: _Sites) -> dict[str, Tensor]:
             else:
                 scalars[f"{site}/{name}_norm"] = value.norm()
         if hasattr(module, "num_rejected"):
-            scalars[f"{site}/rejected"] = module.num_rejected.double()
+            scalars[f"{site}/rejected"] = module.settled("num_rejected").double()
     return scalars
 
 
@@ -117,7 +117,7 @@ def _snapshot(sites: _Sites) -> dict[str, _Before]:
             averages = {
                 name: x.to(torch.float64, copy=True) for name, x in _averages(layer).items()
             }
-            before[site] = _Before(layer.step.clone(), averages)
+            before[site] = _Before(layer.settled("step").clone(), averages)
     return before
 
 
@@ -125,7 +125,7 @@ def _distances(sites: _Sites, before: Mapping[str, _Before]) -> dict[str, Tensor
     scalars = {}
     for site, then in before.items():
         layer = sites[site]
-        kept = layer.decay_over(then.step, layer.step)
+        kept = layer.decay_over(then.step, layer.settled("step"))
         if kept is None:
             continue
         for name, now in _averages(layer).items():

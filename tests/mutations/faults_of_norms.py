@@ -5,6 +5,7 @@ from fault import Fault
 ORACLE = ("norms/test_golden", "norms/test_references", "norms/test_padding")
 STATE = ("norms/test_broken_batches", "norms/test_precision")
 SYNC = ("norms/test_synchronized",)
+KINDS = ("norms/test_replace_kinds",)
 CHECKPOINTING = ("norms/test_replace",)
 
 
@@ -36,9 +37,86 @@ NORMS = [
     ),
     fault(
         "core/masking.py",
-        "token_mask = ~(padding_mask.t() if x.dim() == 3 else padding_mask)",
-        "token_mask = ~padding_mask",
+        "of_tokens = padding_mask.t().reshape(",
+        "of_tokens = padding_mask.reshape(",
         "mask not transposed to the order of the tokens",
+    ),
+    fault(
+        "core/masking.py",
+        "expand(x.shape[:-1])",
+        "expand(x.shape[:-1]).transpose(0, -1)",
+        "mask of heads in another order than the tokens",
+        ("norms/test_layouts",),
+    ),
+    fault(
+        "core/nested.py",
+        "positions >= lengths[:, None]",
+        "positions > lengths[:, None]",
+        "a padded position counts as a token of a nested sentence",
+        ("norms/test_replace",),
+    ),
+    fault(
+        "core/stock_norms.py",
+        "return near(one, y[1:, 2:]) and near(scaled, y)",
+        "return near(one, y[1:, 2:])",
+        "a module that only scales passes for a norm",
+        KINDS,
+    ),
+    fault(
+        "core/stock_norms.py",
+        "return near(one, y[1:, 2:]) and near(scaled, y)",
+        "return near(scaled, y)",
+        "a norm over positions passes for one of tokens",
+        KINDS,
+    ),
+    fault(
+        "core/stock_norms.py",
+        "if others:",
+        "if False:",
+        "a gated norm is replaced",
+        KINDS,
+    ),
+    fault(
+        "replace.py",
+        "if neutral != path and (only is None or re.search(only, neutral)):",
+        "if neutral != path and only is None:",
+        "norms of queries replaced where the expression is a general one",
+        KINDS,
+    ),
+    fault(
+        "replace.py",
+        "x = x.movedim(1, -1)",
+        "x = x.movedim(1, 1)",
+        "BatchNorm's positions taken for channels",
+        KINDS,
+    ),
+    fault(
+        "replace.py",
+        "norm.running_var.copy_(stock.running_var)",
+        "pass",
+        "a trained BatchNorm's variance lost",
+        KINDS,
+    ),
+    fault(
+        "replace.py",
+        "if first and last and tokens.any():",
+        "if False:",
+        "as many heads as positions: the mask is guessed",
+        ("norms/test_layouts",),
+    ),
+    fault(
+        "registry.py",
+        "norm.register_forward_pre_hook(_block_fast_path)",
+        "pass",
+        "torch's encoder computes LN in eval mode",
+        ("norms/test_fast_path",),
+    ),
+    fault(
+        "registry.py",
+        "norm.eps = math.nan",
+        "pass",
+        "a norm without eps cannot be used in torch's encoder in eval mode",
+        ("norms/test_fast_path",),
     ),
     fault(
         "core/masking.py",
@@ -205,6 +283,24 @@ NORMS = [
         "correction = torch.where(in_warmup, lambda_, self.nu.to(lambda_.dtype))",
         "correction = self.nu.to(lambda_.dtype)",
         "no exact gradient in warm-up",
+    ),
+    fault(
+        "power_released.py",
+        "psi2_batch = torch.where(n > 0, psi2_batch, running.to(sum_sq.dtype))",
+        "pass",
+        "a batch of padding only is divided by the root of eps",
+    ),
+    fault(
+        "power_released.py",
+        "return torch.where(n > 0, factor, 0.0)",
+        "return factor",
+        "a batch of padding only passes on a gradient that it did not get",
+    ),
+    fault(
+        "unified.py",
+        "v = torch.where(n > 0, v, running.to(sum_sq.dtype))",
+        "pass",
+        "a batch of padding only is divided by the root of eps",
     ),
     fault(
         "power_released.py",
@@ -381,8 +477,8 @@ NORMS = [
     ),
     fault(
         "distributed/deferred.py",
-        "zip(sent.entries, totals, strict=True)",
-        "zip(sent.entries[::-1], totals, strict=True)",
+        "zip(self.entries, totals, strict=True)",
+        "zip(self.entries[::-1], totals, strict=True)",
         "totals of one layer used by another",
         SYNC,
     ),
@@ -391,6 +487,13 @@ NORMS = [
         "sums.square()).any()",
         "sums.square()).any() | True",
         "sums of different layers are added up",
+        SYNC,
+    ),
+    fault(
+        "running_norm.py",
+        "if not DEFERRED.in_flight():",
+        "if DEFERRED.wait() is None:",
+        "who reads a synchronized state changes the training",
         SYNC,
     ),
     fault(

@@ -83,7 +83,10 @@ def test_wrong_mask_or_shape_is_refused(name: str, training: bool) -> None:
     with pytest.raises(ValueError, match=r"\(T, B, 4\)"):
         norm(torch.randn(5, 3, 6))
     with pytest.raises(ValueError, match=r"\(T, B, 4\)"):
-        norm(torch.randn(2, 5, 3, C))
+        norm(torch.randn(2, C, 5))  # channels in the middle
+    images = torch.randn(2, 5, 3, C)
+    with pytest.raises(ValueError, match=r"shape \(5, 2\) or \(2, 5, 3\)|which dimensions"):
+        norm(images, torch.zeros(2, 5, dtype=torch.bool))
     with pytest.raises(ValueError, match="floating-point"):
         norm(torch.ones(5, 3, C, dtype=torch.long))
     for what, buffer in norm.named_buffers():

@@ -4,6 +4,8 @@ Padding differs between two runs in one respect at a time: what stands there, ho
 is, or the gradient that arrives there. Each run is three training steps and an inference.
 """
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -171,6 +173,43 @@ def test_batch_without_a_real_token_changes_no_state(name: str) -> None:
             np.testing.assert_array_equal(value, before[what], err_msg=what)
         layer.train_step(batch.x, batch.pad, batch.gy)
     assert np.isfinite(layer.infer(batch.x, nothing_real)).all()
+
+
+@pytest.mark.parametrize("steps", [1, 6])  # in the warm-up and past it
+@pytest.mark.parametrize("name", available_norms())
+def test_batch_of_padding_only_takes_no_part(name: str, steps: int) -> None:
+    """Where no gradient arrives, none leaves. What the original code treats as tokens is
+    normalized as in inference, forward and backward.
+    """
+    norm = build_norm(name, C, **quick_options(name)).double()
+    batches = [random_batch(4, 3, seed) for seed in range(steps + 1)]
+    for batch in batches[:steps]:
+        y = norm(torch.from_numpy(batch.x), torch.from_numpy(batch.pad))
+        loss = (y * torch.from_numpy(batch.gy)).sum()
+        if y.requires_grad:
+            loss.backward()
+        if hasattr(norm, "penalty"):
+            norm.penalty()
+    twin = copy.deepcopy(norm).eval()
+    norm.zero_grad(), twin.zero_grad()
+    nothing_real = torch.ones(3, 4, dtype=torch.bool)
+    for gradient in (torch.zeros(4, 3, C).double(), torch.from_numpy(batches[-1].gy)):
+        x, other = (torch.from_numpy(batches[-1].x).requires_grad_() for _ in range(2))
+        y = norm(x, nothing_real)
+        y.backward(gradient)
+        if hasattr(norm, "penalty"):
+            norm.penalty()
+        expected = twin(other, nothing_real)
+        expected.backward(gradient)
+        if not gradient.any():
+            for value in (x, *norm.parameters()):
+                assert not value.grad.any()
+        if name in ("power_released", "unified"):
+            torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
+            for value, of_twin in zip(
+                (x, *norm.parameters()), (other, *twin.parameters()), strict=True
+            ):
+                torch.testing.assert_close(value.grad, of_twin.grad, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", ["batch", "regularized_batch", "power_v", "power"])

@@ -198,12 +198,27 @@ def test_a_stock_layer_before_a_filled_one_does_not_hand_it_nested_tensors() -> 
     torch.testing.assert_close(y[~PADDING], expected[~PADDING], rtol=1e-9, atol=1e-11)
 
 
-def test_nested_tensors_are_refused_with_the_cure() -> None:
-    encoder = stock_encoder().eval()
+@pytest.mark.parametrize("name", available_norms())
+def test_nested_tensors_say_themselves_what_is_padding(name: str) -> None:
+    encoder = stock_encoder()
     for layer in encoder.layers:  # of the encoder around it nothing can be known
-        replace_layer_norms(layer, "power", batch_first=True)
-    with torch.no_grad(), pytest.raises(ValueError, match="enable_nested_tensor=False"):
-        run(encoder, states(), PADDING)
+        replace_layer_norms(layer, name, batch_first=True, **short(name))
+    train(run, encoder, PADDING)
+    shapes: list[bool] = []
+    encoder.eval().layers[1].register_forward_pre_hook(lambda _, x: shapes.append(x[0].is_nested))
+    expected = run(encoder, states(), PADDING)
+    with torch.no_grad():
+        y = run(encoder, states(), PADDING)
+    torch.testing.assert_close(y[~PADDING], expected[~PADDING], rtol=1e-9, atol=1e-11)
+    assert shapes == [False, True]
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_nested_tensors_of_ones_own_are_refused_with_the_cure(training: bool) -> None:
+    layout = torch.strided if training else torch.jagged
+    x = torch.nested.nested_tensor([torch.randn(2, C), torch.randn(3, C)], layout=layout)
+    with pytest.raises(ValueError, match="enable_nested_tensor=False"):
+        build_norm("power", C).train(training)(x)
 
 
 @pytest.mark.parametrize("batch_first", [True, False])
@@ -387,6 +402,9 @@ class OwnNorm(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(C))
 
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight * x / x.square().mean(-1, keepdim=True).sqrt()
+
 
 def test_classes_of_the_models_own_are_replaced_on_request() -> None:
     model = nn.Sequential(OwnNorm(), nn.LayerNorm(C))
@@ -446,7 +464,7 @@ def test_what_is_no_padding_mask_is_refused(mask: Tensor) -> None:
 
 
 @pytest.mark.parametrize(
-    "x", [torch.randn(T, B, C), torch.randn(B, 1, C), torch.randn(B, C), torch.randn(B, T, 2, C)]
+    "x", [torch.randn(T, B, C), torch.randn(B, 1, C), torch.randn(B, C), torch.randn(B, 2, 4, C)]
 )
 @pytest.mark.parametrize("name", ["batch", "instance"])
 def test_a_mask_of_other_states_is_refused(name: str, x: Tensor) -> None:

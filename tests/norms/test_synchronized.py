@@ -193,6 +193,30 @@ def test_data_parallel_model_equals_one_process(
         assert_same(of_rank["data_parallel"][f"{case}-{broadcast}"], expected, TOLERANCE)
 
 
+def test_reading_on_one_rank_changes_no_training(results: Results) -> None:
+    """Saving, copying, evaluating on one rank only; and what is read is the state of that step."""
+    for rank, of_rank in enumerate(results):
+        for broadcast in (True, False):
+            unread = of_rank["reading"][f"{broadcast}-None-by_state_dict"]
+            for key, obtained in of_rank["reading"].items():
+                _, reader, way = key.split("-")
+                assert_same(obtained["last"], unread["last"])
+                if reader != str(rank):
+                    continue
+                for read, model in zip(obtained["read"], unread["read"], strict=True):
+                    psi2, nu = model["norm.running_psi2"], model["norm.nu"]
+                    scale = torch.rsqrt(psi2 + 1e-5) * model["norm.weight"]
+                    expected = {
+                        "by_state_dict": model,
+                        "by_moving": model,
+                        "by_statistics": {"psi2": psi2, "nu": nu},
+                        "by_inference": {"scale": scale, "shift": model["norm.bias"]},
+                        "by_copy": {"norm.running_psi2": psi2, "norm.nu": nu},
+                        "by_pickle": {"running_psi2": psi2, "nu": nu, "step": model["norm.step"]},
+                    }[way]
+                    assert_same({name: read[name] for name in expected}, expected)
+
+
 @every_case
 def test_data_parallel_without_sync(results: Results, case: str) -> None:
     """Each rank by itself; or with broadcast_buffers, torch's default, all start from rank 0's.

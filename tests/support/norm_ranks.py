@@ -3,8 +3,10 @@
 A scenario is a function of (rank, world size) that returns nested dicts, lists and tensors.
 """
 
+import copy
 import datetime
 import functools
+import pickle
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -379,6 +381,78 @@ def other_layers(rank: int, world: int) -> dict[str, object]:
     return said
 
 
+def reading(rank: int, world: int) -> dict[str, object]:
+    """PN past its warm-up under torch's wrapper, whose state a rank reads after every step.
+
+    By what is read, by which rank: the model after each step, and what has been read.
+    """
+
+    def by_statistics(model: nn.Module) -> dict[str, torch.Tensor]:
+        return model.norm.statistics()
+
+    def by_inference(model: nn.Module) -> dict[str, torch.Tensor]:
+        training = model.training
+        norm = model.eval().norm
+        with torch.inference_mode():
+            norm(torch.ones(2, C).double())
+        read = dict(zip(("scale", "shift"), norm.inference_affine(), strict=True))
+        model.train(training)
+        return read
+
+    def by_copy(model: nn.Module) -> dict[str, torch.Tensor]:
+        return dict(copy.deepcopy(model).named_buffers())
+
+    def by_pickle(model: nn.Module) -> dict[str, torch.Tensor]:
+        return dict(pickle.loads(pickle.dumps(model.norm)).named_buffers())
+
+    def by_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
+        return model.state_dict()
+
+    def copied(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {name: value.detach().clone() for name, value in tensors.items()}
+
+    def by_moving(model: nn.Module) -> dict[str, torch.Tensor]:
+        """As evaluations begin."""
+        return model.to("cpu").double().state_dict()
+
+    results: dict[str, object] = {}
+    ways = (by_state_dict, by_statistics, by_inference, by_copy, by_pickle, by_moving)
+    for broadcast in (True, False):
+        for reader, read in ((None, by_state_dict), *((i, w) for i in range(world) for w in ways)):
+            model = _OfOneNorm(build_norm("power", C, warmup_steps=1, sync=True))
+            wrapped = DistributedDataParallel(model, broadcast_buffers=broadcast)
+            steps = []
+            for step in (0, 2, 4, 6):
+                of = batch_of(rank, step, world)
+                wrapped(torch.from_numpy(of.x)).square().mean().backward()
+                with torch.no_grad():
+                    for parameter in model.parameters():
+                        parameter -= LEARNING_RATE * parameter.grad
+                        parameter.grad = None
+                steps.append(copied(read(model)) if reader in (None, rank) else {})
+                # What is read twice is read from the same.
+                again = read(model) if reader == rank else {}
+                assert all(torch.equal(value, again[key]) for key, value in again.items())
+            results[f"{broadcast}-{reader}-{read.__name__}"] = {
+                "read": steps,
+                "last": copied(model.state_dict()),
+            }
+    return results
+
+
+class _OfOneNorm(nn.Module):
+    """Linear, norm, Linear; of a module level's class, to be pickled."""
+
+    def __init__(self, norm: nn.Module):
+        super().__init__()
+        torch.manual_seed(3)
+        self.before, self.norm, self.after = nn.Linear(C, C), norm, nn.Linear(C, C)
+        self.double()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.after(self.norm(self.before(x)))
+
+
 SCENARIOS = [
     private,
     several_layers,
@@ -390,6 +464,7 @@ SCENARIOS = [
     differentiable,
     half_precision,
     other_layers,
+    reading,
 ]
 
 

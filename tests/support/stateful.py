@@ -83,9 +83,14 @@ def train(norm: torch.nn.Module, seeds: Iterable[int]) -> list[torch.Tensor]:
 
 
 def state(module: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Copies of all buffers, after what a layer has under way over the ranks has arrived."""
-    module.state_dict()
-    return {name: buffer.clone() for name, buffer in module.named_buffers()}
+    """Copies of all buffers, with what a layer has under way over the ranks."""
+    owners = dict(module.named_modules())
+    copies = {}
+    for path in dict(module.named_buffers()):
+        owner, _, name = path.rpartition(".")
+        settled = getattr(owners[owner], "settled", owners[owner].get_buffer)
+        copies[path] = settled(name).clone()
+    return copies
 
 
 def assert_same(obtained: object, expected: object, tolerance: float = 0.0) -> None:

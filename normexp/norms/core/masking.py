@@ -13,30 +13,43 @@ def flatten_tokens(
 ) -> tuple[Tensor, Tensor | None]:
     """View a batch as a list of tokens.
 
-    x: (T, B, C) with padding_mask (B, T), or (N, C) with padding_mask (N,); True = padding.
-    Returns tokens (T*B, C), in float32 where x is float16 or bfloat16 because sums over
-    thousands of tokens need the digits, and their token_mask (T*B, 1) or None.
-    Raises ValueError where shapes or dtypes do not fit.
+    x, padding_mask: as in `check_input`; True = padding. Returns tokens (T*B, C), in float32 where
+    x is float16 or bfloat16 because sums over thousands of tokens need the digits, and their
+    token_mask (T*B, 1) or None. Raises ValueError where shapes or dtypes do not fit.
     """
     check_input(x, padding_mask, num_features)
-    tokens = x.reshape(-1, num_features)
+    tokens, padding = list_of_tokens(x, padding_mask)
     if x.dtype in (torch.float16, torch.bfloat16):
         tokens = tokens.float()
+    return tokens, None if padding is None else ~padding[:, None]
+
+
+def list_of_tokens(x: Tensor, padding_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """x with as many dimensions as `check_input` allows -> (N, C), and its padding_mask (N,)."""
+    tokens = x.reshape(-1, x.shape[-1])
     if padding_mask is None:
         return tokens, None
-    token_mask = ~(padding_mask.t() if x.dim() == 3 else padding_mask)
-    return tokens, token_mask.reshape(-1, 1)
+    if padding_mask.dim() == 2 and x.dim() > 2:  # (B, T)
+        of_tokens = padding_mask.t().reshape(*x.shape[:2], *[1] * (x.dim() - 3))
+        padding_mask = of_tokens.expand(x.shape[:-1])
+    return tokens, padding_mask.reshape(-1)
 
 
 def check_input(x: Tensor, padding_mask: Tensor | None, num_features: int) -> None:
-    """Raise ValueError unless x is (T, B, C) or (N, C) and padding_mask, if any, fits it."""
+    """Raise ValueError unless x and padding_mask fit the layer and each other.
+
+    x (T, B, C) has a padding_mask (B, T), and x (N, C) one of (N,). x may have any other number of
+    dimensions with the channels last, too: images (B, H, W, C), say. Then padding_mask has an entry
+    for each token, x.shape[:-1]; or, of x (T, B, ..., C), it is (B, T).
+    """
     if x.is_nested:
         raise ValueError(
             "nested tensors; build the TransformerEncoder with enable_nested_tensor=False"
         )
-    if x.dim() not in (2, 3) or x.shape[-1] != num_features:
+    if x.dim() == 0 or x.shape[-1] != num_features:
         raise ValueError(
-            f"expected input (T, B, {num_features}) or (N, {num_features}), got {tuple(x.shape)}"
+            f"expected input (T, B, {num_features}), (N, {num_features}) or another with "
+            f"{num_features} channels last, got {tuple(x.shape)}"
         )
     if not x.is_floating_point():
         raise ValueError(f"expected a floating-point input, got {x.dtype}")
@@ -44,11 +57,12 @@ def check_input(x: Tensor, padding_mask: Tensor | None, num_features: int) -> No
         return
     if padding_mask.dtype != torch.bool:
         raise ValueError(f"padding_mask must be bool (True = padding), got {padding_mask.dtype}")
-    expected = (x.shape[1], x.shape[0]) if x.dim() == 3 else (x.shape[0],)
-    if padding_mask.shape != expected:
+    by_sentence, by_token = tuple(x.shape[:2][::-1]), tuple(x.shape[:-1])
+    expected = {2: [by_token], 3: [by_sentence]}.get(x.dim(), [by_sentence, by_token])
+    if tuple(padding_mask.shape) not in expected:
         raise ValueError(
-            f"padding_mask must have the shape {tuple(expected)} for an input {tuple(x.shape)}, "
-            f"got {tuple(padding_mask.shape)}"
+            f"padding_mask must have the shape {' or '.join(map(str, expected))} for an input "
+            f"{tuple(x.shape)}, got {tuple(padding_mask.shape)}"
         )
 
 

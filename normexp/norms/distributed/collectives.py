@@ -78,8 +78,10 @@ def warn_of_private_statistics() -> None:
     """Warn once per process that checkpoints will hold the statistics of one rank only."""
     warnings.warn(
         "normalization statistics are private to each rank of this data-parallel training, and a "
-        "checkpoint holds those of the rank that writes it; build the norms with sync=True, or "
-        "call normexp.norms.average_statistics(model) on all ranks before saving",
+        "checkpoint holds those of the rank that writes it (DistributedDataParallel, unless told "
+        "broadcast_buffers=False, replaces them by rank 0's before each forward); build the norms "
+        "with sync=True, or call normexp.norms.average_statistics(model) on all ranks before "
+        "saving",
         stacklevel=3,
     )
 

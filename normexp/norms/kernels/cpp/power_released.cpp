@@ -116,6 +116,8 @@ class Released : public torch::autograd::Function<Released> {
         saved->token_sum_sq = psi2_batch = sum_sq;
         n = sums.count();
         for (double& value : psi2_batch) value /= std::max(n, 1.0);
+        // Of no token there is no statistic, and the running one stands in for it.
+        if (n == 0) psi2_batch = options.is_replay ? saved->psi2_batch : before;
         const Vector of_padding = sums.total(1, channels);
         for (int64_t c = 0; c < channels; ++c) sum_sq[c] += of_padding[c];
       };
@@ -169,7 +171,7 @@ class Released : public torch::autograd::Function<Released> {
     const int64_t channels = x.size(-1), rows = num_rows(x);
     Vector next = read(of.e), factor(next), scale(channels), slope(channels), dw, db;
     for (int64_t c = 0; c < channels; ++c) {
-      factor[c] *= 1 - of.options.alpha_bwd;
+      factor[c] *= of.n > 0 ? 1 - of.options.alpha_bwd : 0;
       scale[c] = w[c] * of.batch_inverse[c];
       slope[c] = -factor[c] * of.inverse[c] * of.batch_inverse[c];
     }

@@ -124,7 +124,8 @@ def _scale(
     psi2 = tokens.values_at(statistic, channel, within)
     if tl.load(step) < warmup_steps:
         n = tokens.total_count(batch_counts, tl.num_programs(1), MANY)
-        psi2 = tokens.values_at(batch_total, channel, within) / tl.maximum(n, 1.0)
+        of_batch = tokens.values_at(batch_total, channel, within) / tl.maximum(n, 1.0)
+        psi2 = tl.where(n > 0, of_batch, psi2)
     scale = (tokens.values_at(weight, channel, within) / tl.sqrt(psi2 + eps)).to(SUMS_IN)
     shift = tokens.values_at(bias, channel, within).to(SUMS_IN)
     of_tokens = tl.zeros([ROWS, WIDTH], SUMS_IN)
@@ -176,8 +177,9 @@ def _finish_forward(
     seen = tokens.total_count(counts, programs, MANY)
     of_tokens = tokens.values_at(totals, channel, within)
     of_padding = tokens.values_at(totals + channels, channel, within)
-    of_batch = of_tokens / tl.maximum(seen, 1.0)
     before = tokens.values_at(running, channel, within)
+    # Of no token there is no statistic, and the running one stands in for it.
+    of_batch = tl.where(seen > 0, of_tokens / tl.maximum(seen, 1.0), before)
     tl.store(token_sum_sq + channel, of_tokens, mask=within)
     tl.store(sum_sq + channel, of_tokens + of_padding, mask=within)
     by_batch = s <= warmup_steps
@@ -223,7 +225,8 @@ def _propagate(
     channel, within = _group_of_program(size, WIDTH)
     inverse = 1.0 / tl.sqrt(tokens.values_at(saved, channel, within) + eps)
     batch_inverse = 1.0 / tl.sqrt(tokens.values_at(saved + channels, channel, within) + eps)
-    factor = update_rate * tokens.values_at(e, channel, within)
+    seen = tl.load(saved + 2 * channels + 1)
+    factor = tl.where(seen > 0, update_rate * tokens.values_at(e, channel, within), 0.0)
     scale = (tokens.values_at(weight, channel, within) * batch_inverse).to(SUMS_IN)
     slope = (-factor * inverse * batch_inverse).to(SUMS_IN)
     products = tl.zeros([ROWS, WIDTH], SUMS_IN)
