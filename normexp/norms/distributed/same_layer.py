@@ -32,8 +32,11 @@ def next_place() -> int:
 
 def marks(layers: Sequence[nn.Module], like: Tensor) -> Tensor:
     """Marks (4,) of layers in their order, of the type and on the device of `like`."""
-    from_first = sum(n * layer.place for n, layer in enumerate(layers, 1)) % _MODULUS
-    from_last = sum(n * (_num_built - layer.place) for n, layer in enumerate(layers, 1)) % _MODULUS
+    # Squares, because a backward pass adds its layers in the opposite order of the forward pass:
+    # with n itself two layers and the same two exchanged would have one mark.
+    places = [(n * n, layer.place) for n, layer in enumerate(layers, 1)]
+    from_first = sum(weight * place for weight, place in places) % _MODULUS
+    from_last = sum(weight * (_num_built - place) for weight, place in places) % _MODULUS
     numbers = [from_first, from_first**2, from_last, from_last**2]
     return torch.tensor(numbers, dtype=like.dtype, device=like.device)
 
