@@ -25,6 +25,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from normexp.config import own_tasks
 from normexp.config.settings import ExperimentSettings, RunSettings, parse
 from normexp.paths import CONFIGS
 
@@ -96,6 +97,7 @@ def config_loader() -> ConfigLoader:
     """Return what reads configs/: Hydra's own where it runs, which may know further folders."""
     if GlobalHydra.instance().is_initialized():
         return GlobalHydra.instance().config_loader()
+    own_tasks.register()
     return ConfigLoaderImpl(config_search_path=create_config_search_path(str(CONFIGS)))
 
 
