@@ -16,7 +16,7 @@ DETOKENISED = "{split}.txt"
 
 
 def plain_text(corpus: PreparedCorpus, hypotheses: list[str]) -> list[str]:
-    """Return hypotheses as raw references are written: detokenised if tokenized by Moses's rules."""
+    """Return hypotheses in the form of the raw references: detokenised if tokenized here."""
     if corpus.text == "moses":
         return bleu.detokenise(hypotheses, corpus.target_language)
     return hypotheses
