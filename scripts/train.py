@@ -59,7 +59,6 @@ def _settings(cfg: DictConfig, process: Process) -> RunSettings:
 
 if __name__ == "__main__":
     slurm.register(failures)
-    own_tasks.register()
     try:
         main()
     except KeyboardInterrupt:

@@ -29,6 +29,8 @@ from normexp.config import own_tasks
 from normexp.config.settings import ExperimentSettings, RunSettings, parse
 from normexp.paths import CONFIGS
 
+own_tasks.register()  # before anything composes
+
 LONGEST_SUFFIX = 70
 """Characters that departures add to a label, which has to fit into names of files."""
 
@@ -97,7 +99,6 @@ def config_loader() -> ConfigLoader:
     """Return what reads configs/: Hydra's own where it runs, which may know further folders."""
     if GlobalHydra.instance().is_initialized():
         return GlobalHydra.instance().config_loader()
-    own_tasks.register()
     return ConfigLoaderImpl(config_search_path=create_config_search_path(str(CONFIGS)))
 
 
