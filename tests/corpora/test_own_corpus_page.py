@@ -52,9 +52,11 @@ def test_the_run_is_recorded_and_its_bleu_is_of_the_users_text(
     assert record["status"] == "complete" and record["corpus"]["name"] == "trees"
     (written,) = root.glob("results/**/runs/trees/*/hypotheses/test.txt")
     hypotheses = written.read_text("utf-8").splitlines()
-    # replaced meanwhile, but the French side is as it was
-    references = (root / "own/corpora/trees/test.fr").read_text("utf-8").splitlines()
+    # The corpus was replaced meanwhile; the data of the run are still there.
+    data = root / "data" / record["config"]["task"]["corpus"]
+    references = (data / "text/reference/test.fr").read_text("utf-8").splitlines()
     assert len(hypotheses) == len(references) == 7
+    assert set(references) < set((root / "trees.fr").read_text("utf-8").splitlines())
     expected = sacrebleu.corpus_bleu(hypotheses, [references]).score
     assert record["metrics"]["test"]["sacrebleu"] == pytest.approx(expected)
 
