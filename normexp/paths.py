@@ -1,5 +1,6 @@
-"""Paths of the repository's parts."""
+"""Paths of the repository's parts, and of what a user adds to them."""
 
+import os
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -18,3 +19,12 @@ def home_folder() -> Path | None:
     except RuntimeError:
         return None
     return home if home.is_absolute() else None
+
+
+def own_folder() -> Path:
+    """The folder of a user's own corpora and configurations, which git ignores.
+
+    ``corpora/<name>/`` is written by scripts/add_corpus.py; ``configs/`` has Hydra's groups, as the
+    repository's configs/ does. The environment variable NORMEXP_OWN_CORPORA names another folder.
+    """
+    return Path(os.environ.get("NORMEXP_OWN_CORPORA") or REPOSITORY / "data" / "own").absolute()

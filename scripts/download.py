@@ -14,7 +14,7 @@ import sys
 
 from normexp.config.command_grammar import Parser
 from normexp.errors import UserError, exit_on_user_error
-from normexp.paths import CONFIGS
+from normexp.paths import CONFIGS, own_folder
 
 
 def main() -> None:
@@ -23,14 +23,15 @@ def main() -> None:
     from hydra.errors import HydraException
 
     from normexp import terminal
+    from normexp.config import own_tasks
     from normexp.config.settings import parse
-    from normexp.corpora import prepare
-    from normexp.corpora.catalogue import load_catalogue
+    from normexp.corpora import available_corpora, prepare
+    from normexp.corpora.preparation import find_corpus
     from normexp.corpora.summary import print_summary
 
-    catalogue = load_catalogue()
-    tasks = sorted(path.stem for path in (CONFIGS / "task").glob("*.yaml"))
-    corpora = [name for name in catalogue if name not in tasks]
+    folders = (CONFIGS, own_folder() / "configs")
+    tasks = sorted(path.stem for folder in folders for path in (folder / "task").glob("*.yaml"))
+    corpora = [name for name in available_corpora() if name not in tasks]
     parser = Parser(
         description=__doc__,
         epilog=f"tasks: {', '.join(tasks)}; corpora without a task: {', '.join(corpora)}",
@@ -47,6 +48,7 @@ def main() -> None:
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("normexp").setLevel(logging.INFO)
     task = [] if name in corpora else [arguments.task]
+    own_tasks.register()
     try:
         with initialize_config_dir(str(CONFIGS), version_base="1.3"):
             settings = parse(compose("train", [*task, *arguments.overrides]))
@@ -58,7 +60,7 @@ def main() -> None:
         settings.data.local,
         splits=settings.evaluation.splits,
     )
-    print_summary(catalogue[corpus.name], corpus, terminal.console())
+    print_summary(find_corpus(corpus.name), corpus, terminal.console())
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
+from normexp.config import own_tasks
 from normexp.config.departures import settings_of
 from normexp.config.settings import RunSettings
 from normexp.errors import UserError
@@ -47,7 +48,9 @@ def main(cfg: DictConfig) -> str | None:
 
 def _settings(cfg: DictConfig, process: Process) -> RunSettings:
     try:
-        return settings_of(cfg, HydraConfig.get().runtime.choices)
+        settings = settings_of(cfg, HydraConfig.get().runtime.choices)
+        own_tasks.require_current_corpus(settings)
+        return settings
     except UserError:
         if process.is_main:
             raise

@@ -25,8 +25,11 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from normexp.config import own_tasks
 from normexp.config.settings import ExperimentSettings, RunSettings, parse
 from normexp.paths import CONFIGS
+
+own_tasks.register()  # before anything composes
 
 LONGEST_SUFFIX = 70
 """Characters that departures add to a label, which has to fit into names of files."""

@@ -33,6 +33,12 @@ STEP_TEXTS = "steps"  # folder of the text stage
 TEST_SET_NAME = r"^test_[A-Za-z0-9_]+$"  # it names files
 HASH = rf"^({'|'.join(ALGORITHMS)}):[0-9a-f]+$"
 
+SUBWORDS = ("subword_nmt", "sentencepiece")
+"""fairseq's names of the marks by which pieces of words are joined: ``@@`` and ``\u2581``."""
+
+LATER_FIELDS = ("bpe_codes", "sentencepiece", "segmented", "tokenized", "binarized")
+"""Fields of `Corpus` that came after corpora had been prepared; without effect if not given."""
+
 SplitName = Literal["train", "valid", "test"]
 
 
@@ -146,7 +152,13 @@ class Corpus(_Model):
     disk_space: int = 0  # bytes needed in all
     clean: Clean | None = None
     bpe_merges: int = 0  # 0: no BPE
+    bpe_codes: str | None = None  # archive with subword-nmt's codes, instead of learning them
+    sentencepiece: str | None = None  # archive with a sentencepiece model that segments the text
+    segmented: Literal[*SUBWORDS] | None = None  # the text comes in pieces, with these marks
+    tokenized: bool = False  # the text comes tokenized
+    binarized: bool = False  # the archives are a data folder of fairseq's; splits have no parts
     joined_dictionary: bool = False
+    folder: Path | None = Field(None, exclude=True)  # where the archives of an own corpus lie
     expected: Expected = Expected()
     known_deviations: list[KnownDeviation] = []
 
@@ -161,6 +173,9 @@ class Corpus(_Model):
                 "archives": {"__all__": {"__all__": {"urls", "size", "verified", "hash_source"}}},
             },
         )  # fmt: skip
+        for field in LATER_FIELDS:
+            if recipe[field] == type(self).model_fields[field].default:
+                del recipe[field]  # fingerprints of other corpora must not change
         used = self.used_archives()
         recipe["archives"] = {key: recipe["archives"][key] for key in used}
         # Only where there are some: fingerprints of other corpora must not change.
@@ -176,6 +191,19 @@ class Corpus(_Model):
             raise ValueError("archives: a list of files is empty")
         if self.generator and set(self.sizes) != set(SPLITS):
             raise ValueError("sizes: a generator needs the number of lines of every split")
+        ways = [self.bpe_merges, self.bpe_codes, self.sentencepiece]
+        ways += [self.segmented or self.binarized]
+        if sum(map(bool, ways)) > 1:
+            raise ValueError(
+                "bpe_merges, bpe_codes, sentencepiece, and text that is segmented or binarized "
+                "already are alternatives"
+            )
+        recipes = self.splits.values()
+        if self.segmented and any(split.every or split.steps for split in recipes):
+            raise ValueError("segmented: text in pieces goes through no steps")
+        for archive in (self.bpe_codes, self.sentencepiece):
+            if archive and archive not in self.archives:
+                raise ValueError(f"archive {archive!r} is not under `archives`")
         for name, split in self.splits.items():
             problem = self._split_problem(name, split)
             if problem:
@@ -191,7 +219,7 @@ class Corpus(_Model):
     def _split_problem(self, name: str, split: Split) -> str | None:
         if split.every and (name == "train" or split.parts or split.steps or self.generator):
             return "`every` takes lines of train and goes with no parts, steps or generator"
-        if not (split.every or split.parts or self.generator):
+        if not (split.every or split.parts or self.generator or self.binarized):
             return "neither parts nor `every` nor a generator"
         if CLEAN in split.steps + split.after_bpe and (self.clean is None or not self.is_parallel):
             return f"step {CLEAN} needs the limits `clean` and two languages"
@@ -209,9 +237,12 @@ class Corpus(_Model):
         return self.archives_of or self.name
 
     def used_archives(self) -> set[str]:
-        """Names of the archives that some split reads."""
+        """Names of the archives that some split or the segmentation reads."""
+        if self.binarized:
+            return set(self.archives)
         parts = [part for split in self.splits.values() for part in split.parts]
-        return {archive for part in parts for archive, _ in part.sources(self.languages)}
+        texts = {archive for part in parts for archive, _ in part.sources(self.languages)}
+        return texts | {name for name in (self.bpe_codes, self.sentencepiece) if name}
 
     def alone(self, name: str) -> "Corpus":
         """This corpus with a further test set as its only split."""
@@ -239,6 +270,21 @@ class Corpus(_Model):
         return {
             path.removeprefix(prefix) for path in self.expected.hashes if path.startswith(prefix)
         }
+
+    @property
+    def bpe(self) -> str | None:
+        """The marks of the pieces that are trained on, one of `SUBWORDS`; None: whole words."""
+        if self.bpe_merges or self.bpe_codes:
+            return "subword_nmt"
+        return "sentencepiece" if self.sentencepiece else self.segmented
+
+    @property
+    def text(self) -> str:
+        """What remains when pieces are joined: "moses" (tokenized here), "tokenized" or "plain"."""
+        steps = {step for split in self.splits.values() for step in split.steps}
+        if steps & {"tokenize", "tokenize_aggressive"}:
+            return "moses"
+        return "tokenized" if self.tokenized else "plain"
 
     @property
     def is_parallel(self) -> bool:

@@ -21,11 +21,14 @@ from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
 
+from normexp.corpora import own_corpora
 from normexp.corpora.atomic_stage import build_stage, changed_files, locked, read_json
 from normexp.corpora.binarization import build_binary
-from normexp.corpora.catalogue import CATALOGUE, SPLITS, Corpus, Part, load_catalogue
+from normexp.corpora.binarized import copy_binary, decoded
+from normexp.corpora.catalogue import CATALOGUE, SPLITS, Archive, Corpus, Part, load_catalogue
 from normexp.corpora.download import fetch
 from normexp.corpora.expected_counts import compare, explain
+from normexp.corpora.hashing import file_hash
 from normexp.corpora.parallel_text import Row, write_rows, zip_texts
 from normexp.corpora.prepared import PreparedCorpus
 from normexp.corpora.process_pool import available_cores
@@ -42,8 +45,36 @@ TOOLS = ("sacremoses", "subword-nmt", "fairseq-fixed", "regex")
 
 
 def available_corpora(catalogue: Path = CATALOGUE) -> list[str]:
-    """Names of the corpora that `prepare` accepts."""
-    return list(load_catalogue(catalogue))
+    """Names of the corpora that `prepare` accepts: the catalogue's, then the user's own."""
+    return [*load_catalogue(catalogue), *own_corpora.own_names()]
+
+
+def find_corpus(name: str, catalogue: Path = CATALOGUE) -> Corpus:
+    """The entry of a corpus of the catalogue or of the user's own, looked at but not prepared.
+
+    name: as in the catalogue; for an own corpus also NAME@DIGEST, a certain version of it. Raises
+    UserError for an unknown name, another version, or an own corpus whose source files changed.
+    """
+    name, at, digest = name.partition("@")
+    corpora, own = load_catalogue(catalogue), own_corpora.load_own(name)
+    if own is None:
+        if name not in corpora or at:
+            known = ", ".join(available_corpora(catalogue))
+            raise UserError(
+                f"no corpus {name + at + digest!r}; known are {known}; a corpus of your own is "
+                "added by: python scripts/add_corpus.py NAME FILE ..."
+            )
+        return corpora[name]
+    if name in corpora:
+        raise UserError(
+            f"there are two corpora {name}, the project's and your own: move "
+            f"{own_corpora.folder_of(name)} away and add your own under another name"
+        )
+    corpus, origin = own
+    own_corpora.require_unchanged(name, origin)
+    if at:
+        own_corpora.require_version(corpus, digest)
+    return corpus
 
 
 def prepare(
@@ -57,27 +88,31 @@ def prepare(
 ) -> PreparedCorpus:
     """Download, verify, tokenize and binarize a corpus into ``data_dir/<name>``.
 
+    That of an own corpus is ``<name>@<digest>``, one for each version of its text.
+
     Does nothing if that has been done with the same recipe; a changed recipe prepares anew.
     `local` is a folder searched for the corpus's files before any download. Processes that
     prepare the same corpus wait for each other. `splits` are those to be evaluated: of the
     corpus's further test sets only these are prepared, in ``data_dir/<name>/test_sets/``.
 
-    Raises UserError: unknown name, no source reachable, wrong hash, too little disk space, or
-    counts that differ from those the catalogue enforces.
+    name: as `find_corpus` takes it. Raises UserError: as that does; no source reachable, wrong
+    hash, too little disk space, or counts that differ from those the catalogue enforces.
     """
     # Bars are for people: in a log file every step of theirs would be a line.
     progress = progress and sys.stderr.isatty()
-    corpora = load_catalogue(catalogue)
-    if name not in corpora:
-        raise UserError(f"no corpus {name!r}; known are {', '.join(corpora)}")
-    corpus, data_dir = corpora[name], Path(data_dir)
+    data_dir = Path(data_dir)
+    if earlier := _earlier_version(name, data_dir):
+        return earlier
+    corpus = find_corpus(name, catalogue)
     further = _further_test_sets(corpus, splits)
     fingerprint = _fingerprint(corpus)
-    directory = data_dir / name
+    # Versions of an own corpus lie beside each other, so that earlier runs can be evaluated.
+    folder = own_corpora.pinned(corpus) if corpus.folder else corpus.name
+    directory = data_dir / folder
     # Without the lock: a finished corpus can lie on a disk that is not writable.
     prepared = _finished(corpus, directory, fingerprint)
     if prepared is None:
-        with _explained(directory), locked(data_dir / f"{name}.lock"):
+        with failures_explained(directory), locked(data_dir / f"{folder}.lock"):
             prepared = _finished(corpus, directory, fingerprint)
             if prepared is None:
                 prepared = _prepare(corpus, directory, fingerprint, local, progress)
@@ -86,7 +121,7 @@ def prepare(
 
 
 @contextlib.contextmanager
-def _explained(directory: Path) -> Iterator[None]:
+def failures_explained(directory: Path) -> Iterator[None]:
     """Raise a UserError for failures of the machine: a full or read-only disk, a killed process."""
     try:
         yield
@@ -114,6 +149,19 @@ def _fingerprint(corpus: Corpus) -> str:
 
 def _generator(corpus: Corpus) -> ModuleType:
     return importlib.import_module(f"normexp.corpora.{corpus.generator}")
+
+
+def _earlier_version(name: str, data_dir: Path) -> PreparedCorpus | None:
+    """The data of NAME@DIGEST if that is not the own corpus NAME as it is now."""
+    own_name, _, digest = name.partition("@")
+    own = own_corpora.load_own(own_name) if digest else None
+    if own is None or own_corpora.is_version(own[0], digest):
+        return None
+    directory = data_dir / name
+    manifest = read_json(directory / "manifest.json")
+    if manifest and not changed_files(directory, manifest["files"]):
+        return PreparedCorpus(own_name, directory, manifest)
+    return None
 
 
 def _finished(corpus: Corpus, directory: Path, fingerprint: str) -> PreparedCorpus | None:
@@ -158,7 +206,11 @@ def _prepare(
     binary = build_stage(
         bin_dir,
         fingerprint,
-        lambda folder: build_binary(corpus, text_dir, folder, workers, progress, **dictionaries),
+        lambda folder: (
+            copy_binary(corpus, folder, progress)
+            if corpus.binarized
+            else build_binary(corpus, text_dir, folder, workers, progress, **dictionaries)
+        ),
     )
     stages = {"raw": raw, "text": text, "data-bin": binary}
     splits = {
@@ -166,14 +218,16 @@ def _prepare(
         | binary["result"]["splits"][split]
         for split in (SPLITS if base is None else corpus.splits)
     }
+    tools = TOOLS + (("sentencepiece",) if corpus.sentencepiece else ())
     manifest = {
         "fingerprint": fingerprint,
         "name": corpus.name,
         "kind": corpus.kind,
         "languages": corpus.languages,
-        "bpe": "subword_nmt" if corpus.bpe_merges else None,
+        "bpe": corpus.bpe,
+        "text": corpus.text,
         "lowercase": any("lowercase" in split.steps for split in corpus.splits.values()),
-        "tools": {tool: version(tool) for tool in TOOLS}
+        "tools": {tool: version(tool) for tool in tools}
         | {"python": platform.python_version(), "unicode": unicodedata.unidata_version},
         "splits": splits,
         "dictionary_types": binary["result"]["dictionary_types"],
@@ -220,10 +274,14 @@ def build_raw(
     else:
         archives = directory.parent / corpus.archive_folder / "archives"
         paths = {
-            name: fetch(corpus, files, archives, local, progress)
+            name: _own_archive(corpus, files[0])
+            if corpus.folder
+            else fetch(corpus, files, archives, local, progress)
             for name, files in corpus.archives.items()
             if name in corpus.used_archives()
         }
+        for name in filter(None, (corpus.bpe_codes, corpus.sentencepiece)):
+            shutil.copyfile(paths[name], folder / name)
         for archive, expected in corpus.expected.members.items():
             members[archive] = {}
             for member, value in expected.items():
@@ -231,9 +289,11 @@ def build_raw(
                 digest = member_hash(paths[archive], member, algorithm)
                 members[archive][member] = f"{algorithm}:{digest}"
         rows = {
-            split: _rows(corpus, recipe.parts, paths)
+            split: decoded(corpus, split, progress)
+            if corpus.binarized
+            else _rows(corpus, recipe.parts, paths)
             for split, recipe in corpus.splits.items()
-            if recipe.parts
+            if recipe.parts or corpus.binarized
         }
     sizes = {
         split: write_rows(
@@ -242,6 +302,18 @@ def build_raw(
         for split in rows
     }
     return sizes | {"members": members}
+
+
+def _own_archive(corpus: Corpus, archive: Archive) -> Path:
+    """The copy of an own corpus's file. Raises UserError if it is not what was added."""
+    path = corpus.folder / archive.file
+    algorithm, _, digest = archive.hash.partition(":")
+    if not path.is_file() or file_hash(path, algorithm) != digest:
+        raise UserError(
+            f"{path} is missing or has been changed; add the corpus again: python "
+            f"scripts/add_corpus.py {corpus.name} ... --replace"
+        )
+    return path
 
 
 def _rows(corpus: Corpus, parts: list[Part], paths: dict[str, Path]) -> Iterator[Row]:
@@ -287,6 +359,6 @@ def _test_set(
     finished = _finished(alone, directory, fingerprint)
     if finished is not None:
         return finished
-    with _explained(directory), locked(base.directory.with_name(f"{corpus.name}.lock")):
+    with failures_explained(directory), locked(base.directory.with_name(f"{corpus.name}.lock")):
         finished = _finished(alone, directory, fingerprint)
         return finished or _prepare(alone, directory, fingerprint, local, progress, base)

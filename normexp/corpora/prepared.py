@@ -37,18 +37,27 @@ class PreparedCorpus:
 
     @property
     def source_language(self) -> str | None:
-        """Two-letter code; None for a language model."""
+        """Code of the language; None for a language model."""
         return self.manifest["languages"][0] if self.kind == "translation" else None
 
     @property
     def target_language(self) -> str | None:
-        """Two-letter code; None for a language model."""
+        """Code of the language; None for a language model."""
         return self.manifest["languages"][1] if self.kind == "translation" else None
 
     @property
     def bpe(self) -> str | None:
         """fairseq's name of the BPE that made the tokens, None if tokens are words."""
         return self.manifest["bpe"]
+
+    @property
+    def text(self) -> str:
+        """What remains when the pieces are joined, which decides how BLEU is computed.
+
+        "moses": tokenized by Moses's rules from the raw reference; "tokenized": the user's own
+        tokens, of which the raw reference consists, too; "plain": untokenized text.
+        """
+        return self.manifest.get("text", "moses")  # corpora prepared before there were others
 
     @property
     def lowercase(self) -> bool:

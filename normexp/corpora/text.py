@@ -1,16 +1,13 @@
 """The text stage: the recipe's steps, the held-out lines, and BPE."""
 
 import contextlib
-import io
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
-from itertools import chain, groupby
+from itertools import chain, groupby, product
 from pathlib import Path
 
-from subword_nmt.apply_bpe import BPE
 from tqdm import tqdm
 
 from normexp.corpora.bpe import learn_codes
@@ -18,10 +15,12 @@ from normexp.corpora.catalogue import CLEAN, STEP_TEXTS, Corpus
 from normexp.corpora.cleaning import clean_rows
 from normexp.corpora.parallel_text import Row, open_text, read_rows, row_writer, write_rows
 from normexp.corpora.process_pool import map_rows
+from normexp.corpora.segmentation import BpeSegmenter, SentencePieceSegmenter, joined
 from normexp.corpora.tokenization import STEPS, TOKENIZERS
 from normexp.errors import UserError
 
 TOKENIZED, SEGMENTED, REFERENCE, CODES = "tokenized", "bpe", "reference", "bpe.codes"
+MODEL = "sentencepiece.model"
 
 
 def build_text(
@@ -36,16 +35,27 @@ def build_text(
 
     ``tokenized/<split>.<language>`` is the text after the steps, ``bpe/<split>.<language>`` after
     BPE, ``reference/<split>.<target>`` the untouched target text. All files of one split have the
-    same lines in the same order.
+    same lines in the same order. Of text that comes in pieces, ``bpe/`` has the pieces and the
+    other two the words they make. BPE codes and sentencepiece models that the corpus brings lie in
+    `raw` under the name of their archive.
 
     trained: a finished text stage whose BPE codes are taken instead of those of the train split.
     """
     tokenize_splits(corpus, raw, folder, workers, progress)
-    if corpus.bpe_merges:
-        if trained is None:
-            learn_bpe(corpus, folder, progress)
-        else:
+    if corpus.segmented:
+        (folder / SEGMENTED).mkdir()
+        for split, language in product(corpus.splits, corpus.languages):
+            pieces = final_text(corpus, split, language, folder)
+            shutil.copyfile(raw / pieces.name, pieces)
+    elif corpus.bpe:
+        if corpus.sentencepiece:
+            shutil.copyfile(raw / corpus.sentencepiece, folder / MODEL)
+        elif corpus.bpe_codes:
+            shutil.copyfile(raw / corpus.bpe_codes, folder / CODES)
+        elif trained:
             shutil.copyfile(trained / CODES, folder / CODES)
+        else:
+            learn_bpe(corpus, folder, progress)
         segment_splits(corpus, folder, workers, progress)
     return {split: _words(corpus, split, folder) for split in corpus.splits}
 
@@ -62,6 +72,8 @@ def tokenize_splits(corpus: Corpus, raw: Path, folder: Path, workers: int, progr
             # The raw target is one more column, so that it is kept or dropped with its row.
             paths += paths[1:]
             rows = tqdm(read_rows(paths), f"{corpus.name} {split}", disable=not progress)
+            if corpus.segmented:
+                rows = (tuple(joined(text, corpus.segmented) for text in row) for row in rows)
             with contextlib.ExitStack() as stack:
                 rows = _apply_steps(corpus, split, rows, workers, folder, stack)
                 _write_split(corpus, split, rows, folder)
@@ -83,13 +95,18 @@ def learn_bpe(corpus: Corpus, folder: Path, progress: bool) -> None:
 
 def segment_splits(corpus: Corpus, folder: Path, workers: int, progress: bool) -> None:
     """Apply the BPE, and what the recipe has `after_bpe`, to every split."""
+    columns = len(corpus.languages)
+    if corpus.sentencepiece:
+        segmenter = SentencePieceSegmenter((folder / MODEL).read_bytes(), columns)
+    else:
+        segmenter = BpeSegmenter((folder / CODES).read_text(encoding="utf-8"), columns)
     for split in corpus.splits:
-        _segment(corpus, split, folder, workers, progress)
+        _segment(corpus, split, segmenter, folder, workers, progress)
 
 
 def final_text(corpus: Corpus, split: str, language: str, folder: Path) -> Path:
     """The file of the text stage that is binarized."""
-    return folder / (SEGMENTED if corpus.bpe_merges else TOKENIZED) / f"{split}.{language}"
+    return folder / (SEGMENTED if corpus.bpe else TOKENIZED) / f"{split}.{language}"
 
 
 @dataclass(frozen=True)
@@ -106,35 +123,6 @@ class _Steps:
                 text = STEPS[step](text, language)
             texts.append(text)
         return (*texts, *row[len(texts) :])
-
-
-class _BoundedCache(dict):
-    """A dictionary that is emptied when it is full; frequent words soon return."""
-
-    MAX_WORDS = 100_000
-
-    def __setitem__(self, word, segments) -> None:
-        if len(self) >= self.MAX_WORDS:
-            self.clear()
-        super().__setitem__(word, segments)
-
-
-@dataclass(frozen=True)
-class _Segmenter:
-    """Puts the BPE segmentation of a row's first columns in front of the row."""
-
-    codes: str
-    num_languages: int
-
-    @cached_property
-    def _bpe(self) -> BPE:
-        bpe = BPE(io.StringIO(self.codes))
-        bpe.cache = _BoundedCache()  # every process has one
-        return bpe
-
-    def __call__(self, row: Row) -> Row:
-        texts = [self._bpe.process_line(text) for text in row[: self.num_languages]]
-        return (*texts, *row)
 
 
 def _apply_steps(
@@ -193,8 +181,14 @@ def _write_split(corpus: Corpus, split: str, rows: Iterable[Row], folder: Path) 
             writers[name](row)
 
 
-def _segment(corpus: Corpus, split: str, folder: Path, workers: int, progress: bool) -> None:
-    segmenter = _Segmenter((folder / CODES).read_text(encoding="utf-8"), len(corpus.languages))
+def _segment(
+    corpus: Corpus,
+    split: str,
+    segmenter: Callable[[Row], Row],
+    folder: Path,
+    workers: int,
+    progress: bool,
+) -> None:
     paths = _paths(corpus, split, folder)
     rows = tqdm(read_rows(paths), f"{corpus.name} {split} BPE", disable=not progress)
     rows = map_rows(segmenter, rows, workers)

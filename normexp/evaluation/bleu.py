@@ -88,11 +88,32 @@ def split_compounds(line: str) -> str:
     return re.sub(r"(\S)-(\S)", r"\1 ##AT##-##AT## \2", line)
 
 
-def sacre_bleu(hypotheses: list[str], references: list[str], lowercase: bool) -> tuple[float, str]:
-    """Return sacreBLEU of plain text and its signature."""
-    metric = BLEU(lowercase=lowercase)
+def sacre_bleu(
+    hypotheses: list[str],
+    references: list[str],
+    lowercase: bool,
+    language: str = "",
+    tokenized: bool = False,
+) -> tuple[float, str]:
+    """Return sacreBLEU and its signature, which names the tokenizer.
+
+    Of plain text by sacreBLEU's tokenizer for the language (characters where that one is not
+    installed), of tokenized text by its blanks.
+    """
+    tokenizer = "none" if tokenized else _sacre_tokenizer(language)
+    metric = BLEU(lowercase=lowercase, tokenize=tokenizer, force=tokenized)
     value = metric.corpus_score(hypotheses, [references]).score
     return value, metric.get_signature().format()
+
+
+def _sacre_tokenizer(language: str) -> str:
+    """sacreBLEU's own choice for a language; characters where its package is not installed."""
+    name = {"zh": "zh", "ja": "ja-mecab", "ko": "ko-mecab"}.get(language, "13a")
+    try:
+        BLEU(tokenize=name)
+    except RuntimeError:
+        return "char"
+    return name
 
 
 def detokenise(lines: list[str], language: str) -> list[str]:

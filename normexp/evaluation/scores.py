@@ -18,7 +18,7 @@ from normexp.checkpoints import store
 from normexp.config.settings import EvaluationSettings, RunSettings, window_stride
 from normexp.corpora import PreparedCorpus
 from normexp.errors import UserError
-from normexp.evaluation import bleu, sliding_window, translations
+from normexp.evaluation import sliding_window, translations
 from normexp.runs.folder import RunFolder
 from normexp.runs.perplexity import perplexity
 
@@ -222,7 +222,7 @@ def evaluate_translation(
             translations.to_text(dictionary, dataset[i]["target"], corpus.bpe, reference=True)
             for i in range(len(dataset))
         ]
-        detokenised = bleu.detokenise(hypotheses, corpus.target_language)
+        detokenised = translations.plain_text(corpus, hypotheses)
         raw = translations.raw_references(corpus, split, len(detokenised))
         translations.write(hypotheses_dir, split, hypotheses, detokenised)
         metrics[split] = translations.bleu_of(

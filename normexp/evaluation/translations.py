@@ -6,12 +6,20 @@ from typing import Any
 import torch
 
 from normexp.corpora import PreparedCorpus
+from normexp.corpora.tokenization import tokenize
 from normexp.errors import UserError
 from normexp.evaluation import bleu
 from normexp.files import whole_file
 
 TOKENISED = "{split}.tokenised.txt"
 DETOKENISED = "{split}.txt"
+
+
+def plain_text(corpus: PreparedCorpus, hypotheses: list[str]) -> list[str]:
+    """Return hypotheses in the form of the raw references: detokenised if tokenized here."""
+    if corpus.text == "moses":
+        return bleu.detokenise(hypotheses, corpus.target_language)
+    return hypotheses
 
 
 def write(folder: Path, split: str, tokenised: list[str], detokenised: list[str]) -> None:
@@ -29,15 +37,26 @@ def bleu_of(
     raw: list[str],
     compound_split: bool,
 ) -> dict[str, float | str]:
-    """Return BLEU in every convention: tokenised text by `references`, plain text by `raw`."""
-    sacre, signature = bleu.sacre_bleu(detokenised, raw, lowercase=corpus.lowercase)
+    """Return BLEU in every convention: tokenised text by `references`, plain text by `raw`.
+
+    A corpus that came tokenized has its own tokens as plain text, which sacreBLEU leaves as they
+    are, and one of plain text is tokenised here.
+    """
+    language = corpus.target_language
+    sacre, signature = bleu.sacre_bleu(
+        detokenised, raw, corpus.lowercase, language, tokenized=corpus.text == "tokenized"
+    )
+    if corpus.text == "plain":
+        tokenised, references = (
+            [tokenize(line, language) for line in lines] for lines in (detokenised, raw)
+        )
     metrics: dict[str, float | str] = {
         "bleu_tokenised": bleu.tokenised_bleu(tokenised, references),
         "sacrebleu": sacre,
         "sacrebleu_signature": signature,
     }
     if compound_split:
-        text = detokenised, raw, corpus.target_language
+        text = detokenised, raw, language
         metrics |= {
             "bleu_compound_split": bleu.compound_split_bleu(*text),
             "bleu_compound_split_published": bleu.published_compound_split_bleu(*text),

@@ -22,12 +22,12 @@ OURS = {"normexp", "support"}  # the latter in tests/
 FAIRSEQ = "fairseq-fixed"  # installed by `make install`; pyproject.toml says why
 FOR_FAIRSEQ = {"bitarray", "cffi", "packaging", "scikit-learn"}
 # Imported where they are there; each belongs to an extra.
-OPTIONAL = {"triton", "wandb-workspaces"}
+OPTIONAL = {"pyarrow", "sentencepiece", "triton", "wandb-workspaces"}
 
 
 def test_every_import_of_the_project_is_declared() -> None:
     assert imported("normexp", "scripts") - {FAIRSEQ} - OPTIONAL <= declared()
-    assert declared("dashboard", "dev") >= OPTIONAL
+    assert declared("corpora", "dashboard", "dev") >= OPTIONAL
 
 
 def test_every_dependency_is_imported_by_the_project_or_by_fairseq() -> None:

@@ -26,6 +26,7 @@ from fault import Fault
 from faults_of_corpora import CORPORA
 from faults_of_evaluation import EVALUATION
 from faults_of_norms import NORMS
+from faults_of_own_corpora import OWN_CORPORA
 from faults_of_plugin import PLUGIN
 from faults_of_runs import RUNS
 from faults_of_training import TRAINING
@@ -33,7 +34,7 @@ from faults_of_training import TRAINING
 REPOSITORY = Path(__file__).resolve().parents[2]
 RESULT = Path(__file__).with_name("RESULT.md")
 PROCESSES = 2
-FAULTS: list[Fault] = [*NORMS, *RUNS, *TRAINING, *EVALUATION, *CORPORA, *PLUGIN]
+FAULTS: list[Fault] = [*NORMS, *RUNS, *TRAINING, *EVALUATION, *CORPORA, *OWN_CORPORA, *PLUGIN]
 
 
 @contextmanager

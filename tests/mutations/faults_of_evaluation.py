@@ -31,8 +31,8 @@ EVALUATION = [
     ),
     Fault(
         "evaluation/bleu.py",
-        "BLEU(lowercase=lowercase)",
-        "BLEU()",
+        "BLEU(lowercase=lowercase, ",
+        "BLEU(",
         "case counts although it should not",
         SCORES,
     ),
