@@ -17,7 +17,7 @@ def recompute_statistics(
     device: torch.device | str | None = None,
     forward: Callable[[Any], object] | None = None,
 ) -> None:
-    """Replace the running statistics of a model's norms by their means over the batches of a loader.
+    """Replace the running statistics of a model's norms by means over the batches of a loader.
 
     For weights that no training step has seen, such as averages of checkpoints (SWA, EMA), whose
     activations are others than those that were averaged. torch.optim.swa_utils.update_bn passes

@@ -339,6 +339,9 @@ class RunningNorm(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "RunningNorm":
         self._settled = None
+        if self.num_rejected.is_meta and not self.step.is_meta:
+            # Filled from a checkpoint, tensor by tensor, as accelerate does it.
+            self.num_rejected = torch.zeros_like(self.step)
         # With eight bits of mantissa a running average would stand still: its steps are too small.
         before = dict(self._buffers)
         super()._apply(fn, recurse)
