@@ -307,3 +307,19 @@ def assert_alone_is_alone(case: str) -> None:
             assert_same(dict(norm.named_buffers()), before)
     assert all(step["collectives"] == [0, 0] for step in recorded[0]["steps"])
     assert_same(recorded[0], recorded[1])
+
+
+@every_case
+def test_frozen_steps_leave_no_trace_and_recomputed_statistics_are_those_of_all_ranks(
+    results: Results, case: str
+) -> None:
+    alone = CASES[case].build()
+    world = len(results)
+    norm_ranks.recompute(alone, [concatenated(world, step)[0] for step in range(STEPS)])
+    expected = {key: value for key, value in state(alone).items() if key.startswith("running_")}
+    for of_rank in results:
+        without, with_frozen, recomputed = of_rank["second_forwards"][case]
+        assert_same(with_frozen, without)
+        assert_same({key: recomputed[key] for key in expected}, expected, TOLERANCE)
+        others = {key: value for key, value in without.items() if key not in expected}
+        assert_same({key: recomputed[key] for key in others}, others)

@@ -19,7 +19,13 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from normexp.norms import average_statistics, build_norm, norm_options
+from normexp.norms import (
+    average_statistics,
+    build_norm,
+    norm_options,
+    recompute_statistics,
+    statistics_frozen,
+)
 from normexp.norms.kernels.choice import use_kernels
 from support.batches import Batch, C, random_batch
 from support.stateful import CASES, forward, penalized, state
@@ -453,6 +459,31 @@ class _OfOneNorm(nn.Module):
         return self.after(self.norm(self.before(x)))
 
 
+def second_forwards(rank: int, world: int) -> dict[str, object]:
+    """State after some steps without and with a frozen one after each; recomputed statistics."""
+    results = {}
+    for case in SYNC_CASES:
+        states = []
+        for with_frozen in (False, True):
+            norm = CASES[case].build(sync=True)
+            for step in (0, 2, 4, 6):
+                forward(norm, batch_of(rank, step, world))[1].backward()
+                if with_frozen:
+                    with statistics_frozen(norm):
+                        forward(norm, batch_of(rank, step + 10, world))[1].backward()
+            states.append(state(norm))
+        recompute(norm, [batch_of(rank, step, world) for step in range(STEPS)])
+        results[case] = [*states, state(norm)]
+    return results
+
+
+def recompute(norm: nn.Module, batches: list[Batch]) -> None:
+    def run(of: Batch) -> None:
+        norm(torch.from_numpy(of.x), torch.from_numpy(of.pad))
+
+    recompute_statistics(batches, norm, forward=run)
+
+
 SCENARIOS = [
     private,
     several_layers,
@@ -465,6 +496,7 @@ SCENARIOS = [
     half_precision,
     other_layers,
     reading,
+    second_forwards,
 ]
 
 
