@@ -16,6 +16,13 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    set_model_state_dict,
+)
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
@@ -484,6 +491,33 @@ def recompute(norm: nn.Module, batches: list[Batch]) -> None:
     recompute_statistics(batches, norm, forward=run)
 
 
+def fully_sharded(rank: int, world: int) -> dict[str, object]:
+    """FSDP of a model built without memory, and DDP, from the same weights: the model after."""
+    mesh, results = init_device_mesh("cpu", (world,)), {}
+    batches = [batch_of(rank, step, world) for step in (0, 1, 2, 3, 4, 6)]
+    whole = StateDictOptions(full_state_dict=True)
+    for case in ("batch", "power"):
+        model = small_model(case, sync=True)
+        with torch.device("meta"):
+            sharded = small_model(case, sync=True)
+        fully_shard(sharded, mesh=mesh)
+        sharded.to_empty(device="cpu")
+        for module in sharded.modules():
+            if hasattr(module, "reset_parameters"):
+                module.reset_parameters()
+        started = get_model_state_dict(sharded, options=whole)
+        set_model_state_dict(sharded, dict(model.state_dict()), options=whole)
+        wrapped = DistributedDataParallel(model, broadcast_buffers=False)
+        for call in (wrapped, sharded):
+            descend(call, call, batches, world * LEARNING_RATE)
+        results[case] = {
+            "started": {key: value.clone() for key, value in started.items() if "norm." in key},
+            "ddp": dict(model.state_dict()),
+            "fsdp": get_model_state_dict(sharded, options=whole),
+        }
+    return results
+
+
 SCENARIOS = [
     private,
     several_layers,
@@ -497,6 +531,7 @@ SCENARIOS = [
     other_layers,
     reading,
     second_forwards,
+    fully_sharded,
 ]
 
 

@@ -24,7 +24,19 @@ def put_to_start(norm: nn.Module, names: Iterable[str]) -> None:
         new = cls(*args, **kwargs)
     values = _tensors(new)
     for name in names:
-        getattr(norm, name).copy_(values[name])
+        tensor = getattr(norm, name)
+        tensor.copy_(_spread_like(tensor, values[name]))
+
+
+def _spread_like(tensor: Tensor, value: Tensor) -> Tensor:
+    """value, distributed over the ranks as tensor is: FSDP and tensor parallelism shard it."""
+    if type(tensor.data) is Tensor:
+        return value
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    if not isinstance(tensor, DTensor):
+        return value
+    return distribute_tensor(value.to(tensor.device), tensor.device_mesh, tensor.placements)
 
 
 def startable(cls: type[nn.Module]) -> type[nn.Module]:
