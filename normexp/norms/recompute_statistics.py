@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from normexp.norms.distributed.collectives import several_ranks
+from normexp.norms.distributed.deferred import DEFERRED
 from normexp.norms.running_norm import RunningNorm
 
 
@@ -35,6 +37,8 @@ def recompute_statistics(
     where the loader gave no usable batch (finite, with a real token) to some norm;
     NotImplementedError for a norm that does not define `decay_over`.
     """
+    if several_ranks():
+        DEFERRED.flush()
     norms = [module for module in model.modules() if isinstance(module, RunningNorm)]
     means = [_MeanOverBatches(norm) for norm in norms]
     modes = [(module, module.training) for module in model.modules()]

@@ -259,7 +259,8 @@ class RunningNorm(nn.Module):
 
         Named as in torch's batch norms. In data-parallel training: on all ranks at the same point.
         """
-        DEFERRED.wait()
+        if several_ranks():
+            DEFERRED.flush()  # or what is under way would come to the new state
         put_to_start(self, self._buffers)
         self._state_replaced()
 

@@ -7,7 +7,7 @@ transformers' `from_pretrained`, which knows the starts of the modules of its ow
 """
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -17,15 +17,15 @@ _LOADED = "_is_hf_initialized"  # transformers' mark on tensors from a checkpoin
 
 
 @torch.no_grad()
-def put_to_start(norm: nn.Module, names: Iterable[str]) -> None:
+def put_to_start(norm: nn.Module, names: Collection[str]) -> None:
     """Give these parameters and buffers of a norm the values that they have in a new one."""
     cls, args, kwargs = norm._construction
     with torch.device("cpu"):
         new = cls(*args, **kwargs)
-    values = _tensors(new)
-    for name in names:
-        tensor = getattr(norm, name)
-        tensor.copy_(_spread_like(tensor, values[name]))
+    for name, value in _tensors(new).items():  # in one order on all ranks
+        if name in names:
+            tensor = getattr(norm, name)
+            tensor.copy_(_spread_like(tensor, value))
 
 
 def _spread_like(tensor: Tensor, value: Tensor) -> Tensor:
