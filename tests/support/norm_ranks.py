@@ -506,12 +506,13 @@ def fully_sharded(rank: int, world: int) -> dict[str, object]:
             if hasattr(module, "reset_parameters"):
                 module.reset_parameters()
         started = get_model_state_dict(sharded, options=whole)
+        started = {key: value.clone() for key, value in started.items() if "norm." in key}
         set_model_state_dict(sharded, dict(model.state_dict()), options=whole)
         wrapped = DistributedDataParallel(model, broadcast_buffers=False)
         for call in (wrapped, sharded):
             descend(call, call, batches, world * LEARNING_RATE)
         results[case] = {
-            "started": {key: value.clone() for key, value in started.items() if "norm." in key},
+            "started": started,
             "ddp": dict(model.state_dict()),
             "fsdp": get_model_state_dict(sharded, options=whole),
         }
