@@ -31,13 +31,13 @@ def export_checkpoint(source: Path, target: Path, force: bool = False) -> str:
     if target.exists() and not force:
         raise UserError(f"{target} exists; choose another name, or overwrite it with --force")
     state = store.load(source)
-    args = _arguments(source, state.get("cfg") or {})
+    args = _arguments(source, state.get("cfg"))
     result = {
         "args": args,
         "cfg": None,
         "model": state["model"],
         "criterion": None,
-        "optimizer_history": [{**state["optimizer_history"][-1], "lr_scheduler_state": {}}],
+        "optimizer_history": [{"num_updates": 0, "lr_scheduler_state": {}}],
         "task_state": {},
         "extra_state": {"train_iterator": {"epoch": 1, "iterations_in_epoch": 0, "version": 2}},
     }
@@ -45,24 +45,27 @@ def export_checkpoint(source: Path, target: Path, force: bool = False) -> str:
         store.save(target, result)
     except (OSError, RuntimeError) as error:  # torch's writer raises the latter on a full disk
         raise UserError(f"cannot write {target}: {error}") from None
+    settings = vars(args)
     return (
         f"exported {source} -> {target}\n"
-        f"arch transformer, {args.encoder_layers} + {args.decoder_layers} layers, "
-        f"{args.source_lang} to {args.target_lang}; its dictionaries are those of the data folder"
+        f"arch transformer, {settings.get('encoder_layers')} + {settings.get('decoder_layers')} "
+        f"layers, {settings.get('source_lang')} to {settings.get('target_lang')}; its dictionaries "
+        "are those of the data folder"
     )
 
 
 def _arguments(source: Path, configuration: Any) -> argparse.Namespace:
     """The settings of model and task as fairseq's command line would have them."""
-    model, task = configuration.get("model") or {}, configuration.get("task") or {}
-    if model.get("_name") != _MODEL:
+    groups = configuration if isinstance(configuration, dict) else {}
+    model, task = groups.get("model"), groups.get("task")
+    if not isinstance(model, dict) or model.get("_name") != _MODEL or not isinstance(task, dict):
+        found = model.get("_name") if isinstance(model, dict) else None
         raise UserError(
-            f"{source} holds a model {model.get('_name')!r}; only {_MODEL}, translation, can be "
-            "exported"
+            f"{source} holds a model {found!r}; only {_MODEL}, translation, can be exported"
         )
     try:
         sites = resolve_sites("translation", model)
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         raise UserError(f"{source}: {error}") from None
     others = [f"{site}: {json.dumps(norm)}" for site, norm in sites.items() if norm != _LN]
     if others:

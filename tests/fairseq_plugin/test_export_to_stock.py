@@ -166,7 +166,9 @@ def test_other_files_and_existing_targets_are_refused(
         with pytest.raises(UserError, match=message):
             export_checkpoint(source, target)
     state = store.load(path)
-    state["cfg"]["model"]["_name"] = "normexp_transformer_lm"
-    store.save(tmp_path / "language_model.pt", state)
-    with pytest.raises(UserError, match="normexp_transformer_lm"):
-        export_checkpoint(tmp_path / "language_model.pt", tmp_path / "new.pt")
+    language_model = {**state["cfg"], "model": {"_name": "normexp_transformer_lm"}}
+    for configuration in (language_model, {}, None, "text", {"model": [], "task": {}}):
+        store.save(tmp_path / "other.pt", {**state, "cfg": configuration})
+        with pytest.raises(UserError, match="only normexp_transformer, translation"):
+            export_checkpoint(tmp_path / "other.pt", tmp_path / "new.pt")
+    assert not (tmp_path / "new.pt").exists()
