@@ -19,8 +19,10 @@ import importlib
 import pkgutil
 
 from normexp.norms.average_over_ranks import average_statistics
+from normexp.norms.frozen_statistics import statistics_frozen
 from normexp.norms.kernels.choice import use_kernels
 from normexp.norms.loss_scale import follow_loss_scale
+from normexp.norms.recompute_statistics import recompute_statistics
 from normexp.norms.registry import (
     available_norms,
     build_norm,
@@ -29,6 +31,8 @@ from normexp.norms.registry import (
     register_norm,
 )
 from normexp.norms.replace import padding_mask_for, replace_layer_norms
+from normexp.norms.reset_statistics import reset_statistics
+from normexp.norms.weight_decay import norm_parameters
 
 for _module in pkgutil.iter_modules(__path__):
     if _module.ispkg:  # parts of layers; whoever needs one imports it
@@ -42,8 +46,12 @@ __all__ = [
     "follow_loss_scale",
     "norm_class",
     "norm_options",
+    "norm_parameters",
     "padding_mask_for",
+    "recompute_statistics",
     "register_norm",
     "replace_layer_norms",
+    "reset_statistics",
+    "statistics_frozen",
     "use_kernels",
 ]

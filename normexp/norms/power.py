@@ -228,8 +228,8 @@ class PowerNorm(QuadraticNorm):
             self._is_warm = int(self.step) >= self.warmup_steps
         return self._is_warm
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
+    def _state_replaced(self) -> None:
+        super()._state_replaced()
         self._is_warm = False
 
 

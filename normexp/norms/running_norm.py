@@ -1,5 +1,6 @@
 """Base of all layers with running statistics: parameters, state, and the rules of the state."""
 
+import copy
 import functools
 import inspect
 import warnings
@@ -19,6 +20,7 @@ from normexp.norms.core.masking import (
 )
 from normexp.norms.core.option_checks import check_flag, check_positive
 from normexp.norms.core.replay_cache import ReplayCache, in_recomputation
+from normexp.norms.core.start import put_to_start
 from normexp.norms.distributed.collectives import several_ranks, warn_of_private_statistics
 from normexp.norms.distributed.deferred import DEFERRED
 from normexp.norms.distributed.same_layer import next_place
@@ -27,12 +29,19 @@ from normexp.norms.kernels.dispatch import operators_for
 _HALF = (torch.float16, torch.bfloat16)
 
 
+_is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # new in PyTorch 2.7
+_WHY_NO_PROGRAM = (
+    "a norm in training mode changes its statistics, which an exported or traced program cannot; "
+    "call model.eval() before you export"
+)
+
+
 def _outside_graphs(method: Callable[..., Any]) -> Callable[..., Any]:
     """Decorator: run a method outside compiled graphs, as torch.compiler.disable does.
 
     Compiled code could not distinguish a forward from its recomputation by activation
     checkpointing. Decorating waits for the first call because it imports the compiler, which takes
-    a second.
+    a second. Raises RuntimeError where the call is to become part of an exported program.
     """
     disabled: list[Callable[..., Any]] = []
 
@@ -40,11 +49,25 @@ def _outside_graphs(method: Callable[..., Any]) -> Callable[..., Any]:
     def call(*args: Any) -> Any:
         if not torch.compiler.is_compiling():
             return method(*args)
+        if _is_exporting():
+            raise RuntimeError(_WHY_NO_PROGRAM)
         if not disabled:
             disabled.append(torch.compiler.disable(method))
         return disabled[0](*args)
 
     return call
+
+
+def _refuse_transforms() -> None:
+    """Raise RuntimeError within torch.jit.trace and the transforms of torch.func."""
+    if torch.jit.is_tracing():
+        raise RuntimeError(_WHY_NO_PROGRAM)
+    if torch._C._are_functorch_transforms_active():
+        raise RuntimeError(
+            "a norm in training mode changes its statistics, which torch.func's transforms (grad, "
+            "vmap, jvp, ...) do not allow; call eval() of the model or of its norms, or use "
+            "loss.backward() and torch.autograd.grad, which do"
+        )
 
 
 class RunningNorm(nn.Module):
@@ -58,7 +81,7 @@ class RunningNorm(nn.Module):
     - A forward repeated by activation checkpointing uses the statistics of the forward that it
       repeats and changes nothing.
     - In eval mode nothing changes. Parameters that are frozen (requires_grad_(False)) do not freeze
-      the statistics; eval mode of the layer does.
+      the statistics; eval mode of the layer does, and so does `statistics_frozen` in training mode.
     - A batch without a real token changes nothing. Neither does one whose statistics are not
       finite: its outputs show it, `num_rejected` counts it (passes forward and backward), and a
       UserWarning reports the count at the next switch from training to eval mode.
@@ -73,7 +96,8 @@ class RunningNorm(nn.Module):
       replaces them by rank 0's before each forward. A checkpoint has those of the rank that writes
       it; torch.distributed.checkpoint, which takes equal keys for equal values, mixes the ranks'.
     - torch.compile: inference compiles without graph breaks. Training runs the layer outside the
-      graph, with the same results.
+      graph, with the same results. What cannot change a state, exported and traced programs and
+      the transforms of torch.func, is refused in training mode.
 
     A training step has up to three implementations, the same up to rounding:
 
@@ -103,6 +127,7 @@ class RunningNorm(nn.Module):
         self._settled: tuple[object, dict[str, Tensor]] | None = None
         self._num_rejected_reported = 0
         self.kernels: str | None = None
+        self.is_frozen = False  # set by statistics_frozen
 
     def register_buffer(self, name: str, tensor: Tensor, persistent: bool = True) -> None:
         """As in torch, but in float32 where half precision is torch's default."""
@@ -130,6 +155,9 @@ class RunningNorm(nn.Module):
         if x.dim() not in (2, 3):  # kernels know no other
             rows, mask = list_of_tokens(x, padding_mask)
             return self._train_step(rows, mask).reshape(x.shape)
+        _refuse_transforms()
+        if self.is_frozen:
+            return self._thrown_away()._train_step(x, padding_mask)
         if not self.sync and several_ranks():
             warn_of_private_statistics()
         if DEFERRED.in_flight() and not several_ranks():
@@ -177,6 +205,18 @@ class RunningNorm(nn.Module):
         """
         raise NotImplementedError
 
+    def _thrown_away(self) -> "RunningNorm":
+        """This layer with a copy of its state, which whatever changes it leaves in the copy.
+
+        Parameters are the same, and so are the forwards that a recomputation may have to repeat.
+        """
+        if self.sync and several_ranks():
+            DEFERRED.flush()  # the copy is another layer, to which what is under way does not come
+        other = copy.copy(self)
+        other._buffers = {name: buffer.clone() for name, buffer in self._buffers.items()}
+        other.is_frozen = False
+        return other
+
     def _record_kernels(self, kernels: str) -> None:
         if kernels != self.kernels:  # torch makes setting an attribute slow
             self.kernels = kernels
@@ -212,6 +252,26 @@ class RunningNorm(nn.Module):
         finite = torch.stack([value.to(dtype).isfinite().all() for value in statistics]).all()
         self.num_rejected += (n > 0) & ~finite
         return (n > 0) & finite
+
+    @torch.no_grad()
+    def reset_running_stats(self) -> None:
+        """Put the statistics and their step counter to their start; parameters stay.
+
+        Named as in torch's batch norms. In data-parallel training: on all ranks at the same point.
+        """
+        if several_ranks():
+            DEFERRED.flush()  # or what is under way would come to the new state
+        put_to_start(self, self._buffers)
+        self._state_replaced()
+
+    def reset_parameters(self) -> None:
+        """Put parameters and statistics to their start, as torch's batch norms do."""
+        put_to_start(self, self._parameters)
+        self.reset_running_stats()
+
+    def _state_replaced(self) -> None:
+        """Forget what has been derived from the state: another one has been put in its place."""
+        self._num_rejected_reported = 0
 
     def statistics(self) -> dict[str, Tensor]:
         """Running statistics, each (C,), for diagnostics."""
@@ -280,6 +340,9 @@ class RunningNorm(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "RunningNorm":
         self._settled = None
+        if self.num_rejected.is_meta and not self.step.is_meta:
+            # Filled from a checkpoint, tensor by tensor, as accelerate does it.
+            self.num_rejected = torch.zeros_like(self.step)
         # With eight bits of mantissa a running average would stand still: its steps are too small.
         before = dict(self._buffers)
         super()._apply(fn, recurse)
@@ -293,7 +356,7 @@ class RunningNorm(nn.Module):
         super()._load_from_state_dict(*args, **kwargs)
         # Not part of a checkpoint, and without content in a layer that was built on "meta".
         self.num_rejected = torch.zeros_like(self.step)
-        self._num_rejected_reported = 0
+        self._state_replaced()
 
     def extra_repr(self) -> str:
         options = list(inspect.signature(type(self)).parameters)[1:]

@@ -183,6 +183,30 @@ def test_training_of_a_layer_breaks_the_graph_once(case: str) -> None:
 
 
 @some_case
+def test_two_norms_in_a_model_make_three_graphs(case: str) -> None:
+    """As the guide says. fullgraph=True, which forbids breaks, is an error of torch's."""
+
+    class Straight(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linears = nn.ModuleList(nn.Linear(C, C).double() for _ in range(3))
+            self.first, self.second = (CASES[case].build() for _ in range(2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.first(self.linears[0](x))
+            return self.linears[2](self.second(self.linears[1](x)))
+
+    model, counter = Straight(), CompileCounterWithBackend("eager")
+    compiled = torch.compile(model, backend=counter)
+    for seed in range(3):
+        compiled(torch.from_numpy(batch(seed).x))
+    assert counter.frame_count == 3
+    torch._dynamo.reset()
+    with pytest.raises(torch._dynamo.exc.Unsupported):
+        torch.compile(model, backend="eager", fullgraph=True)(torch.from_numpy(batch(0).x))
+
+
+@some_case
 def test_training_and_eval_in_turns(case: str) -> None:
     """A compiled model keeps up with the switches of mode."""
     models = [Stack(CASES[case].build()).double() for _ in range(2)]

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from normexp.norms.power import PowerNorm
 
@@ -38,7 +39,9 @@ def power_norms(names: dict[str, Any]) -> list[PowerNorm]:
 
 
 def test_every_block_of_the_guide_is_tested_here() -> None:
-    assert GUIDE.read_text(encoding="utf-8").count("```") == 2 * len(blocks()) == 6
+    text = GUIDE.read_text(encoding="utf-8")
+    assert text.count("```python") == len(blocks()) == 5
+    assert text.count("```") == 2 * (len(blocks()) + text.count("```sh"))
 
 
 def test_the_norm_by_itself(capsys: pytest.CaptureFixture[str]) -> None:
@@ -74,6 +77,30 @@ def test_the_hugging_face_model(
         counted = [token for token in sentence if token]
         assert all(b == a % 11 + 1 for a, b in itertools.pairwise(counted))
         assert len(sentence) == 10
+
+
+def test_trainer_and_from_pretrained(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    pytest.importorskip("accelerate", reason="needs normexp[huggingface]")
+    names, lines = run(blocks()[3], capsys)
+    assert lines[-1] == "[[4, 5, 6, 7, 8, 9, 10, 11, 1]]"
+    assert [int(norm.step) for norm in power_norms(names)] == [100] * 5
+    decayed, others = names["trainer"].optimizer.param_groups
+    assert decayed["weight_decay"] == 0.1 and others["weight_decay"] == 0.0
+    assert all(parameter.dim() == 2 for parameter in decayed["params"])
+
+
+def test_averaged_weights_and_a_second_forward(capsys: pytest.CaptureFixture[str]) -> None:
+    names, lines = run(blocks()[4], capsys)
+    ((first, last),) = losses(lines).values()
+    assert last < first / 2
+    assert names["norm"].step == 200  # one of two forwards counts
+    averaged = names["averaged"].module
+    with torch.no_grad():
+        means = [averaged[0](x).square().mean(0) for x in names["batches"][-50:]]
+    torch.testing.assert_close(averaged[1].running_psi2, torch.stack(means).mean(0))
 
 
 def test_norms_need_nothing_but_torch() -> None:

@@ -7,12 +7,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from support import norm_ranks
+from support.batches import C
 from support.norm_ranks import LEARNING_RATE, STEPS, SYNC_CASES, batch_of, concatenated
 from support.stateful import CASES, CHANGED_IN_BACKWARD, assert_same, forward, no_warnings, state
 from support.thorough import default_cases
 from torch import nn
 
-from normexp.norms import average_statistics
+from normexp.norms import average_statistics, build_norm
 
 every_case = pytest.mark.parametrize("case", SYNC_CASES)
 TOLERANCE = 1e-9
@@ -307,3 +308,33 @@ def assert_alone_is_alone(case: str) -> None:
             assert_same(dict(norm.named_buffers()), before)
     assert all(step["collectives"] == [0, 0] for step in recorded[0]["steps"])
     assert_same(recorded[0], recorded[1])
+
+
+@every_case
+def test_frozen_steps_leave_no_trace_and_recomputed_statistics_are_those_of_all_ranks(
+    results: Results, case: str
+) -> None:
+    alone = CASES[case].build()
+    world = len(results)
+    norm_ranks.recompute(alone, [concatenated(world, step)[0] for step in range(STEPS)])
+    expected = {key: value for key, value in state(alone).items() if key.startswith("running_")}
+    for of_rank in results:
+        without, with_frozen, recomputed = of_rank["second_forwards"][case]
+        assert_same(with_frozen, without)
+        assert_same({key: recomputed[key] for key in expected}, expected, TOLERANCE)
+        others = {key: value for key, value in without.items() if key not in expected}
+        assert_same({key: recomputed[key] for key in others}, others)
+
+
+@pytest.mark.parametrize("case", ["batch", "power"])
+def test_fully_sharded_models_train_as_replicated_ones(results: Results, case: str) -> None:
+    """torch's fully_shard of a model built without memory: its start, and DDP's end."""
+    new = build_norm(CASES[case].name, C, **CASES[case].options).double()
+    for of_rank in results:
+        recorded = of_rank["fully_sharded"][case]
+        started = {f"norm.{key}": value for key, value in new.state_dict().items()}
+        assert_same(recorded["started"], started)
+        # Rank 0 collects the whole model.
+        if recorded["fsdp"]:
+            assert_same(dict(recorded["fsdp"]), recorded["ddp"], 1e-12)
+    assert results[0]["fully_sharded"][case]["fsdp"]

@@ -16,10 +16,23 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    set_model_state_dict,
+)
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from normexp.norms import average_statistics, build_norm, norm_options
+from normexp.norms import (
+    average_statistics,
+    build_norm,
+    norm_options,
+    recompute_statistics,
+    statistics_frozen,
+)
 from normexp.norms.kernels.choice import use_kernels
 from support.batches import Batch, C, random_batch
 from support.stateful import CASES, forward, penalized, state
@@ -453,6 +466,59 @@ class _OfOneNorm(nn.Module):
         return self.after(self.norm(self.before(x)))
 
 
+def second_forwards(rank: int, world: int) -> dict[str, object]:
+    """State after some steps without and with a frozen one after each; recomputed statistics."""
+    results = {}
+    for case in SYNC_CASES:
+        states = []
+        for with_frozen in (False, True):
+            norm = CASES[case].build(sync=True)
+            for step in (0, 2, 4, 6):
+                forward(norm, batch_of(rank, step, world))[1].backward()
+                if with_frozen:
+                    with statistics_frozen(norm):
+                        forward(norm, batch_of(rank, step + 10, world))[1].backward()
+            states.append(state(norm))
+        recompute(norm, [batch_of(rank, step, world) for step in range(STEPS)])
+        results[case] = [*states, state(norm)]
+    return results
+
+
+def recompute(norm: nn.Module, batches: list[Batch]) -> None:
+    def run(of: Batch) -> None:
+        norm(torch.from_numpy(of.x), torch.from_numpy(of.pad))
+
+    recompute_statistics(batches, norm, forward=run)
+
+
+def fully_sharded(rank: int, world: int) -> dict[str, object]:
+    """FSDP of a model built without memory, and DDP, from the same weights: the model after."""
+    mesh, results = init_device_mesh("cpu", (world,)), {}
+    batches = [batch_of(rank, step, world) for step in (0, 1, 2, 3, 4, 6)]
+    whole = StateDictOptions(full_state_dict=True)
+    for case in ("batch", "power"):
+        model = small_model(case, sync=True)
+        with torch.device("meta"):
+            sharded = small_model(case, sync=True)
+        fully_shard(sharded, mesh=mesh)
+        sharded.to_empty(device="cpu")
+        for module in sharded.modules():
+            if hasattr(module, "reset_parameters"):
+                module.reset_parameters()
+        started = get_model_state_dict(sharded, options=whole)
+        started = {key: value.clone() for key, value in started.items() if "norm." in key}
+        set_model_state_dict(sharded, dict(model.state_dict()), options=whole)
+        wrapped = DistributedDataParallel(model, broadcast_buffers=False)
+        for call in (wrapped, sharded):
+            descend(call, call, batches, world * LEARNING_RATE)
+        results[case] = {
+            "started": started,
+            "ddp": dict(model.state_dict()),
+            "fsdp": get_model_state_dict(sharded, options=whole),
+        }
+    return results
+
+
 SCENARIOS = [
     private,
     several_layers,
@@ -465,6 +531,8 @@ SCENARIOS = [
     half_precision,
     other_layers,
     reading,
+    second_forwards,
+    fully_sharded,
 ]
 
 
