@@ -58,7 +58,10 @@ def too_short(cfg: DictConfig, model: nn.Module, batches: int) -> list[str]:
     """
     longest = max((warmup for _, warmup in _with_warmup(model)), default=0)
     steps = _steps(cfg, batches, enough=longest + 1)
-    return [] if steps is None else _unfinished(model, lambda _: steps)
+    if steps is None:
+        return []
+    # A model that begins with another's weights may have its steps, too.
+    return _unfinished(model, lambda norm: max(steps, int(norm.step)))
 
 
 def notes(model: nn.Module) -> list[str]:

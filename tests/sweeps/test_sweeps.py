@@ -166,10 +166,10 @@ def test_a_folder_of_another_version_is_archived_and_listed(tmp_path, capsys) ->
     settings = composed(f"results_dir={tmp_path}", "tracking=disabled")
     folder = RunFolder(settings.run_dir)
     folder.path.mkdir(parents=True)
-    old = settings.as_yaml().replace("evaluation:", "evaluation:\n  former_setting: 1")
+    old = settings.as_yaml().replace("speed:", "speed:\n  former_setting: 1")
     folder.config.write_text(old, encoding="utf-8")
     status = run_status.status_of(settings, {})
-    assert status.state == "missing" and "evaluation.former_setting is unknown" in status.detail
+    assert status.state == "missing" and "speed.former_setting is unknown" in status.detail
     (found,) = runs_found(tmp_path)
     assert isinstance(found, UserError) and "former_setting" in str(found)
     with open_run(settings) as opened:

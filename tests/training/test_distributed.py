@@ -20,6 +20,7 @@ from support.small_runs import REPOSITORY, composed, script_command
 from normexp import pipeline
 from normexp.checkpoints import store
 from normexp.config.identity import identity
+from normexp.config.seeding import Seeds
 from normexp.config.validation import validate
 from normexp.errors import UserError
 from normexp.runs import records
@@ -315,7 +316,9 @@ def test_killed_ranks_resume_as_if_nothing_had_happened(
 
     # The masks of dropout differ between ranks and updates; rank 0 has those of a single process.
     seeds = [lines(tmp_path / f"seeds{rank}")[1:] for rank in (0, 1)]  # the first is the model's
-    assert seeds[0] == [1 + update for update in range(expected.num_updates)]
+    own = Seeds(1, "separated")
+    for rank in (0, 1):
+        assert seeds[rank] == [own.masks(update, rank) for update in range(expected.num_updates)]
     masks = {
         tuple((torch.rand(64, generator=torch.Generator().manual_seed(seed)) < 0.3).tolist())
         for seed in seeds[0] + seeds[1]
@@ -380,7 +383,7 @@ def test_error_of_one_rank_ends_all(failing, settings, tmp_path) -> None:
 
         Trainer.train_step = failing_step
 
-    chosen = settings("toy_language_model", "norm=power", *BLOCKS)
+    chosen = settings("toy_language_model", "norm=power", "task.norm_warmup_steps=3", *BLOCKS)
     ended = train_on_ranks(tmp_path / "printed", *chosen, prepare=fail_in_update_3)
     assert ended.codes == [1, 1]
     assert ended.err[1] == ended.out[1] == ""
@@ -407,7 +410,7 @@ def test_killed_rank_ends_the_other_without_a_record(settings, tmp_path) -> None
 
         Trainer.train_step = dying
 
-    chosen = settings("toy_language_model", "norm=power", *BLOCKS)
+    chosen = settings("toy_language_model", "norm=power", "task.norm_warmup_steps=3", *BLOCKS)
     ended = train_on_ranks(tmp_path / "printed", *chosen, prepare=die_in_update_3)
     assert ended.codes == [1, -signal.SIGKILL]
     assert ended.err[0].startswith("error: another rank of this training was killed")

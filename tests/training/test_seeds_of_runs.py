@@ -1,15 +1,18 @@
 """What runs of different seeds draw: batches, their order, masks of dropout, weights."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
+from fairseq.data import data_utils
 from fairseq.tasks.translation import TranslationTask
 from support.small_runs import composed
 
 from normexp import pipeline
+from normexp.config.seeding import Seeds
 from normexp.fairseq_plugin.dropout import fast_dropout
 
 EPOCHS = 3
@@ -78,6 +81,23 @@ def test_seeds_of_fairseq_repeat_each_other_at_an_offset(drawn) -> None:
     first, second = (drawn(f"seed={seed}", "seeding=fairseq") for seed in (1, 2))
     assert first.masks[1:] == second.masks[:-1]
     assert first.epochs[1:] == second.epochs[:-1]
+
+
+def test_batches_are_drawn_with_the_seed_of_their_epoch(drawn, monkeypatch) -> None:
+    seeds = []
+    numpy_seed = data_utils.numpy_seed
+
+    def noted(seed: int, *more: int) -> AbstractContextManager[None]:
+        seeds.append(seed)
+        return numpy_seed(seed, *more)
+
+    monkeypatch.setattr(data_utils, "numpy_seed", noted)
+    drawn("seed=5")
+    own = Seeds(5, "separated")
+    validation = own.initialization + 1
+    expected = {own.order(epoch) for epoch in range(1, EPOCHS + 2)}  # one is made, but not used
+    assert set(seeds) - {validation} <= expected
+    assert {own.order(epoch) for epoch in range(1, EPOCHS + 1)} <= set(seeds)
 
 
 def test_norms_of_one_seed_are_pairs(drawn) -> None:
