@@ -22,7 +22,7 @@ def main() -> None:
     from hydra import compose, initialize_config_dir
     from hydra.errors import HydraException
 
-    from normexp import terminal
+    from normexp.config import terminal
     from normexp.config.settings import parse
     from normexp.corpora import prepare
     from normexp.corpora.catalogue import load_catalogue
