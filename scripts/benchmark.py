@@ -58,7 +58,7 @@ def main() -> None:
 
 
 def _show(benchmark: str, record: dict[str, Any]) -> None:
-    from normexp import terminal
+    from normexp.config import terminal
     from normexp.report.benchmark_tables import tables
     from normexp.report.console import print_table
 

@@ -22,8 +22,7 @@ def main() -> None:
     from hydra import compose, initialize_config_dir
     from hydra.errors import HydraException
 
-    from normexp import terminal
-    from normexp.config import own_tasks
+    from normexp.config import own_tasks, terminal
     from normexp.config.settings import parse
     from normexp.corpora import available_corpora, prepare
     from normexp.corpora.preparation import find_corpus

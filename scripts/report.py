@@ -13,7 +13,7 @@ runs of a task in results/own the tables show the committed ones.
 
 from pathlib import Path
 
-from normexp import terminal
+from normexp.config import terminal
 from normexp.config.command_grammar import Parser
 from normexp.errors import UserError, exit_on_user_error
 from normexp.files import whole_file

@@ -16,7 +16,7 @@ PACKAGE = REPOSITORY / "normexp"
 # What lies in normexp/, lowest layer first. A part may import the parts of lower layers only, not
 # those beside it. `norms` is for other people's models, so it imports nothing of the rest.
 LAYERS = (
-    ("errors", "files", "paths", "terminal", "norms"),
+    ("errors", "files", "paths", "norms"),
     ("sites",),
     ("corpora", "fairseq_plugin"),
     ("config", "checkpoints"),

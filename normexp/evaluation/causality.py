@@ -15,7 +15,7 @@ from rich.table import Table
 from torch import Tensor
 from tqdm import tqdm
 
-from normexp import terminal
+from normexp.config import terminal
 from normexp.config.settings import FAIRSEQ_TASKS, RunSettings
 from normexp.corpora import prepare
 from normexp.errors import UserError

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from rich.table import Table
 
-from normexp import terminal
+from normexp.config import terminal
 from normexp.config.validation import validate
 from normexp.corpora import prepare
 from normexp.errors import UserError

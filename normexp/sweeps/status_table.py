@@ -8,7 +8,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from normexp import terminal
+from normexp.config import terminal
 from normexp.sweeps.run_status import RunStatus, State
 
 COLOURS: dict[State, str] = {
