@@ -10,6 +10,7 @@ import shlex
 from collections.abc import Sequence
 
 from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig
@@ -82,6 +83,7 @@ def _about_a_key(key: str, command: Sequence[str]) -> str:
 def _composed_without(key: str, arguments: Sequence[str]) -> DictConfig:
     """Compose what the arguments ask for without those that set this key."""
     given = [argument for argument in arguments if "=" in argument and not argument.startswith("-")]
+    GlobalHydra.instance().clear()  # what could not be composed is of no use any more
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         try:
             others = [

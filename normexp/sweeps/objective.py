@@ -12,9 +12,9 @@ class RunFailed(Exception):
 def objective(record: Record) -> float | None:
     """Return the validation loss of a complete run, in nats per target token; lower is better.
 
-    It is that of the model that is evaluated, without label smoothing. With evaluation.splits=[test]
-    it is the lowest of the training, because nothing is chosen by the test set. None where that is
-    not known or not finite.
+    It is that of the model that is evaluated, without label smoothing. With
+    evaluation.splits=[test] it is the lowest of the training: nothing may be chosen by the test
+    set. None where that is not known or not finite.
     """
     if "valid" in record.metrics:
         loss = record.metrics["valid"].get("loss_per_token_nats")
