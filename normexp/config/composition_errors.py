@@ -56,8 +56,9 @@ def explained(error: HydraException, command: Sequence[str]) -> str:
 def _about_a_choice(error: MissingConfigException) -> str:
     group, _, name = (error.missing_cfg_file or "").rpartition("/")
     near = difflib.get_close_matches(name, error.options, MOST_SUGGESTED)
-    guess = f"; did you mean {_any_of(f'{group}={one}' for one in near)}?" if near else ";"
-    return f"{str(error).splitlines()[0]}{guess} known: {', '.join(error.options)}"
+    guess = f"; did you mean {_any_of([f'{group}={one}' for one in near])}?" if near else "."
+    options = ", ".join(error.options)
+    return f"{str(error).splitlines()[0]}{guess} Available options in '{group}': {options}"
 
 
 def _about_a_key(key: str, command: Sequence[str]) -> str:

@@ -86,8 +86,8 @@ def test_translation_with_train_resume_and_generate(tmp_path: Path, translation_
             _forked_tool(
                 "validate",
                 translation_data,
-                "--path checkpoints/checkpoint_last.pt --valid-subset test --cpu --max-tokens 200 "
-                f"--required-batch-size-multiple {multiple}",
+                "--task translation --path checkpoints/checkpoint_last.pt --valid-subset test "
+                f"--cpu --max-tokens 200 --required-batch-size-multiple {multiple}",
                 tmp_path,
             )
         ]
