@@ -8,6 +8,7 @@ About 5 minutes on 2 cores. Interrupted, the same command goes on where it stopp
 prints the tables.
 """
 
+import signal
 import sys
 from pathlib import Path
 
@@ -26,6 +27,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that no run is left behind
     try:
         with exit_on_user_error():
             sys.exit(main())

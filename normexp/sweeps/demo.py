@@ -46,10 +46,11 @@ def run_demo(results_dir: Path) -> int:
         highlight=False,
     )
     with _started(results_dir, console) as processes, _bar(console) as tell:
-        began = time.monotonic()
-        already = _done(runs)
+        began, already = time.monotonic(), _done(runs)
         while any(process.poll() is None for process in processes):
-            tell(_done(runs), already, time.monotonic() - began, runs)
+            if (done := _done(runs)) == already:  # Python starts, the corpus is prepared
+                began = time.monotonic()
+            tell(done, already, time.monotonic() - began, runs)
             time.sleep(POLL_SECONDS)
     return int(any(process.returncode for process in processes))
 
@@ -139,7 +140,8 @@ def _work(runs: Sequence[RunSettings]) -> float:
 def _state(done: float, already: float, seconds: float, runs: Sequence[RunSettings]) -> str:
     """Return how much is done, and how long the rest takes at the pace of this command.
 
-    done, already: seconds of work now and at the beginning of the command, `seconds` ago.
+    done, already: seconds of work now and at the beginning of the command, whose first work was
+    done `seconds` ago.
     """
     work = _work(runs)
     fresh = done - already
