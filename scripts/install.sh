@@ -16,7 +16,7 @@ needed=1500 download=350
 # step WHAT COMMAND...: runs a command, says every 10 seconds that it still does and how much there
 # is on the disk, and shows what it printed if it fails.
 step() {
-    local what=$1 log started=$SECONDS pid
+    local what=$1 log started=$SECONDS said=$SECONDS pid
     shift
     log=$(mktemp)
     printf '%s\n' "$what"
@@ -25,7 +25,8 @@ step() {
     trap 'kill "$pid" 2>/dev/null; exit 130' INT TERM
     while kill -0 "$pid" 2>/dev/null; do
         sleep 1
-        if [ $(((SECONDS - started) % 10)) = 0 ]; then
+        if [ $((SECONDS - said)) -ge 10 ]; then
+            said=$SECONDS
             printf '  %d s, %s MB in %s\n' $((SECONDS - started)) "$(megabytes)" "$VENV"
         fi
     done
