@@ -5,7 +5,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from normexp.runs.lookup import find_finished
 from normexp.sweeps.run_status import last_logged
 from normexp.sweeps.sweep import runs_of_sweep
 
+TRAIN = REPOSITORY / "scripts" / "train.py"
 # Two processes of one thread each: together faster than one of two threads, and steady where other
 # programs want a core too (OpenMP's threads wait for each other by spinning).
 STREAMS = ("norm=layer,batch", "norm=power_v,power")
@@ -28,6 +29,10 @@ SECONDS = {"toy_translation": (95.0, 15.0), "toy_language_model": (33.0, 5.0)}
 """About what training and evaluation take on an EPYC, for the time left."""
 LINE_SECONDS = 15.0  # between lines about all runs where there is no terminal
 POLL_SECONDS = 0.5
+
+
+Tell = Callable[[float, float, float, Sequence[RunSettings]], None]
+"""Called as tell(done, already, seconds, runs): see `_state`."""
 
 
 def run_demo(results_dir: Path) -> int:
@@ -56,12 +61,12 @@ def run_demo(results_dir: Path) -> int:
 
 
 @contextmanager
-def _started(results_dir: Path, console: Console):
+def _started(results_dir: Path, console: Console) -> Iterator[list[subprocess.Popen]]:
     """Within this context the processes run; what they print is printed line by line."""
     processes = [
         subprocess.Popen(
             [
-                *(sys.executable, str(REPOSITORY / "scripts" / "train.py"), "-m"),
+                *(sys.executable, str(TRAIN), "-m"),
                 *(TASKS, norms, f"results_dir={results_dir}"),
             ],
             stdout=subprocess.PIPE,
@@ -108,7 +113,7 @@ def _done(runs: Sequence[RunSettings]) -> float:
 
 
 @contextmanager
-def _bar(console: Console):
+def _bar(console: Console) -> Iterator[Tell]:
     """Yield a function that shows how far all runs are: in a bar, or in a line now and then."""
     if not console.is_terminal:
         said = time.monotonic()
