@@ -113,10 +113,9 @@ def test_a_norm_has_one_colour_in_all_charts_and_figures(rows) -> None:
     for task, of_task in (("ptb", one), ("iwslt14", other)):
         drawn = chart(of_task, task)
         for curve in drawn.curves:
-            [line] = re.findall(
-                rf'<g data-key="{curve.key}">\s*<path[^>]*fill: none; stroke: var\(--c(\d+)\)',
-                drawn.svg,
-            )
+            path = rf'<g data-key="{curve.key}">\s*<path[^>]*?fill: none;([^>]*)>'
+            [style] = re.findall(path, drawn.svg)
+            line = re.search(r"stroke: var\(--c(\d+)\)", style)[1]
             seen.setdefault(curve.row.first.norm, set()).add(int(line))
         figure = curves_svg(of_task)
         for row in of_task:
