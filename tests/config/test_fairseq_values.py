@@ -31,8 +31,15 @@ def test_every_way_of_writing_is_the_same_run(key: str) -> None:
     expected = typed_config(usual)[group][name]
     for other in others:
         assert is_same_run(usual, other)
+        assert (usual.label, usual.departures) == (other.label, other.departures)
         assert typed_config(other)[group][name] == expected
     assert config_hash(usual) != config_hash(composed("task=ptb"))
+
+
+def test_the_usual_value_in_another_form_is_no_departure() -> None:
+    usual = composed("task=ptb")
+    written = "fairseq.optimization.lr=0.002", "fairseq.optimizer.adam_betas=[0.9,0.98]"
+    assert composed("task=ptb", *written).label == usual.label
 
 
 def test_fairseq_gets_the_number() -> None:
