@@ -75,9 +75,8 @@ def test_a_sweep_on_slurm_returns_the_same(settings, tmp_path: Path, monkeypatch
     record = pipeline.run(composed(*settings))
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         every = {
-            "seed=1": compose("train", settings),
-            "seed=0": compose("train", [*settings, "seed=0"]),
-            "seed=2": compose("train", [*settings, "seed=2"]),
+            seed: compose("train", [*settings, seed], return_hydra_config=True)
+            for seed in ("seed=1", "seed=0", "seed=2")
         }
     launcher = SlurmLauncher()
     launcher.config = every["seed=1"]
