@@ -7,7 +7,7 @@ import math
 import os
 import resource
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,6 +36,7 @@ from normexp.training.process_group import Ranks
 
 if TYPE_CHECKING:  # it imports fairseq, which takes seconds
     from normexp.training.loop import TrainingResult
+    from normexp.training.progress import RunProgress
 
 logger = logging.getLogger(__name__)
 
@@ -115,30 +116,35 @@ def _run_with_corpus(
 ) -> Record:
     from normexp.evaluation.preflight import check_end_of_run
     from normexp.tracking.tracker import Tracker
+    from normexp.training.progress import RunProgress
 
     asked = _asked(settings, valid.sites, corpus)
     check_end_of_run(settings, asked, corpus, folder)
     _write_environment(folder, asked)
-    _print(f"{asked.task} · {asked.label} · seed {asked.seed} · {settings.run_dir}")
-    _print("  " + ", ".join(f"{site} {norm['name']}" for site, norm in valid.sites.items()))
+    progress = RunProgress(f"{asked.task} {asked.label} seed {asked.seed}")
+    progress.say(str(settings.run_dir))
+    progress.say(", ".join(f"{site} {norm['name']}" for site, norm in valid.sites.items()))
     if valid.fairseq.ema.store_ema and settings.evaluation.checkpoint != "ema":
-        _print(
-            "  the moving average of the weights (fairseq.ema) is kept in the checkpoints; "
+        progress.say(
+            "the moving average of the weights (fairseq.ema) is kept in the checkpoints; "
             f"evaluation.checkpoint={settings.evaluation.checkpoint} is of the weights themselves"
         )
     for line in warmups.what_counts(valid.fairseq, valid.sites, ranks.size):
-        _print("  " + line)
-    with Tracker.start(
-        settings.tracking.mode,
-        settings.tracking.project,
-        folder.path,
-        # At most 128 characters, of which the hash tells runs apart.
-        run_id=f"{asked.task}-{asked.label}"[:100] + f"-{asked.seed}-{asked.config_hash}",
-        name=settings.tracking.name,
-        group=settings.tracking.group,
-        tags=settings.tracking.tags,
-        config=_for_the_dashboard(settings, asked),
-    ) as tracker:
+        progress.say(line)
+    with (
+        progress,
+        Tracker.start(
+            settings.tracking.mode,
+            settings.tracking.project,
+            folder.path,
+            # At most 128 characters, of which the hash tells runs apart.
+            run_id=f"{asked.task}-{asked.label}"[:100] + f"-{asked.seed}-{asked.config_hash}",
+            name=settings.tracking.name,
+            group=settings.tracking.group,
+            tags=settings.tracking.tags,
+            config=_for_the_dashboard(settings, asked),
+        ) as tracker,
+    ):
 
         def rank_failed(reason: str) -> None:
             _finish(folder, settings, asked, Outcome.without_result("failed", reason))
@@ -146,7 +152,7 @@ def _run_with_corpus(
 
         ranks.on_failure = rank_failed
         try:
-            outcome = _train_and_evaluate(settings, valid, corpus, folder, tracker, ranks)
+            outcome = _train_and_evaluate(settings, valid, corpus, folder, tracker, progress, ranks)
         except UserError:
             raise
         except Exception as error:
@@ -175,6 +181,7 @@ def _train_and_evaluate(
     corpus: PreparedCorpus,
     folder: RunFolder,
     tracker: Any,
+    progress: "RunProgress",
     ranks: Ranks,
 ) -> Outcome:
     """Train unless that is done, then evaluate: complete, or diverged with the step."""
@@ -184,7 +191,7 @@ def _train_and_evaluate(
     trained = _finished_training(folder)
     if trained is None:
         try:
-            trained = _train(settings, valid, corpus, folder, tracker, ranks)
+            trained = _train(settings, valid, corpus, folder, tracker, progress, ranks)
         except loop.Diverged as diverged:
             return Outcome.without_result(
                 "diverged",
@@ -197,6 +204,7 @@ def _train_and_evaluate(
             )
         write_json(folder.finished, vars(trained))
         preemption.raise_if_signalled()
+    progress.begin("evaluating")
     try:
         evaluated = evaluate_run(settings, folder, corpus)
     except store.Lost as lost:
@@ -205,7 +213,7 @@ def _train_and_evaluate(
         if ranks.size > 1:  # the others have trained to the end and left
             raise UserError(f"{lost}; the same command makes it again from {source}") from None
         logger.warning("%s; resuming from %s to make it again", lost, source)
-        return _train_and_evaluate(settings, valid, corpus, folder, tracker, ranks)
+        return _train_and_evaluate(settings, valid, corpus, folder, tracker, progress, ranks)
     logger.info("evaluated: %s", evaluated.checkpoint)
     unknown = unknown_values(evaluated.metrics)
     return Outcome(
@@ -225,8 +233,11 @@ def _train(
     corpus: PreparedCorpus,
     folder: RunFolder,
     tracker: Any,
+    progress: "RunProgress",
     ranks: Ranks,
 ) -> "TrainingResult":
+    from fairseq_cli import train as fairseq_train
+
     from normexp.runs.metrics_file import MetricsFile
     from normexp.training import finetuning, loop
 
@@ -238,8 +249,8 @@ def _train(
     fairseq_cfg = trainer_config(valid.fairseq, corpus.data_bin, languages, folder.checkpoints)
     _refuse_long_lines(settings, fairseq_cfg)
     ranks.publish("training", paths | {"languages": languages})
-    with MetricsFile(folder.metrics) as metrics:
-        sinks = [tracker, _print_validation]
+    with MetricsFile(folder.metrics) as metrics, progress.of_training(fairseq_train):
+        sinks = [tracker, progress]
         return loop.train(fairseq_cfg, metrics, sinks, settings.speed, settings.seeds, ranks)
 
 
@@ -379,15 +390,6 @@ def _peak_memory() -> int:
         return torch.cuda.max_memory_allocated()
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def _print_validation(tag: str, step: int, values: Mapping[str, float]) -> None:
-    """Print one line per validation; a sink of the training loop."""
-    if tag == "valid":
-        _print(
-            f"  update {step:>6}  validation loss {values['loss']:.3f} bits, "
-            f"perplexity {values.get('ppl', float('nan')):.2f}"
-        )
 
 
 def _print(line: str) -> None:

@@ -23,6 +23,7 @@ def main() -> None:
     from hydra.errors import HydraException
 
     from normexp.config import own_tasks, terminal
+    from normexp.config.composition_errors import explained
     from normexp.config.settings import parse
     from normexp.corpora import available_corpora, prepare
     from normexp.corpora.preparation import find_corpus
@@ -52,7 +53,7 @@ def main() -> None:
         with initialize_config_dir(str(CONFIGS), version_base="1.3"):
             settings = parse(compose("train", [*task, *arguments.overrides]))
     except HydraException as error:
-        raise UserError(" ".join(str(error).split())) from error
+        raise UserError(explained(error, sys.argv)) from error
     corpus = prepare(
         name if name in corpora else settings.task.corpus,
         settings.data.dir,

@@ -26,6 +26,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from normexp.config import own_tasks
+from normexp.config.fairseq_values import in_one_form
 from normexp.config.settings import ExperimentSettings, RunSettings, parse
 from normexp.paths import CONFIGS
 
@@ -153,6 +154,7 @@ def _leaves(cfg: DictConfig, resolve: bool) -> dict[str, Any]:
             OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"]), resolve=True
         )
         content = {key: whole[key] for key in own}
+        content["fairseq"] = in_one_form(content["fairseq"])
     else:
         content = OmegaConf.to_container(own, resolve=False)
     leaves: dict[str, Any] = {}

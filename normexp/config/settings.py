@@ -18,6 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from yaml import YAMLError
 
+from normexp.config.fairseq_values import in_one_form
 from normexp.config.seeding import Seeding, Seeds
 from normexp.errors import UserError
 
@@ -276,6 +277,8 @@ def parse(cfg: DictConfig) -> RunSettings:
     except OmegaConfBaseException as error:
         raise UserError(f"configuration: {first_line(error)}") from None
     _name_donor_by_content(content)
+    if isinstance(content.get("fairseq"), Mapping):
+        content["fairseq"] = in_one_form(content["fairseq"])
     settings = validated(RunSettings, content)
     for group in FAIRSEQ_GROUPS:
         if not isinstance(given := settings.fairseq.get(group), Mapping):

@@ -6,9 +6,11 @@
 Registers the models `normexp_transformer`, `normexp_transformer_lm` and `normexp_tensorized_lm`,
 one architecture `normexp_<stem>` for every configs/model/<stem>.yaml, fairseq's criterions with
 the layers' penalties as `normexp_<criterion>`, the task `normexp_language_modeling`, the optimizer
-`normexp_adam`, and the types that checkpoints may hold.
+`normexp_adam`, and the types that checkpoints may hold. While it is loaded, fairseq leaves out no
+sentences (patches.py).
 """
 
+import contextlib
 import importlib
 import sys
 from pathlib import Path
@@ -20,6 +22,7 @@ if __name__ == _NAME:
         adam,
         checkpoint_types,
         criterions,
+        patches,
         streams,
         tensorized,
         transformer,
@@ -28,6 +31,8 @@ if __name__ == _NAME:
     from normexp.fairseq_plugin.architectures import register_architectures
 
     register_architectures()
+    _while_loaded = contextlib.ExitStack()  # kept, because it would restore fairseq at its end
+    _while_loaded.enter_context(patches.last_batches_kept())
 else:
     # --user-dir imports this folder as a top-level module, after putting its parent on the path.
     # Registering happens under the canonical name only. The path entry becomes the folder above:

@@ -1,13 +1,20 @@
 """Every name of fairseq, and of torch under it, that this project replaces while something runs.
 
 Each is replaced by a context manager of this file and restored on leaving it. `fairseq-train
---user-dir normexp/fairseq_plugin` meets only the first; the others surround normexp's own runs.
+--user-dir normexp/fairseq_plugin` meets only the first two; the others surround normexp's own runs.
+The second is in force as long as the plugin is loaded, the others only while they are needed.
 
 name                           fairseq                           put in its place, and why
 -----------------------------  --------------------------------  -----------------------------------
 transformer_lm                 builds a language model with the  `language_model_decoder`: the
   .TransformerDecoder          class under this name             decoder with chosen norms; fairseq
                                                                  has no argument for a subclass
+
+data_utils.batch_by_size       leaves the last batch out unless  `last_batches_kept`: the same
+                               it has a multiple of 8            batches and the last one; no
+                               sentences: they are missing in    sentence is missing
+                               training, validation and scores
+                               (required_batch_size_multiple)
 
 fairseq_cli.train.Trainer      builds the trainer with the       `trainer_class`: a subclass that
                                class under this name             measures, resumes, reports
@@ -68,6 +75,7 @@ fast_attention.py, `criterion.forward` in training/speed.py, `task.train_step` i
 training/data_parallel.py.
 """
 
+import logging
 import queue
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
@@ -76,9 +84,10 @@ from numbers import Number
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from fairseq import checkpoint_utils, trainer, utils
-from fairseq.data import iterators
+from fairseq.data import data_utils, iterators
 from fairseq.distributed import utils as distributed_utils
 from fairseq.file_io import PathManager
 from fairseq.logging import progress_bar
@@ -87,6 +96,8 @@ from fairseq.models import transformer_lm
 from fairseq.models.ema import EMA
 
 from normexp.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 # fairseq_cli.train configures the root logger when it is imported, so it is a parameter here: only
 # a training imports it.
@@ -109,6 +120,54 @@ def language_model_decoder(build: Callable[..., Any]) -> AbstractContextManager[
     build: called with the arguments of fairseq's TransformerDecoder.
     """
     return patched(transformer_lm, "TransformerDecoder", build)
+
+
+def last_batches_kept() -> AbstractContextManager[None]:
+    """Let fairseq's batch_by_size return every index that it is given.
+
+    Since 2022 it drops the last batch if required_batch_size_multiple, 8 by default, does not
+    divide its number of sentences. The first time that a batch is kept, a warning says so.
+    """
+    original = data_utils.batch_by_size
+    told: set[int] = set()
+
+    def complete(
+        indices: Any,
+        num_tokens_fn: Callable[[int], int],
+        num_tokens_vec: Any = None,
+        max_tokens: int | None = None,
+        max_sentences: int | None = None,
+        required_batch_size_multiple: int = 1,
+        fixed_shapes: Any = None,
+    ) -> Any:
+        if not isinstance(indices, np.ndarray):
+            indices = np.fromiter(indices, dtype=np.int64, count=-1)  # it may be an iterator
+        if len(indices) == 0:
+            return []  # which the original takes for an error
+        batches = original(
+            indices,
+            num_tokens_fn,
+            num_tokens_vec,
+            max_tokens,
+            max_sentences,
+            required_batch_size_multiple,
+            fixed_shapes,
+        )
+        kept = sum(map(len, batches))
+        if fixed_shapes is not None or kept == len(indices):
+            return batches
+        if required_batch_size_multiple not in told:
+            told.add(required_batch_size_multiple)
+            logger.warning(
+                "keeping the last %d of %d sentences, which fairseq leaves out without a word "
+                "because of required_batch_size_multiple=%d",
+                len(indices) - kept,
+                len(indices),
+                required_batch_size_multiple,
+            )
+        return [*batches, indices[kept:]]  # they are in the order of the indices
+
+    return patched(data_utils, "batch_by_size", complete)
 
 
 def trainer_class(fairseq_train: Any, replacement: type) -> AbstractContextManager[None]:

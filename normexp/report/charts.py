@@ -14,13 +14,17 @@ from statistics import fmean
 
 from normexp.report import figures
 from normexp.report.aggregate import Row, row_name
+from normexp.report.colours import PALETTE, number_of
 from normexp.report.formatting import with_marks
 from normexp.runs.records import Record
 
 INCHES = (7.0, 4.4)
 AXES = (0.09, 0.1, 0.9, 0.87)  # left, bottom, width, height as parts of the figure
-COLOURS = [f"#0000f{n}" for n in range(6)]  # stands for the page's --c0, ..., --c5
-DASHES = ("-", (0, (5, 2.5)), (0, (1.5, 2)), (0, (7, 2, 1.5, 2)), (0, (4, 2, 1, 1.5, 1, 2)))
+COLOURS = [f"#0001{n:02x}" for n in range(len(PALETTE))]  # stands for the page's --c0, --c1, ...
+DASHES = (
+    *("-", (0, (5, 2.5)), (0, (1.5, 2)), (0, (7, 2, 1.5, 2)), (0, (4, 2, 1, 1.5, 1, 2))),
+    *((0, (10, 3)), (0, (3, 1)), (0, (9, 2, 1, 2, 1, 2, 1, 2))),
+)
 VARIABLES = {
     **{colour: f"--c{n}" for n, colour in enumerate(COLOURS)},
     "#0000e0": "--text",
@@ -45,16 +49,23 @@ class Curve:
 
     Attributes:
         key: Letter on the line.
+        dash: Number of its kind of line, by which curves of one norm are told apart.
         runs: The complete runs of a row, or one run that did not complete.
         points: (update, mean, lowest, highest over the runs) at the updates at which all of them
             were validated.
     """
 
     key: str
+    dash: int
     name: str
     row: Row
     runs: dict[Path, Record]
     points: list[tuple[int, float, float, float]]
+
+    @property
+    def colour(self) -> int:
+        """The number of the norm's colour."""
+        return number_of(self.row.first.norm)
 
     @property
     def is_complete(self) -> bool:
@@ -84,7 +95,8 @@ def chart(rows: list[Row], name: str) -> Chart | None:
     ]
     if not drawn:
         return None
-    curves = [Curve(_key(number), *curve) for number, curve in enumerate(drawn)]
+    dashes = _dashes([row.first.norm for _, row, *_ in drawn])
+    curves = [Curve(_key(n), dashes[n], *curve) for n, curve in enumerate(drawn)]
     scaling = [curve for curve in curves if curve.is_complete] or curves
     losses = [loss for curve in scaling for _, _, *ends in curve.points for loss in ends]
     spare = 0.05 * (max(losses) - min(losses)) or 0.5
@@ -115,6 +127,16 @@ def _curves_of(row: Row, name: str) -> list[tuple[str, Row, dict[Path, Record], 
     return curves
 
 
+def _dashes(norms: list[str]) -> list[int]:
+    """Choose a kind of line for each curve: unused by its norm, then by others, where possible."""
+    chosen: list[int] = []
+    for norm in norms:
+        own = [dash for other, dash in zip(norms, chosen, strict=False) if other == norm]
+        uses = [(own.count(dash), chosen.count(dash), dash) for dash in range(len(DASHES))]
+        chosen.append(min(uses)[-1])
+    return chosen
+
+
 def _draw(curves: list[Curve], end: float, bottom: float, top: float) -> str:
     # here, because matplotlib takes a second to load
     import matplotlib.figure
@@ -127,11 +149,11 @@ def _draw(curves: list[Curve], end: float, bottom: float, top: float) -> str:
         axes.xaxis.set_major_formatter("{x:,.0f}")
         for number, curve in enumerate(curves):
             updates, means, lows, highs = map(np.array, zip(*curve.points, strict=True))
-            look = {"color": COLOURS[number % len(COLOURS)], "gid": f"key-{curve.key}"}
+            look = {"color": COLOURS[curve.colour], "gid": f"key-{curve.key}"}
             if len(curve.runs) > 1:
                 outline = np.append(updates, updates[::-1]), np.append(lows, highs[::-1])
                 axes.fill(*outline, alpha=0.18, linewidth=0, **look)
-            axes.plot(updates, means, linestyle=DASHES[number % len(DASHES)], **look)
+            axes.plot(updates, means, linestyle=DASHES[curve.dash], **look)
             # Letters stand at different parts of the curves, so that those of close ones do not
             # overlap, and not at the beginning, where all curves are close.
             part = 0.3 + 0.7 * (number + 0.5) / len(curves)
@@ -154,7 +176,7 @@ def _for_the_page(svg: str) -> str:
     svg = re.sub(r' id="(?!p[0-9a-f]{8})[^"]*"', "", svg)  # all but that of the clip path
     svg = re.sub(r" font-family: [^;]*;", "", svg)
     svg = re.sub(r"\s+", " ", svg)
-    return re.sub(r"#0000[ef]\d", lambda colour: f"var({VARIABLES[colour[0]]})", svg)
+    return re.sub("|".join(VARIABLES), lambda colour: f"var({VARIABLES[colour[0]]})", svg)
 
 
 def _key(number: int) -> str:

@@ -12,11 +12,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from normexp.report.aggregate import Row, row_name
+from normexp.report.colours import on_light
 from normexp.runs.perplexity import perplexity
 
 MOST_DRAWN = 1e9
 """Perplexity at which a curve of a diverging run leaves the figure; no dictionary is as large."""
 _DIGEST = re.compile(r"<dc:description>(\w+)</dc:description>")
+MARKERS = ("", "o", "s", "^", "D", "v", "P", "X")
 STYLE = {
     "svg.hashsalt": "normexp",  # else the ids of elements are random
     "svg.fonttype": "none",  # text stays text
@@ -27,12 +29,20 @@ STYLE = {
 
 
 def curves_svg(rows: list[Row]) -> str | None:
-    """Draw validation perplexity per token over updates, one line per run, one colour per row.
+    """Draw validation perplexity per token over updates, one line per run.
 
-    Rows that see future tokens are dashed. None if no run was validated twice.
+    The colour says the norm, the marker which row of that norm. Rows that see future tokens are
+    dashed. None if no run was validated twice.
     """
+    norms = [row.first.norm for row in rows]
     curves = [
-        (row_name(row, rows), bool(row.first.sees_future_tokens), number, run.curve)
+        (
+            row_name(row, rows),
+            bool(row.first.sees_future_tokens),
+            on_light(row.first.norm),
+            MARKERS[norms[:number].count(row.first.norm) % len(MARKERS)],
+            run.curve,
+        )
         for number, row in enumerate(rows)
         for run in sorted(row.runs.values(), key=lambda run: run.seed)
         if len(run.curve) > 1
@@ -43,12 +53,14 @@ def curves_svg(rows: list[Row]) -> str | None:
     def draw(figure: Any) -> None:
         axes = figure.add_subplot()
         named: set[str] = set()
-        for name, sees_future, number, curve in curves:
+        for name, sees_future, colour, marker, curve in curves:
             updates, losses = zip(*curve, strict=True)
             axes.plot(
                 updates,
                 [min(perplexity(loss), MOST_DRAWN) for loss in losses],
-                color=f"C{number % 10}",
+                color=colour,
+                marker=marker,
+                markersize=4,
                 linestyle="--" if sees_future else "-",
                 label=None if name in named else name + " (sees future tokens)" * sees_future,
             )
@@ -118,7 +130,8 @@ def scaling_svg(rows: list[dict[str, Any]]) -> str:
         for layer, own in _by_layer(rows, sweep, dtype).items()
     ]
     sweeps, dtypes = _values(rows, "sweep"), _values(rows, "dtype")
-    colors = {layer: f"C{n % 10}" for n, layer in enumerate(dict.fromkeys(c[2] for c in curves))}
+    # The name in the legend is the norm's, maybe with more behind it.
+    colors = {layer: on_light(layer.split()[0]) for _, _, layer, _ in curves}
 
     def draw(figure: Any) -> None:
         panels = figure.subplots(len(dtypes), len(sweeps), sharey="row", squeeze=False)

@@ -21,7 +21,7 @@ import jinja2
 import yaml
 from markupsafe import Markup
 
-from normexp.report import formatting
+from normexp.report import colours, formatting
 from normexp.report.aggregate import PRIMARY_METRIC, Row, differences, row_name
 from normexp.report.causality_table import CAUSALITY_TITLE, causality_table
 from normexp.report.charts import Chart, chart
@@ -35,12 +35,14 @@ from normexp.report.result_tables import (
 )
 from normexp.report.table import Cell, Link, Note, Number, Table
 from normexp.runs.causality_record import CausalityRecord
+from normexp.runs.folder import RunFolder
 from normexp.runs.metric_values import value_of
 from normexp.runs.records import Record
 
 TEMPLATES = Path(__file__).parent / "templates"
 FIXED_IDS = ("top", "filter", "filter-text", "filter-norm", "filter-status", "filtered")
 SECTIONS = {
+    "under-way": "Under way or interrupted",
     "failures": "Failures",
     "runs": "Runs in detail",
     "corpora": "Corpora",
@@ -50,9 +52,10 @@ SECTIONS = {
 
 @dataclass(frozen=True)
 class Unfinished:
-    """A run folder without a record, of a run that is under way or was interrupted."""
+    """A run folder without a record. state: "running" or "interrupted"."""
 
     path: Path
+    state: str
     changed: str
 
 
@@ -107,9 +110,9 @@ def unfinished_runs(results: Path) -> list[Unfinished]:
             log = folder / "log.txt"
             seconds = (log if log.exists() else config).stat().st_mtime
             changed = datetime.fromtimestamp(seconds, UTC).isoformat(" ", timespec="minutes")
-            unfinished.append(
-                Unfinished(folder.relative_to(results), changed.replace("+00:00", " UTC"))
-            )
+            state = "running" if RunFolder(folder).in_use() else "interrupted"
+            changed = changed.replace("+00:00", " UTC")
+            unfinished.append(Unfinished(folder.relative_to(results), state, changed))
     return unfinished
 
 
@@ -123,18 +126,21 @@ def report_html(
     """Write the whole page; made_at is the time in the format of `utc_now()`."""
     script = (TEMPLATES / "report.js").read_text(encoding="utf-8")
     content = _Content(rows_by_task, paper, causality)
+    unfinished = list(unfinished)
     return _template().render(
         page=content,
-        sections=content.sections,
+        own_sections=[section for section in content.sections if section.rows],
+        empty_sections=[section for section in content.sections if not section.rows],
+        section_counts={"under-way": len(unfinished), "failures": len(content.failures.lines)},
         runs=content.runs,
         statuses=Counter(run.status for run in content.runs.values()),
         num_causality=len(causality),
-        unfinished=list(unfinished),
+        unfinished=unfinished,
         made_at=made_at[:16].replace("T", " "),
         about=ABOUT_THE_NUMBERS.format(protocol="results/PROTOCOL.md"),
         marks=MARKS,
         section_titles=SECTIONS,
-        style=Markup((TEMPLATES / "report.css").read_text(encoding="utf-8")),
+        style=Markup((TEMPLATES / "report.css").read_text(encoding="utf-8") + colours.as_css()),
         script=Markup(script),
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     )

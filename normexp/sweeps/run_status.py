@@ -67,24 +67,30 @@ def _state(settings: RunSettings, jobs: Mapping[Path, Job]) -> tuple[State, str]
     return "missing", f"there is another configuration: {changed}" if changed else ""
 
 
-def _progress(folder: RunFolder) -> str:
-    """Return the last update and how long ago it was logged."""
+def last_logged(folder: RunFolder) -> tuple[int, float] | None:
+    """Return the last update that the run's metrics.jsonl has, and the time of it since 1970."""
     try:
         with open(folder.metrics, "rb") as file:
             file.seek(0, 2)
             file.seek(max(0, file.tell() - TAIL_BYTES))
             lines = file.read().splitlines()
     except OSError:
-        return "no update yet"
+        return None
     for line in reversed(lines):
         try:
             entry = json.loads(line)
-            step, age = int(entry["step"]), max(0.0, time.time() - entry["time"])
+            return int(entry["step"]), float(entry["time"])
         except (ValueError, KeyError, TypeError):
             continue  # half a line, or the middle of a long one
-        evaluating = ", trained to the end" if folder.finished.is_file() else ""
-        return f"update {step}, {_ago(age)}{evaluating}"
-    return "no update yet"
+    return None
+
+
+def _progress(folder: RunFolder) -> str:
+    """Return the last update and how long ago it was logged."""
+    if (logged := last_logged(folder)) is None:
+        return "no update yet"
+    evaluating = ", trained to the end" if folder.finished.is_file() else ""
+    return f"update {logged[0]}, {_ago(max(0.0, time.time() - logged[1]))}{evaluating}"
 
 
 def _ago(seconds: float) -> str:

@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from hydra.core.plugins import Plugins
 from hydra.core.singleton import Singleton
@@ -19,7 +19,9 @@ from hydra_plugins.hydra_submitit_launcher.config import BaseQueueConf
 
 from normexp.config.settings import RunSettings
 from normexp.errors import UserError
+from normexp.runs.lookup import find_record
 from normexp.sweeps import slurm_queue
+from normexp.sweeps.objective import RunFailed, objective
 from normexp.sweeps.run_status import status_of
 from normexp.sweeps.slurm_queue import Job
 from normexp.sweeps.status_table import print_statuses
@@ -36,12 +38,8 @@ THREADS = [
 ]
 
 
-def register(failures: list[Any]) -> None:
-    """Let Hydra use this launcher wherever SLURM is configured.
-
-    failures: gets an entry for every run of a sweep that is not finished when its jobs are.
-    """
-    SlurmLauncher.failures = failures
+def register() -> None:
+    """Let Hydra use this launcher wherever SLURM is configured."""
     # Hydra accepts launchers of its own name space only, which an editable installation of this
     # project cannot extend; so the class answers to the name of the one it extends.
     name = f"{submitit_launcher.__name__}.{submitit_launcher.SlurmLauncher.__name__}"
@@ -51,14 +49,12 @@ def register(failures: list[Any]) -> None:
 class SlurmLauncher(submitit_launcher.SlurmLauncher):
     """Submits the runs of a sweep that are missing, and waits for them."""
 
-    failures: ClassVar[list[Any]] = []
-
     def __call__(self, *args: Any) -> JobReturn:
-        """Do one run in its job; exit with status 1 if it failed: Hydra catches its errors."""
+        """Do one run in its job; exit with status 1 if it failed: Hydra keeps its exception."""
         if self.params.get("gpus_per_node"):
             _check_gpu()
         returned = super().__call__(*args)
-        if returned.return_value:
+        if returned.status is JobStatus.FAILED:
             sys.exit(1)
         return returned
 
@@ -77,7 +73,11 @@ class SlurmLauncher(submitit_launcher.SlurmLauncher):
     def launch(
         self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
     ) -> Sequence[JobReturn]:
-        """Submit the missing runs, wait for them, and print the status of all."""
+        """Submit the missing runs, wait for them, and print the status of all.
+
+        Returns for each run what `train.py` would: its objective, or the failure of one that is
+        not done.
+        """
         try:
             return self._launch(job_overrides, initial_job_idx)
         except UserError as error:
@@ -86,11 +86,10 @@ class SlurmLauncher(submitit_launcher.SlurmLauncher):
     def _launch(
         self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
     ) -> Sequence[JobReturn]:
-        runs, invalid = [], []
-        for overrides in job_overrides:
-            settings = self._composed(overrides)
+        composed = [self._composed(overrides) for overrides in job_overrides]
+        runs = []
+        for overrides, settings in zip(job_overrides, composed, strict=True):
             if isinstance(settings, UserError):
-                invalid.append(settings)
                 print(f"error: {settings}", file=sys.stderr, flush=True)
             else:
                 runs.append((list(overrides), settings))
@@ -110,15 +109,26 @@ class SlurmLauncher(submitit_launcher.SlurmLauncher):
         known = slurm_queue.jobs(results_dir)
         statuses = [status_of(settings, known) for _, settings in runs]
         print_statuses(statuses)
-        self.failures += [status for status in statuses if status.state != "done"]
-        self.failures += invalid
-        done = JobReturn(status=JobStatus.COMPLETED)
-        return [done] * len(job_overrides)
+        return [
+            self._returned(overrides, settings)
+            for overrides, settings in zip(job_overrides, composed, strict=True)
+        ]
 
     def _composed(self, overrides: Sequence[str]) -> RunSettings | UserError:
         loader = self.hydra_context.config_loader
         cfg = loader.load_sweep_config(self.config, list(overrides))
         return settings_or_error(cfg, filter_overrides(overrides))
+
+    def _returned(self, overrides: Sequence[str], settings: RunSettings | UserError) -> JobReturn:
+        """Return the result of a run, or a failure if it is not done, from its record."""
+        given = filter_overrides(overrides)
+        found = None if isinstance(settings, UserError) else find_record(settings)
+        if found and found[1].status == "complete":
+            result, status = objective(found[1]), JobStatus.COMPLETED
+        else:
+            reason = settings if isinstance(settings, UserError) else found and found[1].reason
+            result, status = RunFailed(str(reason or "not done")), JobStatus.FAILED
+        return JobReturn(overrides=given, status=status, _return_value=result)
 
     def _submit(self, runs: list[tuple[list[str], RunSettings]]) -> dict[Path, Job]:
         import submitit  # here, because it is not needed for a single run

@@ -9,6 +9,7 @@ from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
+from normexp.config.composition_errors import explained
 from normexp.config.departures import config_loader, settings_of
 from normexp.config.identity import config_hash, differences
 from normexp.config.settings import RunSettings
@@ -47,7 +48,7 @@ def runs_of_sweep(overrides: list[str]) -> list[RunSettings | UserError]:
         (jobs,) = BasicSweeper.split_arguments(parser.parse_overrides(every), None)
         return [settings_or_error(composed(job), job) for job in jobs]
     except HydraException as error:
-        raise UserError(" ".join(str(error).split())) from error
+        raise UserError(explained(error, ["scripts/train.py", "-m", *overrides])) from error
 
 
 def refuse_clashes(runs: Iterable[RunSettings]) -> None:

@@ -72,12 +72,27 @@ def test_translation_with_train_resume_and_generate(tmp_path: Path, translation_
     output = _forked_tool(
         "generate",
         translation_data,
-        "--path checkpoints/checkpoint_last.pt --beam 2 --cpu --max-len-a 0 --max-len-b 9 "
-        "--required-batch-size-multiple 1",
+        "--path checkpoints/checkpoint_last.pt --beam 2 --cpu --max-len-a 0 --max-len-b 9",
         tmp_path,
     )
+    # All of them, although fairseq's default leaves out those after the last multiple of 8.
     assert sorted(re.findall(r"^H-(\d+)", output, re.M), key=int) == [str(i) for i in range(13)]
     assert "Generate test with beam=2: BLEU4 = " in output
+
+    losses = [
+        re.search(r"valid on 'test' subset \| loss ([\d.]+) \| nll_loss ([\d.]+)", log).groups()
+        for multiple in (8, 1)
+        for log in [
+            _forked_tool(
+                "validate",
+                translation_data,
+                "--task translation --path checkpoints/checkpoint_last.pt --valid-subset test "
+                f"--cpu --max-tokens 200 --required-batch-size-multiple {multiple}",
+                tmp_path,
+            )
+        ]
+    ]
+    assert losses[0] == losses[1]
 
 
 def test_language_model_with_train_and_eval_lm(tmp_path: Path, language_model_data: Path) -> None:

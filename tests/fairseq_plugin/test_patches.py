@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from fairseq import checkpoint_utils
-from fairseq.data import iterators
+from fairseq.data import data_utils, iterators
 from fairseq.distributed import utils as distributed_utils
 from fairseq.file_io import PathManager
 from fairseq.logging import progress_bar
@@ -53,6 +53,7 @@ def test_numbers_reach_every_sink_and_the_wrapped_bar_is_intact():
 
 REPLACED = {
     "TransformerDecoder": (lambda: patches.language_model_decoder(object), transformer_lm),
+    "batch_by_size": (patches.last_batches_kept, data_utils),
     "Trainer": (lambda: patches.trainer_class(fairseq_train, object), fairseq_train),
     "validate_and_save": (lambda: patches.after_updates(fairseq_train, print), fairseq_train),
     "WandBProgressBarWrapper": (lambda: metrics_sent_to(Recorder()), progress_bar),

@@ -10,7 +10,9 @@ from torch import nn
 from normexp.norms import available_norms, build_norm
 from normexp.norms.fold_into_linear import fold_into, why_not_foldable
 
-FOLDABLE = ["batch", "power", "power_v", "regularized_batch", "unified"]
+KNOWN = {"batch", "power", "power_v", "regularized_batch", "unified"}
+KNOWN_NOT = {"layer", "rms", "group", "batch_released", "power_released", "instance", "none"}
+FOLDABLE = [name for name in available_norms() if why_not_foldable(build_norm(name, 8)) is None]
 
 
 def _trained(name: str, dtype: torch.dtype = torch.float64) -> nn.Module:
@@ -24,9 +26,8 @@ def _trained(name: str, dtype: torch.dtype = torch.float64) -> nn.Module:
     return norm.to(dtype).eval()
 
 
-def test_every_norm_is_foldable_or_says_why_not() -> None:
-    foldable = [name for name in available_norms() if why_not_foldable(build_norm(name, 8)) is None]
-    assert foldable == FOLDABLE
+def test_the_known_norms_are_foldable_or_not() -> None:
+    assert set(FOLDABLE) >= KNOWN and not KNOWN_NOT & set(FOLDABLE)
 
 
 @pytest.mark.parametrize("name", FOLDABLE)

@@ -15,17 +15,15 @@ from support.batches import Batch, C, few_examples, quick_options, random_batch
 from support.norm_steps import LayerSteps
 
 from normexp.norms import available_norms, build_norm
+from normexp.norms.reference import REFERENCES, Reference
+from normexp.norms.reference.base import TokenReference
 
 # Treat every position by itself, so that they need no mask; their parameters' gradients are sums
 # over all positions that get a gradient.
 PER_TOKEN = {
-    "layer": {"weight", "bias"},
-    "rms": {"weight"},
-    "scale": {"g"},
-    "group": {"weight", "bias"},
-    "adaptive": set(),
-    "dynamic_tanh": {"a", "weight", "bias"},
-    "none": set(),
+    name: {parameter for parameter, _ in build_norm(name, C).named_parameters()}
+    for name in available_norms()
+    if issubclass(REFERENCES.get(name, Reference), TokenReference)
 }
 # What padding changes because the original code lets it: `values` at padded positions without a
 # gradient there, the `number` of padded positions, a `gradient` there, and values where there

@@ -70,8 +70,8 @@ def test_curves_are_drawn_to_scale(rows) -> None:
     assert lowest[1] - first[1] == pytest.approx(3 * halving, rel=1e-4)
     styles = [style for style, _ in drawn]
     assert ["dash" in style for style in styles] == [False, False, True]
-    colors = [re.search("stroke: (#[0-9a-f]+)", style)[1] for style in styles]
-    assert colors[0] == colors[1] != colors[2]
+    colors = {re.search("stroke: (#[0-9a-f]+)", style)[1] for style in styles}
+    assert len(colors) == 1  # all of one norm
     texts = ["".join(text.itertext()) for text in ElementTree.fromstring(svg).iter(f"{SVG}text")]
     assert texts.count("LN-causal") == 1
     assert texts.count("LN-published (sees future tokens)") == 1

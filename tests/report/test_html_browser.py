@@ -364,6 +364,31 @@ def test_on_a_phone_only_tables_scroll_sideways(reader) -> None:
         assert box.get_attribute("tabindex") == ("0" if whole > inside else "-1")
 
 
+@pytest.mark.parametrize("width", [1280, 1920])
+def test_no_table_is_cut_off_on_a_desk(reader, make_record, width: int) -> None:
+    """Neither of the committed results nor of labels as long as file names may be."""
+    long = "PN-norm.options.alpha_fwd=0.95-fairseq.optimization.lr=0.0015-and-more"
+    curve = [(1, 3.0), (1000, 2.0)]
+    runs = [
+        make_record(label=label, norm=norm, seed=seed, curve=curve)
+        for label, norm in (("LN", "layer"), (long, "power"), ("x" * 60, "batch"))
+        for seed in (1, 2, 3)
+    ]
+    runs.append(make_record(seed=9, status="failed", reason="no space left on /" + "y" * 90))
+    made_up = page_of({record_path(Path(), run): run for run in runs}, {})
+    reader.devtools("Emulation.setDeviceMetricsOverride", **screen(width))
+    for page in (reader.path.read_text(encoding="utf-8"), made_up):
+        reader.path.write_text(page, encoding="utf-8")
+        reader.open()
+        assert reader.run("return document.documentElement.scrollWidth") <= width
+        cut = reader.run(
+            "return [...document.querySelectorAll('section > .scroll, .chart > .scroll')]"
+            ".filter((box) => box.scrollWidth > box.clientWidth)"
+            ".map((box) => box.getAttribute('aria-label') + ' of ' + box.closest('section').id)"
+        )
+        assert cut == []
+
+
 def test_dark_where_the_reader_wants_it(reader) -> None:
     seen, drawn = {}, {}
     for scheme in ("light", "dark"):
@@ -381,8 +406,8 @@ def test_dark_where_the_reader_wants_it(reader) -> None:
         "dark": ["rgb(20, 24, 29)", "rgb(230, 233, 236)"],
     }
     assert drawn == {
-        "light": ("rgb(11, 99, 176)", "rgb(87, 96, 106)"),
-        "dark": ("rgb(108, 182, 255)", "rgb(164, 173, 182)"),
+        "light": ("rgb(77, 90, 254)", "rgb(87, 96, 106)"),
+        "dark": ("rgb(124, 116, 253)", "rgb(164, 173, 182)"),
     }
 
 

@@ -2,6 +2,7 @@
 
 import base64
 import dataclasses
+import fcntl
 import hashlib
 import itertools
 import math
@@ -14,9 +15,12 @@ import lxml.html
 import pytest
 
 from normexp.report.aggregate import rows_by_task
+from normexp.report.charts import DASHES
+from normexp.report.colours import PALETTE
 from normexp.report.html import TEMPLATES, report_html, unfinished_runs
 from normexp.report.paper import Paper, load_paper
 from normexp.runs.causality_record import CausalityRecord, load_causality_records
+from normexp.runs.folder import LOCK
 from normexp.runs.records import load_records, record_path, write_record
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -257,8 +261,6 @@ def test_contrast_suffices_in_both_schemes() -> None:
             for behind in ("background", "head"):
                 assert contrast(colours[text], colours[behind]) >= 4.5
         assert contrast(colours["text"], colours["target"]) >= 7
-        for curve in (f"c{n}" for n in range(6)):
-            assert contrast(colours[curve], colours["background"]) >= 4.5
 
 
 def drawn(figure) -> dict[str, dict[str, list]]:
@@ -337,9 +339,9 @@ def test_curves_are_told_apart_without_colour(committed) -> None:
         assert keys == figure.xpath(".//tbody/tr/@data-key")
         lines = figure.xpath(".//g[@data-key]/path[contains(@style, 'fill: none')]/@style")
         assert len(lines) == len(keys)
-        assert len(set(lines)) == min(len(lines), 30)
+        assert len(set(lines)) == len(lines)
         dashes = {re.sub("stroke: [^;]*", "", style) for style in lines}
-        assert len(dashes) == min(len(lines), 5)
+        assert len(dashes) == min(len(lines), len(DASHES))
 
 
 def test_curves_take_their_colours_from_the_page(committed) -> None:
@@ -347,7 +349,9 @@ def test_curves_take_their_colours_from_the_page(committed) -> None:
     styles = committed.xpath("//figure//svg//@style")
     assert len(styles) > 100
     colours = {c for style in styles for c in re.findall(r"(?:fill|stroke): ([^;]+)", style)}
-    allowed = {f"var(--{name})" for name in ("muted", "grid", *(f"c{n}" for n in range(6)))}
+    allowed = {
+        f"var(--{name})" for name in ("muted", "grid", *(f"c{n}" for n in range(len(PALETTE))))
+    }
     assert colours <= allowed | {"none"}
 
 
@@ -391,8 +395,14 @@ def test_failures_and_runs_under_way_are_listed(make_record, tmp_path: Path) -> 
     for folder in folders[:2]:
         (folder / "config.yaml").touch()
     (folders[1] / "record.json").touch()
-    unfinished = unfinished_runs(tmp_path)
-    assert [run.path for run in unfinished] == [Path("runs/ptb/PN-seed1")]
+    (folders[2] / "config.yaml").touch()
+    with (folders[2] / LOCK).open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)  # as a run that is under way does
+        unfinished = unfinished_runs(tmp_path)
+    assert [(str(run.path), run.state) for run in unfinished] == [
+        ("runs/ptb/PN-seed1", "interrupted"),
+        ("runs/ptb/PN-seed3", "running"),
+    ]
     page = page_of(
         make_record(),
         make_record(seed=2, **diverged),
@@ -403,9 +413,26 @@ def test_failures_and_runs_under_way_are_listed(make_record, tmp_path: Path) -> 
         ["iwslt14", "PN", "2", "diverged", "1,234", "loss is NaN"],
         ["iwslt14", "PN", "3", "failed", "", "out of memory"],
     ]
-    assert "runs/ptb/PN-seed1, last changed 2" in words(page)
-    assert "Failures (3)" in words(page.xpath("//nav")[0])
+    [under_way] = page.xpath("//section[@id='under-way']")
+    assert "runs/ptb/PN-seed1: interrupted, last changed 2" in words(under_way)
+    assert "runs/ptb/PN-seed3: running, last changed 2" in words(under_way)
+    [failures] = page.xpath("//section[@id='failures']")
+    assert "PN-seed1" not in words(failures) and "PN-seed3" not in words(failures)
+    sections = words(page.xpath("//nav")[0])
+    assert "Under way or interrupted (2)" in sections and "Failures (2)" in sections
     assert "3 records (1 complete, 1 diverged, 1 failed)" in words(page)
+
+
+def test_own_results_come_first_and_empty_tasks_of_the_paper_last(make_record) -> None:
+    paper = load_paper(RESULTS / "paper.yaml")
+    page = page_of(make_record(task="mine"), make_record(task="wikitext103"), paper=paper)
+    order = [section.get("id") for section in page.xpath("//section")]
+    own = [task for task in order if task in ("task-mine", "task-wikitext103")]
+    assert order[: len(own)] == own and len(own) == 2
+    empty = [f"task-{task}" for task in paper.tasks if task != "wikitext103"]
+    assert order[-len(empty) - 1 :] == [*empty, "published"] and len(empty) >= 3
+    links = [link.get("href").removeprefix("#") for link in page.xpath("//nav//a")]
+    assert links == order
 
 
 def test_every_field_of_a_run_is_shown(make_record) -> None:

@@ -302,7 +302,7 @@ def test_scripts_answer_bad_input_in_one_line(overrides, tmp_path) -> None:
     for arguments, message in (
         (["norm=powr"], "Available options in 'norm'"),
         (["task=iwslt"], "Available options in 'task'"),
-        (["fairsek.common.cpu=true"], "Key 'fairsek' is not in struct"),
+        (["fairsek.common.cpu=true"], "did you mean fairseq.common.cpu?"),
         (["seed=0"], "error: seed=0 must be an integer"),
         (overrides("toy_translation", "+fairseq.common.sead=3"), "sead"),
     ):

@@ -80,7 +80,19 @@ def batch_sequences(draw: st.DrawFn, length: int, same_scale: bool = False) -> l
 @st.composite
 def option_sets(draw: st.DrawFn, name: str) -> dict[str, object]:
     """Options of the normalization `name`, all of them given."""
-    return {option: draw(st.sampled_from(OPTION_VALUES[option])) for option in norm_options(name)}
+    return {
+        option: draw(st.sampled_from(OPTION_VALUES.get(option) or like(default)))
+        for option, default in norm_options(name).items()
+    }
+
+
+def like(default: object) -> list[object]:
+    """Values of an option that `OPTION_VALUES` does not have: its default and one beside it."""
+    if isinstance(default, bool):
+        return [default, not default]
+    if isinstance(default, int | float):
+        return [default, default + 1 if isinstance(default, int) else default / 2]
+    return [default]
 
 
 def quick_options(name: str) -> dict[str, object]:
