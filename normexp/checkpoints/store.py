@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from normexp.errors import UserError
-from normexp.files import whole_file
+from normexp.files import remove_unfinished, whole_file
 
 LAST = "checkpoint_last.pt"
 BEST = "checkpoint_best.pt"
@@ -143,8 +143,7 @@ def atomic_writes(folder: Path) -> Iterator[None]:
     """
     from normexp.fairseq_plugin.patches import checkpoint_files_by
 
-    for partial in folder.glob("*.pt.part"):
-        partial.unlink(missing_ok=True)  # another rank may have done it
+    remove_unfinished(folder)
     with checkpoint_files_by(copy, save):
         yield
 
