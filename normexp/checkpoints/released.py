@@ -29,6 +29,7 @@ from torch import Tensor
 
 from normexp.checkpoints import store
 from normexp.errors import UserError
+from normexp.fairseq_plugin.config_guard import check_groups
 from normexp.fairseq_plugin.transformer import NormTransformerConfig, NormTransformerModel
 
 FINAL_WARMUP_STEPS = 1000
@@ -227,6 +228,7 @@ def _converted(state: dict[str, Any]) -> dict[str, Any]:
     args, history = state["args"], state["optimizer_history"][-1]
     sites = find_norms(args, state["model"])
     configuration = _configuration(args, sites)
+    check_groups(configuration)
     model = _build(OmegaConf.create(configuration["model"]), state["model"])
     # Strict: an entry without a counterpart, on either side, is an error.
     model.load_state_dict(_renamed(state["model"]), strict=True)

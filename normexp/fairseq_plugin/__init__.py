@@ -6,7 +6,8 @@
 Registers the models `normexp_transformer`, `normexp_transformer_lm` and `normexp_tensorized_lm`,
 one architecture `normexp_<stem>` for every configs/model/<stem>.yaml, fairseq's criterions with
 the layers' penalties as `normexp_<criterion>`, the task `normexp_language_modeling`, the optimizer
-`normexp_adam`, and the types that checkpoints may hold.
+`normexp_adam`, and the types that checkpoints may hold. From then on fairseq refuses a checkpoint
+whose configuration it could run as code (config_guard.py).
 """
 
 import importlib
@@ -26,8 +27,10 @@ if __name__ == _NAME:
         transformer_lm,
     )
     from normexp.fairseq_plugin.architectures import register_architectures
+    from normexp.fairseq_plugin.patches import check_configurations
 
     register_architectures()
+    check_configurations()
 else:
     # --user-dir imports this folder as a top-level module, after putting its parent on the path.
     # Registering happens under the canonical name only. The path entry becomes the folder above:
