@@ -51,7 +51,9 @@ def typed_config(settings: ExperimentSettings) -> DictConfig:
         node["checkpoint"]["keep_last_epochs"] = settings.evaluation.average_last
     else:
         node["checkpoint"]["no_epoch_checkpoints"] = True
-    return _typed(node)
+    typed = _typed(node)
+    _refuse_code(node)
+    return typed
 
 
 def trainer_config(
@@ -135,6 +137,16 @@ def _with_safeguards(node: dict[str, Any]) -> dict[str, Any]:
             raise UserError(f"fairseq.{key}={given} is not allowed (must be {value}): {reason}")
         OmegaConf.update(guarded, key, value)
     return OmegaConf.to_container(guarded)
+
+
+def _refuse_code(node: dict[str, Any]) -> None:
+    """Raise UserError for a text that fairseq would run as Python: a run folder may be foreign."""
+    from normexp.fairseq_plugin.config_guard import check_groups
+
+    try:
+        check_groups(node)
+    except UserError as error:
+        raise UserError(f"fairseq.{error}") from None
 
 
 def _typed(node: dict[str, Any]) -> DictConfig:

@@ -17,6 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from normexp.config.settings import FAIRSEQ_TASKS, RunSettings
+from normexp.config.validation import validate
 from normexp.corpora import prepare
 from normexp.errors import UserError
 from normexp.evaluation.scores import LoadedModel, load_evaluated, load_model
@@ -154,6 +155,7 @@ def main(
     folder = RunFolder(model.absolute()) if model.is_dir() else None
     if folder:
         settings = folder.read_settings()
+        validate(settings)
         corpus = prepare(settings.task.corpus, settings.data.dir, settings.data.local)
         loaded, checkpoint = load_evaluated(settings, folder, corpus, cpu)
     else:

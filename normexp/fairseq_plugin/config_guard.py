@@ -54,6 +54,7 @@ FREE = frozenset(
 
 _NESTED, _VALUES, _REPEATED = 16, 100_000, 1000
 _MAPPINGS = (Mapping, argparse.Namespace, DictConfig)
+_CONTAINERS = (list, tuple, *_MAPPINGS)
 
 
 def check_checkpoint(state: Mapping[str, Any]) -> None:
@@ -87,7 +88,7 @@ def check_groups(cfg: Mapping[str, Any]) -> None:
     }
     for group, values in cfg.items():
         if group not in FairseqConfig.__dataclass_fields__:
-            if isinstance(values, str | list | tuple | _MAPPINGS):
+            if isinstance(values, (str, *_CONTAINERS)):
                 raise UserError(f"{group} is none of the groups of fairseq's configuration")
         elif isinstance(values, argparse.Namespace):  # of a model or task without a dataclass
             _check_flat(group, vars(values))
@@ -124,7 +125,7 @@ def _check_fields(group: str, dataclass: type, values: Mapping[str, Any]) -> Non
     """Check the names, types and choices of a group by its dataclass."""
     known = {field.name for field in fields(dataclass)} | {"_name"}
     for name, value in values.items():
-        if name not in known and isinstance(value, str | list | tuple | _MAPPINGS):
+        if name not in known and isinstance(value, (str, *_CONTAINERS)):
             raise UserError(f"{group}.{name}={value!r}: fairseq has no such setting")
     given = {name: value for name, value in values.items() if name in known - {"_name"}}
     schema = OmegaConf.structured(dataclass)
