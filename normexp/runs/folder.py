@@ -180,6 +180,30 @@ def open_run(settings: RunSettings) -> Iterator[RunFolder]:
         lock.release()
 
 
+@contextmanager
+def hold(folder: RunFolder) -> Iterator[RunSettings]:
+    """Hold an existing run folder for this process, and return the settings of the run.
+
+    One that may only be read is not held. Raises UserError when it is in use, and as
+    `read_settings` does.
+    """
+    settings = folder.read_settings()  # before a lock is made in a folder of something else
+    if os.access(folder.path, os.W_OK):
+        lock = _lock(folder)
+        try:
+            yield settings
+        finally:
+            lock.release()
+    elif folder.in_use():
+        raise UserError(_in_use(folder))
+    else:
+        yield settings
+
+
+def _in_use(folder: RunFolder) -> str:
+    return f"{folder.path} is in use by another process: the same run is under way"
+
+
 def _lock(folder: RunFolder) -> FileLock:
     """Hold the folder until the lock returned is released."""
     path = folder.path / LOCK
@@ -194,9 +218,7 @@ def _lock(folder: RunFolder) -> FileLock:
             except FileNotFoundError:  # archived by another process meanwhile
                 continue
         except Timeout:
-            raise UserError(
-                f"{folder.path} is in use by another process: the same run is under way"
-            ) from None
+            raise UserError(_in_use(folder)) from None
         except OSError as error:
             raise UserError(
                 f"cannot write the run folder {folder.path}: {error.strerror}; set results_dir=..."
