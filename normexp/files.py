@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Files that are written whole or not at all, and read whole or called unreadable."""
 
 import fcntl
 import json
@@ -11,8 +11,17 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
+import yaml
+
 _UNFINISHED = re.compile(r"(.+?)(\.[0-9a-f]{16})?\.part")
+_MOST_VALUES = (
+    1_000_000  # of a YAML file: a few lines of aliases can stand for more than memory has
+)
 _NAME_BYTES = 200  # of the 255 that a file name may have
+
+
+class Unreadable(ValueError):
+    """A file that is missing, refused or damaged; the message is one line with path and reason."""
 
 
 @contextmanager
@@ -43,6 +52,61 @@ def write_json(path: Path, value: Any) -> None:
     with whole_file(path) as file:
         json.dump(value, file, indent=2, sort_keys=True, ensure_ascii=False)
         file.write("\n")
+
+
+def read_json(path: Path, finite: bool = False) -> Any:
+    """Return the content of a JSON file. Raises Unreadable.
+
+    finite: refuse NaN and Infinity, which Python writes and JSON does not have.
+    """
+    with _readable(path, "JSON"):
+        return json.loads(path.read_text(encoding="utf-8"), parse_constant=_number[finite])
+
+
+def read_yaml(path: Path) -> Any:
+    """Return the content of a YAML file, of JSON's types only. Raises Unreadable."""
+    with _readable(path, "YAML"):
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if _count(content, {}) > _MOST_VALUES:
+            raise ValueError("its aliases stand for too much")
+        return json.loads(json.dumps(content))
+
+
+def _count(value: Any, known: dict[int, int]) -> int:
+    """Count the values below one, as often as aliases repeat them. Raises ValueError for a circle.
+
+    known: the counts found so far by the object's id, negative while it is being counted.
+    """
+    if not isinstance(value, dict | list):
+        return 1
+    if known.get(id(value), 0) < 0:
+        raise ValueError("it contains itself")
+    if id(value) not in known:
+        known[id(value)] = -1
+        parts = value.values() if isinstance(value, dict) else value
+        known[id(value)] = 1 + sum(_count(part, known) for part in parts)
+    return known[id(value)]
+
+
+@contextmanager
+def _readable(path: Path, form: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise Unreadable(f"{path}: cannot be read ({error.strerror})") from None
+    except RecursionError:
+        raise Unreadable(f"{path}: not {form} (nested too deeply)") from None
+    # YAML's numbers and dates raise more than its own errors.
+    except (ValueError, TypeError, ArithmeticError, AttributeError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise Unreadable(f"{path}: not {form} ({reason})") from None
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is not a JSON number")
+
+
+_number = {True: _refuse, False: float}
 
 
 def remove_unfinished(folder: Path, name: str | None = None) -> None:

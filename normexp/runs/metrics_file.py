@@ -59,7 +59,11 @@ class MetricsFile:
         """Return the finite values logged under a tag and a name so far, by step and in order."""
         entries = (entry for _, entry in self._lines())
         found = {entry["step"]: entry.get(name) for entry in entries if entry["tag"] == tag}
-        return {step: value for step, value in found.items() if value is not None}
+        return {
+            step: value
+            for step, value in found.items()
+            if type(value) in (int, float) and math.isfinite(value)
+        }
 
     def close(self) -> None:
         """Close the file; the sink cannot be called afterwards."""
@@ -78,7 +82,7 @@ class MetricsFile:
             return
         try:
             json.loads(content[whole:])
-        except ValueError:
+        except (ValueError, RecursionError):
             self._file.truncate(whole)
         else:  # an editor stripped the final newline
             self._file.write(b"\n")
@@ -101,8 +105,8 @@ class MetricsFile:
         for line in self._path.read_bytes().splitlines(keepends=True):
             try:
                 entry = json.loads(line)
-                if isinstance(entry["tag"], str) and isinstance(entry["step"], int):
+                if isinstance(entry["tag"], str) and type(entry["step"]) is int:
                     found.append((line, entry))
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, RecursionError):
                 continue
         return found
