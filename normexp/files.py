@@ -14,9 +14,7 @@ from typing import IO, Any
 import yaml
 
 _UNFINISHED = re.compile(r"(.+?)(\.[0-9a-f]{16})?\.part")
-_MOST_VALUES = (
-    1_000_000  # of a YAML file: a few lines of aliases can stand for more than memory has
-)
+_MOST_VALUES = 1_000_000  # of a YAML file: a few lines of aliases can stand for far more
 _NAME_BYTES = 200  # of the 255 that a file name may have
 
 
