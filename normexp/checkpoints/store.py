@@ -63,6 +63,17 @@ def load(path: Path) -> dict[str, Any]:
     return state
 
 
+def num_updates(path: Path, state: dict[str, Any]) -> int:
+    """Return the number of updates behind the checkpoint that `load` read. Raises Lost."""
+    try:
+        updates = state["optimizer_history"][-1]["num_updates"]
+    except (LookupError, TypeError):
+        updates = None
+    if type(updates) is not int:
+        raise Lost(path, f"the checkpoint {path} does not tell its number of updates")
+    return updates
+
+
 def _compare_checksums(path: Path) -> None:
     """Raise ValueError where the file's content does not match its checksums.
 

@@ -110,12 +110,14 @@ def apply_speed(speed: SpeedSettings, node: dict[str, Any]) -> None:
             f"speed.precision={speed.precision} and fairseq.common.{reduced[0]}=true are two "
             "ways of saving precision; choose one"
         )
-    fits = criterion["_name"] in _FUSED_CRITERIONS and node["model"]["_name"] in _FUSED_MODELS
+    fits = (
+        criterion.get("_name") in _FUSED_CRITERIONS and node["model"].get("_name") in _FUSED_MODELS
+    )
     if speed.fused_loss and fits and not reduced:
         criterion["fused"] = True
     special = [name for name in ("use_old_adam", "fp16_adam_stats") if optimizer.get(name)]
     memory_efficient = any(name.startswith("memory_efficient") for name in reduced)
-    if speed.fused_adam and optimizer["_name"] == "adam" and not (special or memory_efficient):
+    if speed.fused_adam and optimizer.get("_name") == "adam" and not (special or memory_efficient):
         optimizer["_name"] = "normexp_adam"
 
 

@@ -104,6 +104,8 @@ def _check_choice(group: str, dataclasses: Mapping[str, type], values: Any) -> N
     """Check a group whose fields depend on what is chosen by `_name`."""
     given = values if isinstance(values, Mapping) else {"_name": values}
     name = given.get("_name")
+    if not isinstance(name, str | None):
+        raise UserError(f"{group}._name={name!r} is no name")
     if group == "model":
         known = {*MODEL_DATACLASS_REGISTRY, *ARCH_MODEL_REGISTRY}
         dataclass = dataclasses.get(ARCH_MODEL_NAME_REGISTRY.get(name, name))
@@ -146,10 +148,10 @@ def _refusal(schema: DictConfig, values: dict[str, Any]) -> str | None:
 def _check_flat(where: str, values: Mapping[str, Any]) -> None:
     """Check the arguments of a command line, by the options of its model and task."""
     _check_plain(where, values)
-    classes = [
-        ARCH_MODEL_REGISTRY.get(values.get("arch", values.get("_name"))),
-        TASK_REGISTRY.get(values.get("task")),
-    ]
+    arch, task = values.get("arch", values.get("_name")), values.get("task")
+    if not isinstance(arch, str | None) or not isinstance(task, str | None):
+        raise UserError(f"{where}.arch={arch!r} and task={task!r} must be names")
+    classes = [ARCH_MODEL_REGISTRY.get(arch), TASK_REGISTRY.get(task)]
     parser = argparse.ArgumentParser(add_help=False, conflict_handler="resolve")
     for owner in filter(None, classes):
         owner.add_args(parser)

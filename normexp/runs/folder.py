@@ -34,6 +34,7 @@ from normexp.runs.archive import CURE, archive
 from normexp.runs.provenance import command_of_this_run
 
 LOCK = ".lock"
+_DAMAGE = (ValueError, TypeError, AttributeError, RecursionError, OSError)
 LOCK_SECONDS = 1.0  # whoever looks whether the folder is in use holds the lock for a moment
 
 
@@ -102,7 +103,8 @@ class RunFolder:
             )
         try:
             cfg = OmegaConf.load(self.config)
-        except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+        # OmegaConf raises OSError for a file that holds a number.
+        except (YAMLError, OmegaConfBaseException, *_DAMAGE) as error:
             reason = str(error).split("\n")[0]
             raise UserError(f"{self.config} is damaged ({reason}); {self._cure}") from None
         if not isinstance(cfg, DictConfig) or "task" not in cfg:

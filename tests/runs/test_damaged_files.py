@@ -69,7 +69,7 @@ def records() -> list[dict]:
     found: dict[str, dict] = {}
     for path in sorted((RESULTS / "records").rglob("*.json")):
         content = json.loads(path.read_text(encoding="utf-8"))
-        found.setdefault(content["kind"], content | {"curve": content["curve"][:3]})
+        found.setdefault(content["kind"], content | {"curve": [[3, 2.5]]})
     return list(found.values())
 
 
@@ -206,7 +206,8 @@ def test_the_configuration_of_a_run_folder(task, tmp_path, examples) -> None:
         folder.difference_from(asked)
         validate(folder.read_settings())
 
-    fuzzed(damaged_bytes(asked.model_dump(mode="json"), asked.as_yaml().encode()), read, examples)
+    whole = asked.model_dump(mode="json"), asked.as_yaml().encode()
+    fuzzed(damaged_bytes(*whole), read, examples // 2)
 
 
 @pytest.fixture(scope="module")
@@ -231,7 +232,7 @@ def test_the_records_of_a_corpus(corpus_folder: Path, little_text, examples, nam
         try:
             corpus = prepare("toy_language_model", corpus_folder.parent, None, False)
             assert corpus.words("train") + corpus.tokens("test") > 0
-            assert corpus.manifest["files"].keys() == expected["files"].keys()
+            assert corpus.manifest["fingerprint"] == expected["fingerprint"]
         finally:
             for file, text in whole.items():
                 file.write_bytes(text)
