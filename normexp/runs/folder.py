@@ -134,7 +134,7 @@ class RunFolder:
             return json.loads(self.record.read_text(encoding="utf-8"))["status"] != "failed"
         except FileNotFoundError:
             return False
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, LookupError, TypeError, RecursionError):
             return True  # damaged: somebody has to look at it
 
     def _refuse_files_of_nobody(self) -> None:

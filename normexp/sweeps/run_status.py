@@ -80,7 +80,7 @@ def _progress(folder: RunFolder) -> str:
         try:
             entry = json.loads(line)
             step, age = int(entry["step"]), max(0.0, time.time() - entry["time"])
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, LookupError, TypeError, ArithmeticError, RecursionError):
             continue  # half a line, or the middle of a long one
         evaluating = ", trained to the end" if folder.finished.is_file() else ""
         return f"update {step}, {_ago(age)}{evaluating}"

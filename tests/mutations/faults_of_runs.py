@@ -9,6 +9,7 @@ METRICS = ("runs/test_metrics_file",)
 STORE = ("checkpoints/test_store", "checkpoints/test_recovery")
 FOLDERS = ("runs/test_survival_of_folders",)
 SWEEPS = ("sweeps/test_sweeps",)
+FILES = ("test_files",)
 
 RUNS = [
     Fault(
@@ -199,5 +200,19 @@ RUNS = [
         "",
         "srun's line is shown instead of the job's own error",
         SWEEPS,
+    ),
+    Fault(
+        "files.py",
+        "fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)",
+        "pass",
+        "what a living process is writing is removed",
+        FILES,
+    ),
+    Fault(
+        "tracking/bounded_calls.py",
+        "future.result(seconds)",
+        "future.result()",
+        "a call of W&B that never returns holds the training",
+        ("tracking/test_unresponsive",),
     ),
 ]

@@ -163,8 +163,12 @@ def test_metrics(tmp_path, examples) -> None:
 
     def read(damage: bytes) -> None:
         whole = json.dumps(LINES[1]).encode() + b"\n"
+        folder.metrics.write_bytes(whole + damage)
+        run_status._progress(folder)
         folder.metrics.write_bytes(whole + damage + b"\n" + whole)
         run_status._progress(folder)
+        folder.metrics.with_name("record.json").write_bytes(damage)
+        assert folder.has_result() in (True, False)
         with MetricsFile(folder.metrics) as metrics:
             for name in ("loss", "nll_loss"):
                 values = metrics.values("valid", name)
