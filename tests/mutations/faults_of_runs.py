@@ -210,9 +210,9 @@ RUNS = [
     ),
     Fault(
         "tracking/bounded_calls.py",
-        "future.result(seconds)",
-        "future.result()",
-        "a call of W&B that never returns holds the training",
+        "            _end_service()\n",
+        "",
+        "a service of W&B that hangs holds the process at its exit",
         ("tracking/test_unresponsive",),
     ),
 ]
