@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from pydantic import TypeAdapter
 
 from normexp.checkpoints import recovery, store
 from normexp.config.departures import marked_budget
@@ -22,7 +23,7 @@ from normexp.config.settings import RunSettings
 from normexp.config.validation import Sites, ValidRun, validate
 from normexp.corpora import PreparedCorpus, prepare
 from normexp.errors import UserError
-from normexp.files import write_json
+from normexp.files import read_json, write_json
 from normexp.paths import REPOSITORY
 from normexp.runs import advice, provenance, records
 from normexp.runs.archive import make_way
@@ -285,10 +286,11 @@ def _finished_training(folder: RunFolder) -> "TrainingResult | None":
     from normexp.training.loop import TrainingResult
 
     try:
-        return TrainingResult(**json.loads(folder.finished.read_text(encoding="utf-8")))
-    except FileNotFoundError:
+        if folder.finished.is_file():
+            text = json.dumps(read_json(folder.finished))
+            return TypeAdapter(TrainingResult).validate_json(text, strict=True)
         return None
-    except (ValueError, TypeError) as error:
+    except ValueError as error:
         # A training that has ended finds its last checkpoint and ends at once.
         logger.warning("%s cannot be read (%s); looking at the training", folder.finished, error)
         return None

@@ -113,6 +113,9 @@ def _channels(kind: str, model: Mapping[str, Any]) -> dict[str, int]:
     """Return the sites that the model has, with their numbers of channels."""
     if kind == "translation":
         encoder, decoder = model.get("encoder", {}), model.get("decoder", {})
+        for name, stack in (("encoder", encoder), ("decoder", decoder)):
+            if not isinstance(stack, Mapping):
+                raise ValueError(f"{name}={stack!r} must be a group of the model's settings")
     else:  # fairseq's language models have a flat configuration
         encoder = {}
         decoder = {

@@ -9,7 +9,16 @@ import math
 from pathlib import Path
 from typing import Any
 
-from normexp.checkpoints.store import BEST, LAST, Lost, copy, epoch_checkpoints, epoch_of, load
+from normexp.checkpoints.store import (
+    BEST,
+    LAST,
+    Lost,
+    copy,
+    epoch_checkpoints,
+    epoch_of,
+    load,
+    num_updates,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -25,9 +34,9 @@ def latest_readable(folder: Path) -> tuple[Path, dict[str, Any]] | None:
     for path in [*([last] if last.exists() else []), *sorted(others)]:
         try:
             state = load(path)
-            updates = state["optimizer_history"][-1]["num_updates"]
-        except (Lost, KeyError, IndexError, TypeError) as error:
-            lost = error if isinstance(error, Lost) else Lost(path, f"{path} lacks {error}")
+            updates = num_updates(path, state)
+        except Lost as error:
+            lost = error
             logger.warning("%s", lost)
             continue
         if path == last:
@@ -56,7 +65,7 @@ def rewind_to_before(folder: Path, lost: Lost) -> Path:
     earlier = [path for path in epoch_checkpoints(folder) if epoch and epoch_of(path) < epoch]
     for path in earlier:
         try:
-            limit = load(path)["optimizer_history"][-1]["num_updates"]
+            limit = num_updates(path, load(path))
         except Lost:
             continue
         for other in folder.glob("checkpoint*.pt"):
@@ -74,7 +83,8 @@ def restore(folder: Path, source: Path, state: dict[str, Any], name: str | None 
 
     state: the content of `source`.
     """
-    extra = state["extra_state"]
+    extra = state.get("extra_state")
+    extra = extra if isinstance(extra, dict) else {}
     is_best = extra.get("val_loss") is not None and extra["val_loss"] == extra.get("best")
     for equal in (LAST, BEST if is_best else None, name):
         path = folder / (equal or source)
@@ -86,6 +96,6 @@ def restore(folder: Path, source: Path, state: dict[str, Any], name: str | None 
 def _updates(path: Path) -> float:
     """Return the number of updates behind a checkpoint, infinity if it is lost."""
     try:
-        return load(path)["optimizer_history"][-1]["num_updates"]
+        return num_updates(path, load(path))
     except Lost:
         return math.inf

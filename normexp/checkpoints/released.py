@@ -29,6 +29,7 @@ from torch import Tensor
 
 from normexp.checkpoints import store
 from normexp.errors import UserError
+from normexp.fairseq_plugin.config_guard import check_checkpoint, check_groups
 from normexp.fairseq_plugin.transformer import NormTransformerConfig, NormTransformerModel
 
 FINAL_WARMUP_STEPS = 1000
@@ -225,8 +226,10 @@ def _check_format(path: Path, state: Any) -> None:
 def _converted(state: dict[str, Any]) -> dict[str, Any]:
     """Return the checkpoint that the plugin's own training would save, without optimizer state."""
     args, history = state["args"], state["optimizer_history"][-1]
+    check_checkpoint({"args": args})
     sites = find_norms(args, state["model"])
     configuration = _configuration(args, sites)
+    check_groups(configuration)
     model = _build(OmegaConf.create(configuration["model"]), state["model"])
     # Strict: an entry without a counterpart, on either side, is an error.
     model.load_state_dict(_renamed(state["model"]), strict=True)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from normexp.errors import UserError
-from normexp.files import whole_file
+from normexp.files import remove_unfinished, whole_file
 
 LAST = "checkpoint_last.pt"
 BEST = "checkpoint_best.pt"
@@ -29,11 +29,12 @@ class Lost(UserError):
 def load(path: Path) -> dict[str, Any]:
     """Read a fairseq checkpoint onto the CPU: `model`, `optimizer_history`, `extra_state`, ...
 
-    Only tensors and the few classes that the plugin allow-lists are unpickled. Raises Lost, a
-    UserError, for a missing, damaged or untrusted file, and UserError for one that the system
-    does not let us read.
+    Only tensors and the few classes that the plugin allow-lists are unpickled, and only a
+    configuration that fairseq cannot run as code is accepted. Raises Lost, a UserError, for a
+    missing, damaged or untrusted file, and UserError for one that the system does not let us read.
     """
     import normexp.fairseq_plugin  # noqa: F401 (allow-lists fairseq's classes)
+    from normexp.fairseq_plugin.config_guard import check_checkpoint
 
     try:
         _compare_checksums(path)
@@ -50,7 +51,27 @@ def load(path: Path) -> dict[str, Any]:
         ) from None
     if not isinstance(state, dict) or "model" not in state:
         raise Lost(path, f"{path} is not a fairseq checkpoint: it has no model")
+    if not isinstance(state["model"], dict) or not all(
+        isinstance(name, str) and isinstance(value, torch.Tensor)
+        for name, value in state["model"].items()
+    ):
+        raise Lost(path, f"{path} is not a fairseq checkpoint: its model is no mapping of tensors")
+    try:
+        check_checkpoint(state)
+    except UserError as error:
+        raise Lost(path, f"the checkpoint {path} is not to be trusted: {error}") from None
     return state
+
+
+def num_updates(path: Path, state: dict[str, Any]) -> int:
+    """Return the number of updates behind the checkpoint that `load` read. Raises Lost."""
+    try:
+        updates = state["optimizer_history"][-1]["num_updates"]
+    except (LookupError, TypeError):
+        updates = None
+    if type(updates) is not int:
+        raise Lost(path, f"the checkpoint {path} does not tell its number of updates")
+    return updates
 
 
 def _compare_checksums(path: Path) -> None:
@@ -152,8 +173,7 @@ def atomic_writes(folder: Path) -> Iterator[None]:
     """
     from normexp.fairseq_plugin.patches import checkpoint_files_by
 
-    for partial in folder.glob("*.pt.part"):
-        partial.unlink(missing_ok=True)  # another rank may have done it
+    remove_unfinished(folder)
     with checkpoint_files_by(copy, save):
         yield
 

@@ -36,7 +36,9 @@ def typed_config(settings: ExperimentSettings) -> DictConfig:
         node["checkpoint"]["keep_last_epochs"] = settings.evaluation.average_last
     else:
         node["checkpoint"]["no_epoch_checkpoints"] = True
-    return _typed(node)
+    typed = _typed(node)
+    _refuse_code(node)
+    return typed
 
 
 def trainer_config(
@@ -119,12 +121,14 @@ def apply_speed(speed: SpeedSettings, node: dict[str, Any]) -> None:
             f"speed.precision={speed.precision} and fairseq.common.{reduced[0]}=true are two "
             "ways of saving precision; choose one"
         )
-    fits = criterion["_name"] in _FUSED_CRITERIONS and node["model"]["_name"] in _FUSED_MODELS
+    fits = (
+        criterion.get("_name") in _FUSED_CRITERIONS and node["model"].get("_name") in _FUSED_MODELS
+    )
     if speed.fused_loss and fits and not reduced:
         criterion["fused"] = True
     special = [name for name in ("use_old_adam", "fp16_adam_stats") if optimizer.get(name)]
     memory_efficient = any(name.startswith("memory_efficient") for name in reduced)
-    if speed.fused_adam and optimizer["_name"] == "adam" and not (special or memory_efficient):
+    if speed.fused_adam and optimizer.get("_name") == "adam" and not (special or memory_efficient):
         optimizer["_name"] = "normexp_adam"
 
 
@@ -146,6 +150,16 @@ def _with_defaults(node: dict[str, Any]) -> DictConfig:
         defaults = OmegaConf.structured(registries[group][node[group]["_name"]])
         typed[group] = OmegaConf.merge(defaults, node[group])
     return typed
+
+
+def _refuse_code(node: dict[str, Any]) -> None:
+    """Raise UserError for a text that fairseq would run as Python: a run folder may be foreign."""
+    from normexp.fairseq_plugin.config_guard import check_groups
+
+    try:
+        check_groups(node)
+    except UserError as error:
+        raise UserError(f"fairseq.{error}") from None
 
 
 def _typed(node: dict[str, Any]) -> DictConfig:

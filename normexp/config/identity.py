@@ -121,8 +121,8 @@ def _options(options: Mapping[str, Any], alone: bool) -> dict[str, Any]:
 
 def _has_penalty(settings: ExperimentSettings) -> bool:
     choices = settings.norm.overridden_sites().values()
-    names = {choice.get("name") if isinstance(choice, Mapping) else choice for choice in choices}
-    return not PENALIZED.isdisjoint({settings.norm.name, *names})
+    names = [choice.get("name") if isinstance(choice, Mapping) else choice for choice in choices]
+    return any(name in [settings.norm.name, *names] for name in PENALIZED)
 
 
 def _fairseq_group(values: Any, neutral: Mapping[str, Any], renamed: Mapping[str, str]) -> Any:
@@ -133,7 +133,7 @@ def _fairseq_group(values: Any, neutral: Mapping[str, Any], renamed: Mapping[str
         for key, value in values.items()
         if not (key in neutral and value == neutral[key])
     }
-    if "_name" in kept:
+    if isinstance(kept.get("_name"), str):
         kept["_name"] = renamed.get(kept["_name"], kept["_name"])
     return kept
 

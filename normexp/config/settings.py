@@ -347,14 +347,17 @@ def first_line(error: Exception) -> str:
 
 def _check_kind(cfg: DictConfig) -> None:
     """Check that model, task and kind fit, before references between them are followed."""
-    kind = OmegaConf.select(cfg, "task.kind")
-    if kind not in PLUGIN_MODELS:
+    try:
+        kind, name = OmegaConf.select(cfg, "task.kind"), OmegaConf.select(cfg, "task.name")
+        model = OmegaConf.select(cfg, "fairseq.model._name")
+        task = OmegaConf.select(cfg, "fairseq.task._name")
+    except OmegaConfBaseException as error:
+        raise UserError(f"configuration: {first_line(error)}") from None
+    if not isinstance(kind, str) or kind not in PLUGIN_MODELS:
         raise UserError(f"task.kind={kind!r}; known: {', '.join(PLUGIN_MODELS)}")
-    model = OmegaConf.select(cfg, "fairseq.model._name")
-    task = OmegaConf.select(cfg, "fairseq.task._name")
     if model not in PLUGIN_MODELS[kind]:
         raise UserError(
-            f"task={cfg.task.name} is a {kind.replace('_', ' ')} task and needs a model of the "
+            f"task={name} is a {kind.replace('_', ' ')} task and needs a model of the "
             f"type {' or '.join(PLUGIN_MODELS[kind])}, but the model is {model!r}; choose another "
             "model= (configs/model/)"
         )

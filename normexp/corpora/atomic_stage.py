@@ -1,6 +1,5 @@
 """Atomic stages of a preparation: the folder of a stage is complete, with its record, or absent."""
 
-import json
 import logging
 import os
 import shutil
@@ -11,6 +10,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from normexp import files
 from normexp.corpora.hashing import file_hash
 from normexp.files import write_json
 
@@ -38,11 +38,12 @@ def locked(path: Path) -> Iterator[None]:
 
 
 def read_json(path: Path) -> dict | None:
-    """The content of `path`, or None if it is absent or no JSON."""
+    """The object in `path`, or None if it is absent or no JSON object."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError, ValueError):
+        content = files.read_json(path)
+    except files.Unreadable:
         return None
+    return content if isinstance(content, dict) else None
 
 
 def changed_files(directory: Path, files: dict[str, dict]) -> list[Path]:
@@ -53,11 +54,16 @@ def changed_files(directory: Path, files: dict[str, dict]) -> list[Path]:
 
     def is_changed(item: tuple[str, dict]) -> bool:
         name, record = item
-        path = directory / name
-        if not path.is_file() or path.stat().st_size != record["bytes"]:
+        try:
+            path = directory / name
+            if not path.is_file() or path.stat().st_size != record["bytes"]:
+                return True
+            return file_hash(path) != record["sha256"]
+        except (LookupError, TypeError, ValueError):  # the record is damaged
             return True
-        return file_hash(path) != record["sha256"]
 
+    if not isinstance(files, dict):
+        return [directory]
     with ThreadPoolExecutor() as pool:  # hashing releases the interpreter
         changed = pool.map(is_changed, files.items())
     return [directory / name for name, is_one in zip(files, changed, strict=True) if is_one]
@@ -75,7 +81,8 @@ def build_stage(directory: Path, fingerprint: str, build: Callable[[Path], dict]
     if (
         record is not None
         and record.get("fingerprint") == fingerprint
-        and not changed_files(directory, record["files"])
+        and isinstance(record.get("result"), dict)
+        and not changed_files(directory, record.get("files"))
     ):
         return record
     for abandoned in directory.parent.glob(f"{directory.name}.*.partial"):

@@ -10,7 +10,6 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-import yaml
 from pydantic import (
     BaseModel,
     ConfigDict,
@@ -24,6 +23,7 @@ from normexp.corpora.hashing import ALGORITHMS
 from normexp.corpora.raw_text import FORMATS
 from normexp.corpora.tokenization import STEPS
 from normexp.errors import UserError
+from normexp.files import read_yaml
 from normexp.paths import REPOSITORY
 
 CATALOGUE = REPOSITORY / "data" / "catalogue.yaml"
@@ -295,7 +295,7 @@ class Corpus(_Model):
 def load_catalogue(path: Path = CATALOGUE) -> dict[str, Corpus]:
     """All corpora by name. Raises UserError naming the entry and key that are wrong."""
     try:
-        entries = yaml.safe_load(path.read_text(encoding="utf-8"))["corpora"]
+        entries = read_yaml(path)["corpora"]
         corpora = {}
         for name, entry in entries.items():
             corpora[name] = Corpus.model_validate({**entry, "name": name})
@@ -304,6 +304,6 @@ def load_catalogue(path: Path = CATALOGUE) -> dict[str, Corpus]:
         where = ".".join(map(str, [name, *first["loc"]]))
         message = first["msg"].removeprefix("Value error, ")
         raise UserError(f"{path}, {where}: {message}") from error
-    except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise UserError(f"cannot read the catalogue of corpora {path}: {error}") from error
     return corpora

@@ -30,7 +30,7 @@ from normexp.corpora.download import fetch
 from normexp.corpora.expected_counts import compare, explain
 from normexp.corpora.hashing import file_hash
 from normexp.corpora.parallel_text import Row, write_rows, zip_texts
-from normexp.corpora.prepared import PreparedCorpus
+from normexp.corpora.prepared import PreparedCorpus, defect_of_manifest
 from normexp.corpora.process_pool import available_cores
 from normexp.corpora.raw_text import FORMATS, member_hash, open_member
 from normexp.corpora.text import build_text
@@ -168,6 +168,9 @@ def _finished(corpus: Corpus, directory: Path, fingerprint: str) -> PreparedCorp
     manifest = read_json(directory / "manifest.json")
     if manifest is None or manifest.get("fingerprint") != fingerprint:
         return None
+    if defect := defect_of_manifest(manifest):
+        log.warning("%s is damaged (%s); making it again", directory / "manifest.json", defect)
+        return None
     if changed := changed_files(directory, manifest["files"]):
         log.warning("%s was changed since it was prepared; preparing again", changed[0])
         return None
@@ -212,14 +215,39 @@ def _prepare(
             else build_binary(corpus, text_dir, folder, workers, progress, **dictionaries)
         ),
     )
+    try:
+        names = SPLITS if base is None else tuple(corpus.splits)
+        manifest = _manifest(corpus, fingerprint, names, raw, text, binary)
+        defect = defect_of_manifest(manifest)
+    except (LookupError, TypeError, AttributeError) as error:
+        defect = f"{type(error).__name__}: {error}"
+    if defect:
+        raise UserError(
+            f"a stage.json in {directory} is damaged ({defect}); remove raw, text and data-bin "
+            "there to prepare the corpus again"
+        )
+    _check(corpus, manifest, directory)
+    write_json(directory / "manifest.json", manifest)
+    return PreparedCorpus(corpus.name, directory, manifest)
+
+
+def _manifest(
+    corpus: Corpus,
+    fingerprint: str,
+    names: tuple[str, ...],
+    raw: dict,
+    text: dict,
+    binary: dict,
+) -> dict:
+    """Join the records of the stages; names: the splits. Raises what damaged ones lead to."""
     stages = {"raw": raw, "text": text, "data-bin": binary}
     splits = {
         split: {"raw_sentences": raw["result"].get(split), "words": text["result"][split]}
         | binary["result"]["splits"][split]
-        for split in (SPLITS if base is None else corpus.splits)
+        for split in names
     }
     tools = TOOLS + (("sentencepiece",) if corpus.sentencepiece else ())
-    manifest = {
+    return {
         "fingerprint": fingerprint,
         "name": corpus.name,
         "kind": corpus.kind,
@@ -238,9 +266,6 @@ def _prepare(
             for path, record in built["files"].items()
         },
     }
-    _check(corpus, manifest, directory)
-    write_json(directory / "manifest.json", manifest)
-    return PreparedCorpus(corpus.name, directory, manifest)
 
 
 def _require_space(corpus: Corpus, directory: Path) -> None:

@@ -1,10 +1,55 @@
 """A prepared corpus, as training and evaluation see it."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import TypeAdapter, ValidationError
 
 from normexp.corpora.text import REFERENCE
+from normexp.errors import invalid_fields
+
+
+@dataclass
+class _Split:
+    sentences: int
+    words: dict[str, int]
+    tokens: dict[str, int]
+
+
+@dataclass
+class _File:
+    bytes: int
+    sha256: str
+
+
+@dataclass
+class _Manifest:
+    """What is read of a manifest; there is more."""
+
+    fingerprint: str
+    kind: Literal["translation", "language_model"]
+    languages: list[str]
+    bpe: str | None
+    lowercase: bool
+    splits: dict[str, _Split]
+    dictionary_types: dict[str, int]
+    members: dict[str, dict[str, str]]
+    files: dict[str, _File]
+
+
+_MANIFEST = TypeAdapter(_Manifest)
+
+
+def defect_of_manifest(manifest: Any) -> str | None:
+    """Name what is missing or of another type in a manifest; None where nothing is."""
+    try:
+        _MANIFEST.validate_json(json.dumps(manifest), strict=True)
+    except ValidationError as error:
+        return invalid_fields(error)
+    return None
 
 
 @dataclass(frozen=True)

@@ -120,7 +120,11 @@ def _open_binary(path: Path, member: str) -> Iterator[io.IOBase]:
             # A link in a zip file is a regular entry with the link's type in the Unix mode.
             if entry.is_dir() or (entry.external_attr >> 28) == 0xA:
                 raise UserError(f"{member} in {path} is not a regular file")
-            with archive.open(entry) as binary:
+            try:
+                binary = archive.open(entry)
+            except (NotImplementedError, RuntimeError) as error:  # encrypted, unknown compression
+                raise zipfile.BadZipFile(str(error)) from None
+            with binary:
                 yield binary
     elif path.name.endswith(".gz"):
         with gzip.open(path) as binary:

@@ -7,6 +7,7 @@ fairseq.
 import argparse
 import math
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from tqdm import tqdm
 
 from normexp.config import terminal
 from normexp.config.settings import FAIRSEQ_TASKS, RunSettings
+from normexp.config.validation import validate
 from normexp.corpora import prepare
 from normexp.errors import UserError
 from normexp.evaluation.scores import LoadedModel, load_evaluated, load_model, load_split
@@ -24,7 +26,7 @@ from normexp.paths import OWN_RESULTS, REPOSITORY
 from normexp.runs import provenance, records
 from normexp.runs.causality_record import CausalityRecord, write_causality_record
 from normexp.runs.evidence import is_evidence
-from normexp.runs.folder import RunFolder
+from normexp.runs.folder import RunFolder, hold
 from normexp.runs.perplexity import perplexity
 
 _LOG_PROBS_AT_A_TIME = 2**26
@@ -151,13 +153,28 @@ def main(
     """Test a run folder, or a checkpoint with its binarized data, and print the result.
 
     A finished run also gets a causality record. Raises UserError if the model is no language
-    model, its files are missing, or segments < 1.
+    model, its files are missing, the run folder is in use, or segments < 1.
     """
     if segments < 1:
         raise UserError(f"--segments={segments} must be at least 1")
     folder = RunFolder(model.absolute()) if model.is_dir() else None
+    with hold(folder) if folder else nullcontext() as settings:
+        return _test(model, folder, settings, data, user_dir, split, segments, seed, cpu)
+
+
+def _test(
+    model: Path,
+    folder: RunFolder | None,
+    settings: RunSettings | None,
+    data: Path | None,
+    user_dir: Path | None,
+    split: str,
+    segments: int,
+    seed: int,
+    cpu: bool,
+) -> FutureSensitivity:
     if folder:
-        settings = folder.read_settings()
+        validate(settings)
         corpus = prepare(
             settings.task.corpus, settings.data.dir, settings.data.local, splits=[split]
         )

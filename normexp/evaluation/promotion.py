@@ -4,13 +4,12 @@ A run is promoted with its translations, after what its record says has been che
 code was committed, the corpus has the recorded hashes, the translations have the recorded BLEU.
 """
 
-import json
-import shutil
 from pathlib import Path
 
 from normexp.corpora import PreparedCorpus, prepare
 from normexp.errors import UserError
 from normexp.evaluation import translations
+from normexp.files import read_json, whole_file
 from normexp.runs import records
 from normexp.runs.causality_record import read_causality_record
 from normexp.runs.folder import RunFolder
@@ -107,10 +106,10 @@ def _promote_run(folder: RunFolder, results: Path, replace: bool) -> list[Path]:
 
 def _promote_benchmark(path: Path, results: Path, replace: bool) -> list[Path]:
     try:
-        conditions = json.loads(path.read_text(encoding="utf-8"))
-        commit, modified = conditions["code_commit"], conditions["code_dirty"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is no record of a benchmark ({error!r})") from None
+        conditions = read_json(path)
+        commit, modified = str(conditions["code_commit"]), conditions["code_dirty"]
+    except (ValueError, LookupError, TypeError) as error:
+        raise UserError(f"{path} is no record of a benchmark ({error})") from None
     _refuse_modified_code(path, commit, modified)
     return [_copy(path, results / "benchmarks" / path.name, replace)]
 
@@ -127,5 +126,6 @@ def _copy(source: Path, target: Path, replace: bool) -> Path:
     if target.exists() and target.read_bytes() != source.read_bytes() and not replace:
         raise UserError(f"{target} is there and another; --replace puts {source} in its place")
     target.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(source, target)
+    with whole_file(target, "wb") as file:
+        file.write(source.read_bytes())
     return target

@@ -10,7 +10,7 @@ from normexp.corpora import prepare
 from normexp.errors import UserError
 from normexp.evaluation import promotion
 from normexp.evaluation.evaluate_run import evaluate_run
-from normexp.runs.folder import RunFolder
+from normexp.runs.folder import RunFolder, hold
 from normexp.runs.records import Metrics, read_record
 
 CHANGEABLE = ("evaluation.", "data.")
@@ -20,7 +20,7 @@ def main(path: Path, overrides: list[str], fold: bool) -> None:
     """Print the metrics of a run folder, or BLEU of the translations of a committed record.
 
     overrides: KEY=VALUE of `evaluation` and `data`; of a record `data` only. Raises UserError for a
-    path that is neither, and for other or invalid overrides.
+    path that is neither or is in use, and for other or invalid overrides.
     """
     if path.suffix == ".json":
         _rescore(path, overrides, fold)
@@ -32,15 +32,16 @@ def main(path: Path, overrides: list[str], fold: bool) -> None:
                 "the run folder; other settings belong to training"
             )
     folder = RunFolder(path.absolute())
-    settings = folder.read_settings().with_overrides(overrides)
-    validate(settings)
-    corpus = prepare(
-        settings.task.corpus,
-        settings.data.dir,
-        settings.data.local,
-        splits=settings.evaluation.splits,
-    )
-    evaluated = evaluate_run(settings, folder, corpus, fold)
+    with hold(folder) as settings:
+        settings = settings.with_overrides(overrides)
+        validate(settings)
+        corpus = prepare(
+            settings.task.corpus,
+            settings.data.dir,
+            settings.data.local,
+            splits=settings.evaluation.splits,
+        )
+        evaluated = evaluate_run(settings, folder, corpus, fold)
     recorded = read_record(folder.record).metrics if folder.record.is_file() else {}
     folded = ", norms folded" if fold else ""
     _print(f"{path} ({evaluated.checkpoint}{folded})", evaluated.metrics, recorded)

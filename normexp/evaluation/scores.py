@@ -5,6 +5,7 @@ tools leave out what does not fit and report a score all the same.
 """
 
 import logging
+import textwrap
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -39,18 +40,31 @@ def load_model(checkpoint: Path, data_bin: Path, cpu: bool = False) -> LoadedMod
     """Build the model of a checkpoint, on the GPU where there is one.
 
     The task's settings (tokens_per_sample among them) come from the checkpoint. Raises UserError
-    for a missing or damaged checkpoint.
+    for a missing or damaged checkpoint, and for one whose configuration and weights do not fit.
     """
     from fairseq import checkpoint_utils
 
     from normexp.fairseq_plugin.patches import preloaded
 
-    with preloaded(store.load(checkpoint)):
-        models, cfg, task = checkpoint_utils.load_model_ensemble_and_task(
-            [str(checkpoint)], arg_overrides={"data": str(data_bin)}
-        )
+    state = store.load(checkpoint)
+    try:
+        with preloaded(state):
+            models, cfg, task = checkpoint_utils.load_model_ensemble_and_task(
+                [str(checkpoint)], arg_overrides={"data": str(data_bin)}
+            )
+    except (LookupError, TypeError, ValueError, AttributeError, AssertionError) as error:
+        raise UserError(_misfit(checkpoint, error)) from error
+    except RuntimeError as error:
+        if "state_dict" not in str(error):
+            raise
+        raise UserError(_misfit(checkpoint, error)) from error
     device = torch.device("cuda" if torch.cuda.is_available() and not cpu else "cpu")
     return LoadedModel(models[0].eval().to(device), task, cfg, device)
+
+
+def _misfit(checkpoint: Path, error: Exception) -> str:
+    reason = textwrap.shorten(str(error), 300) or type(error).__name__
+    return f"{checkpoint}: its configuration and weights do not make up a model: {reason}"
 
 
 def load_evaluated(

@@ -7,7 +7,8 @@ Registers the models `normexp_transformer`, `normexp_transformer_lm` and `normex
 one architecture `normexp_<stem>` for every configs/model/<stem>.yaml, fairseq's criterions with
 the layers' penalties as `normexp_<criterion>`, the task `normexp_language_modeling`, the optimizer
 `normexp_adam`, and the types that checkpoints may hold. While it is loaded, fairseq leaves out no
-sentences (patches.py).
+sentences (patches.py) and refuses a checkpoint whose configuration it could run as code
+(config_guard.py).
 """
 
 import contextlib
@@ -29,8 +30,10 @@ if __name__ == _NAME:
         transformer_lm,
     )
     from normexp.fairseq_plugin.architectures import register_architectures
+    from normexp.fairseq_plugin.patches import check_configurations
 
     register_architectures()
+    check_configurations()
     _while_loaded = contextlib.ExitStack()  # kept, because it would restore fairseq at its end
     _while_loaded.enter_context(patches.last_batches_kept())
 else:

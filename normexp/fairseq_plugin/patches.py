@@ -1,11 +1,16 @@
 """Every name of fairseq, and of torch under it, that this project replaces while something runs.
 
-Each is replaced by a context manager of this file and restored on leaving it. `fairseq-train
---user-dir normexp/fairseq_plugin` meets only the first two; the others surround normexp's own runs.
-The second is in force as long as the plugin is loaded, the others only while they are needed.
+Each but the first is replaced by a context manager of this file and restored on leaving it.
+`fairseq-train --user-dir normexp/fairseq_plugin` meets only the first three; the others surround
+normexp's own runs and are in force only while they are needed.
 
 name                           fairseq                           put in its place, and why
 -----------------------------  --------------------------------  -----------------------------------
+checkpoint_utils               brings what it has read of a      `check_configurations`: the same
+  ._upgrade_state_dict         checkpoint into today's form and  for configurations that
+                               evaluates texts in its            config_guard.py lets through, from
+                               configuration as Python later     the import of the plugin on
+
 transformer_lm                 builds a language model with the  `language_model_decoder`: the
   .TransformerDecoder          class under this name             decoder with chosen norms; fairseq
                                                                  has no argument for a subclass
@@ -96,6 +101,7 @@ from fairseq.models import transformer_lm
 from fairseq.models.ema import EMA
 
 from normexp.errors import UserError
+from normexp.fairseq_plugin.config_guard import check_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -112,6 +118,20 @@ def patched(owner: Any, name: str, value: Any) -> Iterator[None]:
         yield
     finally:
         setattr(owner, name, original)
+
+
+def check_configurations() -> None:
+    """Let fairseq refuse checkpoints whose configuration it could run as code, from now on."""
+    upgrade = checkpoint_utils._upgrade_state_dict
+
+    def checked(state: dict[str, Any]) -> dict[str, Any]:
+        try:
+            check_checkpoint(state)
+        except UserError as error:
+            raise UserError(f"a checkpoint was not loaded: {error}") from None
+        return upgrade(state)
+
+    checkpoint_utils._upgrade_state_dict = checked
 
 
 def language_model_decoder(build: Callable[..., Any]) -> AbstractContextManager[None]:

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from normexp.errors import UserError, invalid_fields
+from normexp.files import Unreadable, read_json, read_yaml
 from normexp.report import formatting
 from normexp.report.table import Cell, Note, Table
 
@@ -64,21 +64,22 @@ def load_benchmarks(results: Path) -> Benchmarks:
         if path.stem not in TITLES:
             raise UserError(f"{path}: no such benchmark; known: {', '.join(TITLES)}")
         try:
-            records[path.stem] = json.loads(path.read_text(encoding="utf-8"))
+            records[path.stem] = read_json(path)
             tables(path.stem, records[path.stem])
             environment(records[path.stem])
         except KeyError as error:
             raise UserError(f"{path}: {error} is missing; measure again") from None
-        except (ValueError, TypeError, AttributeError) as error:
+        except Unreadable as error:
+            raise UserError(f"{error}; measure again") from None
+        except (ValueError, TypeError, AttributeError, LookupError, ArithmeticError) as error:
             raise UserError(f"{path}: not a record of this benchmark ({error})") from None
     path = folder / "authors.yaml"
     authors = None
     if path.is_file():
         try:
-            content = yaml.safe_load(path.read_text(encoding="utf-8"))
-            authors = TypeAdapter(Authors).validate_json(json.dumps(content))
-        except yaml.YAMLError as error:
-            raise UserError(f"{path}: not YAML ({' '.join(str(error).split())})") from None
+            authors = TypeAdapter(Authors).validate_json(json.dumps(read_yaml(path)))
+        except Unreadable as error:
+            raise UserError(str(error)) from None
         except ValidationError as error:
             raise UserError(f"{path}: {invalid_fields(error)}") from None
     return Benchmarks({name: records[name] for name in TITLES if name in records}, authors)

@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
-import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from normexp.errors import UserError, invalid_fields
+from normexp.files import Unreadable, read_yaml
 from normexp.report.aggregate import Row
 
 _STRICT: ConfigDict = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
@@ -124,11 +124,8 @@ class Paper:
 def load_paper(path: Path) -> Paper:
     """Read and check the file; raises UserError that names the invalid entry."""
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        return TypeAdapter(Paper).validate_json(json.dumps(content))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}: not YAML ({' '.join(str(error).split())})") from None
+        return TypeAdapter(Paper).validate_json(json.dumps(read_yaml(path)))
+    except Unreadable as error:
+        raise UserError(str(error)) from None
     except ValidationError as error:
         raise UserError(f"{path}: {invalid_fields(error)}") from None

@@ -3,6 +3,7 @@
 One JSON file per tested run, `causality/<task>/<label>-seed<k>.json` beside the runs' records.
 """
 
+import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -10,7 +11,7 @@ from typing import ClassVar, Literal
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from normexp.errors import UserError, invalid_fields
-from normexp.files import write_json
+from normexp.files import Unreadable, read_json, write_json
 
 SCHEMA_VERSION = 1
 
@@ -80,7 +81,9 @@ def load_causality_records(results_dir: Path) -> dict[Path, CausalityRecord]:
 def read_causality_record(path: Path) -> CausalityRecord:
     """Read a causality record. Raises UserError that names the file and its invalid fields."""
     try:
-        return _CAUSALITY_RECORD.validate_json(path.read_bytes())
+        return _CAUSALITY_RECORD.validate_json(json.dumps(read_json(path)))
+    except Unreadable as error:
+        raise UserError(f"{error}; restore it or test the run again") from None
     except ValidationError as error:
         raise UserError(
             f"{path}: {invalid_fields(error)}; restore it or test the run again"

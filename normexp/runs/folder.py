@@ -34,6 +34,7 @@ from normexp.runs.archive import CURE, archive
 from normexp.runs.provenance import command_of_this_run
 
 LOCK = ".lock"
+_DAMAGE = (ValueError, TypeError, AttributeError, RecursionError, OSError)
 LOCK_SECONDS = 1.0  # whoever looks whether the folder is in use holds the lock for a moment
 
 
@@ -103,7 +104,8 @@ class RunFolder:
             )
         try:
             cfg = OmegaConf.load(self.config)
-        except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+        # OmegaConf raises OSError for a file that holds a number.
+        except (YAMLError, OmegaConfBaseException, *_DAMAGE) as error:
             reason = str(error).split("\n")[0]
             raise UserError(f"{self.config} is damaged ({reason}); {self._cure}") from None
         if not isinstance(cfg, DictConfig) or "task" not in cfg:
@@ -142,7 +144,7 @@ class RunFolder:
             return json.loads(self.record.read_text(encoding="utf-8"))["status"] != "failed"
         except FileNotFoundError:
             return False
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, LookupError, TypeError, RecursionError):
             return True  # damaged: somebody has to look at it
 
     def _refuse_files_of_nobody(self) -> None:
@@ -190,6 +192,30 @@ def open_run(settings: RunSettings) -> Iterator[RunFolder]:
         lock.release()
 
 
+@contextmanager
+def hold(folder: RunFolder) -> Iterator[RunSettings]:
+    """Hold an existing run folder for this process, and return the settings of the run.
+
+    One that may only be read is not held. Raises UserError when it is in use, and as
+    `read_settings` does.
+    """
+    settings = folder.read_settings()  # before a lock is made in a folder of something else
+    if os.access(folder.path, os.W_OK):
+        lock = _lock(folder)
+        try:
+            yield settings
+        finally:
+            lock.release()
+    elif folder.in_use():
+        raise UserError(_in_use(folder))
+    else:
+        yield settings
+
+
+def _in_use(folder: RunFolder) -> str:
+    return f"{folder.path} is in use by another process: the same run is under way"
+
+
 def _lock(folder: RunFolder) -> FileLock:
     """Hold the folder until the lock returned is released."""
     path = folder.path / LOCK
@@ -204,9 +230,7 @@ def _lock(folder: RunFolder) -> FileLock:
             except FileNotFoundError:  # archived by another process meanwhile
                 continue
         except Timeout:
-            raise UserError(
-                f"{folder.path} is in use by another process: the same run is under way"
-            ) from None
+            raise UserError(_in_use(folder)) from None
         except OSError as error:
             raise UserError(
                 f"cannot write the run folder {folder.path}: {error.strerror}; set results_dir=..."

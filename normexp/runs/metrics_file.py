@@ -5,7 +5,6 @@ import json
 import logging
 import math
 import os
-import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -82,7 +81,7 @@ class MetricsFile:
             return
         try:
             json.loads(content[whole:])
-        except ValueError:
+        except (ValueError, RecursionError):
             self._file.truncate(whole)
         else:  # an editor stripped the final newline
             self._file.write(b"\n")
@@ -91,7 +90,8 @@ class MetricsFile:
         lines = self._path.read_bytes().splitlines(keepends=True)
         if damaged := len(lines) - len(good := self._lines()):
             copy = self._path.with_name(self._path.name + ".damaged")
-            shutil.copyfile(self._path, copy)
+            with whole_file(copy, "wb") as file:
+                file.write(b"".join(lines))
             logger.warning(
                 "%s: %d lines are not lines of metrics and were left out; the file as it was is %s",
                 *(self._path, damaged, copy),

@@ -17,7 +17,7 @@ from pydantic import ConfigDict, StringConstraints, TypeAdapter, ValidationError
 from normexp.config.identity import config_hash, hash_config
 from normexp.config.settings import ExperimentSettings, validated
 from normexp.errors import UserError, invalid_fields
-from normexp.files import whole_file
+from normexp.files import Unreadable, read_json, whole_file
 from normexp.paths import home_folder
 from normexp.runs.metric_values import value_of
 
@@ -205,11 +205,9 @@ def read_record(path: Path) -> Record:
     `config_hash` of today's rule: it is of the same run.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON ({error}); restore it or run again") from None
+        content = read_json(path, finite=True)
+    except Unreadable as error:
+        raise UserError(f"{error}; restore it or run again") from None
     version = content.get("schema_version") if isinstance(content, dict) else None
     if version != SCHEMA_VERSION:
         raise UserError(
@@ -240,10 +238,6 @@ def load_records(results_dir: Path) -> dict[Path, Record]:
         if path != (proper := record_path(results_dir, record)):
             raise UserError(f"{path}: this record belongs at {proper}; move or delete it")
     return records
-
-
-def _refuse(constant: str) -> None:
-    raise ValueError(f"{constant} is not a JSON number")
 
 
 def _content(record: Record) -> dict[str, Any]:

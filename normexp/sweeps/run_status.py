@@ -80,7 +80,7 @@ def last_logged(folder: RunFolder) -> tuple[int, float] | None:
         try:
             entry = json.loads(line)
             return int(entry["step"]), float(entry["time"])
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, LookupError, TypeError, ArithmeticError, RecursionError):
             continue  # half a line, or the middle of a long one
     return None
 

@@ -3,13 +3,15 @@
 Each sweep leaves results/sweeps/<time>/jobs.json: run folder -> job and where its output is.
 """
 
-import json
+import logging
 import shutil
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
-from normexp.files import write_json
+from normexp.files import read_json, write_json
+
+logger = logging.getLogger(__name__)
 
 JOBS = "jobs.json"
 
@@ -46,8 +48,13 @@ def jobs(results_dir: Path) -> dict[Path, Job]:
     """Return the newest job of every run that a sweep ever submitted, by run folder."""
     known: dict[Path, Job] = {}
     for path in sorted((results_dir / "sweeps").glob(f"*/{JOBS}")):
-        content = json.loads(path.read_text(encoding="utf-8"))
-        known |= {Path(run): Job(job["job"], Path(job["errors"])) for run, job in content.items()}
+        try:
+            content = read_json(path)
+            known |= {
+                Path(run): Job(str(job["job"]), Path(job["errors"])) for run, job in content.items()
+            }
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            logger.warning("%s: not a list of jobs (%s); their states are not known", path, error)
     queue = in_queue() if known else None
     return {
         run: Job(job.id, job.errors, *(queue or {}).get(job.id, ("", "")))

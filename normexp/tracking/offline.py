@@ -25,7 +25,9 @@ from filelock import FileLock, Timeout
 
 from normexp.errors import UserError
 from normexp.runs.folder import RunFolder
+from normexp.tracking.bounded_calls import BoundedCalls
 
+START_TIMEOUT_SECONDS = 60.0
 CONNECT_TIMEOUT_SECONDS = 10.0
 UPLOAD_TIMEOUT_SECONDS = 1800.0
 _HEADER_BYTES = 7  # of W&B's file: all there is if a process was killed in its first 15 s
@@ -89,11 +91,20 @@ def find_offline_runs(paths: Iterable[Path]) -> list[OfflineRun]:
 
 
 def check_connection() -> None:
-    """Raise UserError where there is no API key or the server does not answer within seconds."""
+    """Raise UserError where W&B does not start, has no API key or no server that answers."""
     import wandb
 
-    url = wandb.setup(settings=wandb.Settings(silent=True)).settings.base_url
-    if not wandb.login(prompt=False, verify=False):
+    def address_and_key() -> tuple[str, bool]:
+        url = wandb.setup(settings=wandb.Settings(silent=True)).settings.base_url
+        return url, wandb.login(prompt=False, verify=False)
+
+    calls = BoundedCalls()
+    try:
+        url, has_key = calls(address_and_key, START_TIMEOUT_SECONDS)
+    except Exception as error:
+        raise UserError(f"W&B does not work here ({error}); nothing is lost") from None
+    calls.close()
+    if not has_key:
         raise UserError(f"no API key for {url}; give one by `wandb login` or WANDB_API_KEY")
     try:
         urllib.request.urlopen(url, timeout=CONNECT_TIMEOUT_SECONDS).close()

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from normexp.errors import UserError
+from normexp.tracking.bounded_calls import BoundedCalls
 from normexp.tracking.offline import is_offline, is_uploaded
 
 logger = logging.getLogger(__name__)
@@ -30,6 +31,12 @@ INIT_TIMEOUT_SECONDS = 15.0
 """How long an unreachable server may delay the start of a run (W&B itself waits 90 s)."""
 FINISH_TIMEOUT_SECONDS = 120.0
 """How long uploading may delay the end of a run (W&B itself waits forever); data stay on disk."""
+START_TIMEOUT_SECONDS = 60.0
+"""How long W&B in all may delay the start of a run, whatever it waits for: itself, for example."""
+CALL_TIMEOUT_SECONDS = 30.0
+"""How long W&B may take to accept a value, which it does in less than a millisecond."""
+GRACE_SECONDS = 30.0
+"""How long W&B may take to end itself, beyond the time that uploading may take."""
 SPARE_BYTES = 64 * 1024
 STEP = "num_updates"
 """The common x axis of all curves."""
@@ -50,8 +57,13 @@ class Tracker:
     """
 
     def __init__(
-        self, run: Any = None, run_dir: Path = Path(), earlier: "_Earlier | None" = None
+        self,
+        run: Any = None,
+        run_dir: Path = Path(),
+        earlier: "_Earlier | None" = None,
+        calls: BoundedCalls | None = None,
     ) -> None:
+        self._calls = calls or BoundedCalls()
         self._run = run
         self._run_dir = run_dir
         self._first_step = 0 if earlier is None else earlier.last_step + 1
@@ -100,16 +112,23 @@ class Tracker:
                     "python scripts/sync_wandb.py uploads all of them in their order"
                 )
                 mode = "offline"
-            run = _open_run(mode, run_dir, about)
-            _define_curves(run)
-            if logs:
-                run.summary.update(_nested(earlier.best) | {"status": "running", "reason": None})
+
+            def open_run() -> Any:
+                run = _open_run(mode, run_dir, about)
+                _define_curves(run)
+                if logs:
+                    resumed = {"status": "running", "reason": None}
+                    run.summary.update(_nested(earlier.best) | resumed)
+                return run
+
+            calls = BoundedCalls()
+            run = calls(open_run, START_TIMEOUT_SECONDS)
         except Exception as error:
             _warn("tracking is off, training continues", error)
             return cls()
         # An online run that is resumed knows its last step from the server.
         earlier.last_step = max(earlier.last_step, run.starting_step - 1)
-        return cls(run, run_dir, earlier)
+        return cls(run, run_dir, earlier, calls)
 
     @property
     def is_on(self) -> bool:
@@ -151,7 +170,12 @@ class Tracker:
         """Write what is pending and close the run; a second call does nothing."""
         if self._run is None:
             return
-        self._attempt(lambda: self._run.finish(exit_code=int(failed)))
+        self._attempt(
+            lambda: self._run.finish(exit_code=int(failed)), FINISH_TIMEOUT_SECONDS + GRACE_SECONDS
+        )
+        # Now, because nothing limits how long W&B's own exit hook waits for its service.
+        self._attempt(_end_wandb, GRACE_SECONDS)
+        self._calls.close()
         # W&B cuts its file silently when the disk is full.
         if self._run is not None and shutil.disk_usage(self._run_dir).free < SPARE_BYTES:
             logger.warning("W&B: the disk is full, so this run's W&B log may be incomplete")
@@ -168,11 +192,11 @@ class Tracker:
             self.summarize({"status": status, "reason": f"{error_type.__name__}: {error}"})
         self.finish(failed=self._status != "complete")
 
-    def _attempt(self, action: Callable[[], object]) -> None:
+    def _attempt(self, action: Callable[[], object], seconds: float | None = None) -> None:
         if self._run is None:
             return
         try:
-            action()
+            self._calls(action, CALL_TIMEOUT_SECONDS if seconds is None else seconds)
         except Exception as error:
             self._run = None
             _warn("tracking is off from here on, training continues", error)
@@ -244,10 +268,15 @@ def _define_curves(run: Any) -> None:
         run.define_metric(name, step_metric=STEP, summary="none")
 
 
+def _end_wandb() -> None:
+    import wandb
+
+    wandb.teardown()
+
+
 def _open_run(mode: str, run_dir: Path, about: dict[str, Any]) -> Any:
     import wandb  # here, because it takes half a second and may not be installed
 
-    wandb.setup(settings=wandb.Settings(silent=True))  # login() below would print
     settings = wandb.Settings(
         silent=True,
         console="off",
@@ -257,6 +286,7 @@ def _open_run(mode: str, run_dir: Path, about: dict[str, Any]) -> Any:
     init = partial(wandb.init, dir=str(run_dir), resume="allow", settings=settings, **about)
     if mode == "online":
         try:
+            wandb.setup(settings=wandb.Settings(silent=True))  # login() would print
             if wandb.login(prompt=False, verify=False):
                 run = init(mode="online")
                 logger.info("W&B: %s", run.url)

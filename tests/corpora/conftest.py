@@ -1,5 +1,6 @@
 """Mirrors on 127.0.0.1 and catalogues that point to stand-ins."""
 
+import contextlib
 import http.server
 import threading
 from collections.abc import Callable, Iterator
@@ -18,7 +19,8 @@ class Mirror:
 
     `files` maps a path to its content, `moved` to another path. `cut` ends each answer after so
     many bytes; `held` keeps the connection open then, until the test is over. Paths in `resumable`
-    can be asked for from a byte on, as `Range` says.
+    can be asked for from a byte on, as `Range` says. Those in `endless` send no length and no end,
+    those in `dripping` a byte now and then.
     """
 
     url: str
@@ -27,6 +29,8 @@ class Mirror:
     cut: dict[str, int] = field(default_factory=dict)
     held: set[str] = field(default_factory=set)
     resumable: set[str] = field(default_factory=set)
+    endless: set[str] = field(default_factory=set)
+    dripping: set[str] = field(default_factory=set)
     requests: list[str] = field(default_factory=list)
     ranges: list[str | None] = field(default_factory=list)  # of each request
     over: threading.Event = field(default_factory=threading.Event)
@@ -53,7 +57,18 @@ def mirror() -> Iterator[Mirror]:
             else:
                 self._send(content)
 
+        def _send_on_and_on(self, content: bytes, pause: float) -> None:
+            self.send_response(200)
+            self.end_headers()
+            with contextlib.suppress(ConnectionError):
+                while not state.over.wait(pause):
+                    self.wfile.write(content)
+
         def _send(self, content: bytes) -> None:
+            if self.path in state.endless:
+                return self._send_on_and_on(content, 0)
+            if self.path in state.dripping:
+                return self._send_on_and_on(content[:1], 0.01)
             start = 0
             if self.path in state.resumable and self.headers.get("Range"):
                 start = int(self.headers["Range"].removeprefix("bytes=").removesuffix("-"))

@@ -10,6 +10,7 @@ import pytest
 import requests
 from support.stand_ins import archive_entry, gzipped
 
+from normexp.corpora import download
 from normexp.corpora.catalogue import Archive, Corpus, load_catalogue
 from normexp.corpora.download import CHUNK, fetch
 from normexp.errors import UserError
@@ -121,10 +122,10 @@ def test_redirect(corpus, mirror, tmp_path) -> None:
 def test_truncated_transfer_is_resumed(corpus, mirror, tmp_path) -> None:
     mirror.files["/text.bin"] = CONTENT
     mirror.resumable = {"/text.bin"}
-    mirror.cut["/text.bin"] = 6 * CHUNK + 100
+    mirror.cut["/text.bin"] = first = 6 * CHUNK + 100
     path = fetch(corpus, archives(entry(f"{mirror.url}/text.bin")), tmp_path, None, False)
     assert path.read_bytes() == CONTENT
-    assert mirror.ranges == [None, f"bytes={6 * CHUNK}-", f"bytes={12 * CHUNK}-"]
+    assert mirror.ranges == [None, f"bytes={first}-", f"bytes={2 * first}-"]
     assert files_in(tmp_path) == {"text.bin"}
 
 
@@ -183,6 +184,74 @@ def test_killed_in_the_middle_of_a_transfer(corpus, mirror, tmp_path) -> None:
     mirror.held.clear()
     assert fetch(corpus, wanted, tmp_path, None, False).read_bytes() == content
     assert mirror.ranges == [None, f"bytes={present}-"] and 0 < present < len(content)
+
+
+def reason_of_failure(corpus, tmp_path, url: str, **changes) -> str:
+    wanted = archives(entry(url) | changes)
+    with pytest.raises(UserError, match=r"could not get text\.bin; tried ") as error:
+        fetch(corpus, wanted, tmp_path, None, False)
+    return str(error.value).partition(url)[2]
+
+
+def test_a_server_that_always_breaks_off_is_given_up(corpus, mirror, tmp_path) -> None:
+    mirror.files["/text.bin"], mirror.resumable = CONTENT, {"/text.bin"}
+    mirror.cut["/text.bin"] = 100
+    reason = reason_of_failure(corpus, tmp_path, f"{mirror.url}/text.bin")
+    assert reason.startswith(" (broke off 10 times in a row, 1000 bytes are kept)")
+    assert len(mirror.requests) == 10
+    mirror.cut.clear()
+    path = fetch(corpus, archives(entry(f"{mirror.url}/text.bin")), tmp_path, None, False)
+    assert path.read_bytes() == CONTENT and mirror.ranges[-1] == "bytes=1000-"
+
+
+@pytest.mark.parametrize("changes", [{}, {"size": None}], ids=["size known", "size unknown"])
+def test_a_server_that_never_ends_is_left(corpus, mirror, tmp_path, changes) -> None:
+    mirror.files["/text.bin"], mirror.endless = CONTENT, {"/text.bin"}
+    corpus = corpus.model_copy(update={"disk_space": 3 * len(CONTENT)})
+    reason = reason_of_failure(corpus, tmp_path, f"{mirror.url}/text.bin", **changes)
+    most = len(CONTENT) if changes == {} else 3 * len(CONTENT)
+    assert reason.startswith(f" (more than the {most} bytes")
+    assert files_in(tmp_path) == set()
+
+
+def test_a_server_that_announces_too_much_is_not_read(corpus, mirror, tmp_path) -> None:
+    mirror.files["/text.bin"] = CONTENT + b"x"
+    reason = reason_of_failure(corpus, tmp_path, f"{mirror.url}/text.bin")
+    assert reason.startswith(f" ({len(CONTENT) + 1} bytes instead of {len(CONTENT)})")
+
+
+def test_a_server_that_drips_is_given_up(corpus, mirror, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(download, "SLOWEST", (10_000, 0.05))
+    mirror.files["/text.bin"], mirror.dripping = CONTENT, {"/text.bin"}
+    reason = reason_of_failure(corpus, tmp_path, f"{mirror.url}/text.bin")
+    assert reason.startswith(" (less than 10000 bytes a second)")
+    assert mirror.requests == ["/text.bin"]
+
+
+def test_a_link_in_the_place_of_the_file_is_not_followed(corpus, mirror, tmp_path) -> None:
+    other, local = tmp_path / "precious", tmp_path / "local"
+    other.write_text("precious", encoding="utf-8")
+    folder = tmp_path / "archives"
+    folder.mkdir()
+    (folder / "text.bin.partial").symlink_to(other)
+    mirror.files["/text.bin"], mirror.resumable = CONTENT, {"/text.bin"}
+    path = fetch(corpus, archives(entry(f"{mirror.url}/text.bin")), folder, None, False)
+    assert path.read_bytes() == CONTENT and mirror.ranges == [None]
+    path.unlink()
+    (folder / "text.bin.partial").symlink_to(other)
+    local.mkdir()
+    (local / "text.bin.gz").write_bytes(gzipped(CONTENT))
+    assert fetch(corpus, archives(entry()), folder, local, False).read_bytes() == CONTENT
+    assert other.read_text(encoding="utf-8") == "precious"
+
+
+def test_a_packed_file_that_is_far_larger_unpacked_is_not_unpacked(corpus, tmp_path) -> None:
+    local, folder = tmp_path / "local", tmp_path / "archives"
+    local.mkdir()
+    (local / "text.bin.gz").write_bytes(gzipped(bytes(64 << 20)))
+    with pytest.raises(UserError, match=rf"text\.bin\.gz is larger than {len(CONTENT)} bytes"):
+        fetch(corpus, archives(entry()), folder, local, False)
+    assert files_in(folder) == set()
 
 
 @pytest.mark.parametrize("place", ["ptb/text.bin", "text.bin"])

@@ -16,6 +16,7 @@ from normexp.errors import UserError
 from normexp.evaluation import causality
 from normexp.evaluation.scores import LoadedModel, load_model
 from normexp.runs.causality_record import load_causality_records
+from normexp.runs.folder import open_run
 
 WORDS = 8
 
@@ -197,3 +198,22 @@ def test_the_script_says_what_it_needs(tmp_path: Path) -> None:
     shown = run_script("audit.py", str(tmp_path / "no.pt"), "--data", str(tmp_path))
     assert shown.returncode == 1 and "there is no checkpoint" in shown.stderr
     assert "Traceback" not in shown.stderr
+
+
+@pytest.mark.parametrize("script", ["audit.py", "evaluate.py"])
+def test_a_run_folder_in_use_is_left_alone(overrides, script: str) -> None:
+    """Both write into it: an average of checkpoints, translations."""
+    settings = composed(*overrides("toy_language_model"))
+    with open_run(settings) as folder:
+
+        def files() -> dict[Path, int]:
+            found = {path: path.stat().st_mtime_ns for path in folder.path.rglob("*")}
+            return {path: time for path, time in found.items() if path.name != ".lock"}
+
+        before = files()
+        done = run_script(script, str(settings.run_dir))
+        assert done.returncode == 1 and "Traceback" not in done.stderr
+        assert "in use by another process" in done.stderr
+        assert files() == before
+    done = run_script(script, str(settings.run_dir))
+    assert done.returncode == 1 and "there is no checkpoint" in done.stderr

@@ -130,6 +130,12 @@ def build_translation(
 
 
 @pytest.fixture
+def tiny_language_model() -> dict[str, Any]:
+    """Return the configuration of the tiny language model."""
+    return dict(TINY_LANGUAGE_MODEL)
+
+
+@pytest.fixture
 def build_language_model(
     structured_config: Callable[..., DictConfig], language_model_data: Path
 ) -> Callable[..., torch.nn.Module]:

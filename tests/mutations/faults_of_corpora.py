@@ -32,6 +32,13 @@ CORPORA = [
         DOWNLOAD,
     ),
     Fault(
+        "corpora/download.py",
+        "if target.tell() > limit:",
+        "if False:",
+        "a packed file is unpacked however large it becomes",
+        DOWNLOAD,
+    ),
+    Fault(
         "corpora/cleaning.py",
         "if target_words / source_words > max_ratio or source_words",
         "if target_words / source_words >= max_ratio or source_words",
@@ -61,8 +68,8 @@ CORPORA = [
     ),
     Fault(
         "corpora/preparation.py",
-        'or not files_intact(directory, manifest["files"])',
-        "",
+        'if changed := changed_files(directory, manifest["files"]):',
+        "if changed := []:",
         "lost files are not made again",
         PREPARATION,
     ),

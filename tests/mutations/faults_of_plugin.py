@@ -7,6 +7,7 @@ MASKS = ("fairseq_plugin/test_padding_masks",)
 STREAMS = ("fairseq_plugin/test_streams",)
 TENSORIZED = ("fairseq_plugin/test_tensorized",)
 FOLDING = ("fairseq_plugin/test_model_folding",)
+GUARD = ("fairseq_plugin/test_config_guard",)
 
 PLUGIN = [
     Fault(
@@ -127,5 +128,40 @@ PLUGIN = [
         "return batches",
         "stock fairseq leaves out the last sentences",
         ("fairseq_plugin/test_last_batches",),
+    ),
+    Fault(
+        "fairseq_plugin/config_guard.py",
+        "if name in EVALUATED and not _is_literal(value):",
+        "if False:",
+        "a checkpoint's text that fairseq evaluates may be a name or a sum",
+        GUARD,
+    ),
+    Fault(
+        "fairseq_plugin/config_guard.py",
+        "if name not in EVALUATED | FREE and not _is_inert(value):",
+        "if False:",
+        "a checkpoint's text may be code where fairseq is not known to evaluate it",
+        GUARD,
+    ),
+    Fault(
+        "fairseq_plugin/config_guard.py",
+        'text.lstrip(" \\t")',
+        "text",
+        "code behind a blank is taken for no code, but eval skips the blank",
+        GUARD,
+    ),
+    Fault(
+        "fairseq_plugin/patches.py",
+        "            check_checkpoint(state)\n",
+        "            pass\n",
+        "fairseq's own tools build what a checkpoint's configuration says unchecked",
+        GUARD,
+    ),
+    Fault(
+        "checkpoints/store.py",
+        "        check_checkpoint(state)\n",
+        "        pass\n",
+        "a checkpoint's configuration is trusted",
+        GUARD,
     ),
 ]

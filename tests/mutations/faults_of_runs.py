@@ -9,6 +9,7 @@ METRICS = ("runs/test_metrics_file",)
 STORE = ("checkpoints/test_store", "checkpoints/test_recovery")
 FOLDERS = ("runs/test_survival_of_folders",)
 SWEEPS = ("sweeps/test_sweeps",)
+FILES = ("test_files",)
 
 RUNS = [
     Fault(
@@ -283,5 +284,19 @@ RUNS = [
         "return 0",
         "all norms have one colour",
         ("report/test_colours",),
+    ),
+    Fault(
+        "files.py",
+        "fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)",
+        "pass",
+        "what a living process is writing is removed",
+        FILES,
+    ),
+    Fault(
+        "tracking/bounded_calls.py",
+        "            _end_service()\n",
+        "",
+        "a service of W&B that hangs holds the process at its exit",
+        ("tracking/test_unresponsive",),
     ),
 ]
