@@ -248,14 +248,14 @@ def _train(
         languages = corpus.source_language, corpus.target_language
     paths = {"data_bin": str(corpus.data_bin.absolute()), "checkpoints": str(folder.checkpoints)}
     fairseq_cfg = trainer_config(valid.fairseq, corpus.data_bin, languages, folder.checkpoints)
-    _refuse_long_lines(settings, fairseq_cfg)
+    _refuse_long_lines(settings, fairseq_cfg, corpus)
     ranks.publish("training", paths | {"languages": languages})
     with MetricsFile(folder.metrics) as metrics, progress.of_training(fairseq_train):
         sinks = [tracker, progress]
         return loop.train(fairseq_cfg, metrics, sinks, settings.speed, settings.seeds, ranks)
 
 
-def _refuse_long_lines(settings: RunSettings, fairseq_cfg: Any) -> None:
+def _refuse_long_lines(settings: RunSettings, fairseq_cfg: Any, corpus: PreparedCorpus) -> None:
     """Raise UserError for a line that training, validation or evaluation would leave out."""
     from normexp.fairseq_plugin.long_lines import refuse_long_lines
 
@@ -264,9 +264,8 @@ def _refuse_long_lines(settings: RunSettings, fairseq_cfg: Any) -> None:
     key = "fairseq.dataset.max_tokens_valid"
     refuse_long_lines(fairseq_cfg, "valid", dataset.max_tokens_valid, key)
     for split in settings.evaluation.splits:
-        refuse_long_lines(
-            fairseq_cfg, split, settings.evaluation.max_tokens, "evaluation.max_tokens"
-        )
+        limit, folder = settings.evaluation.max_tokens, corpus.data_bin_of(split)
+        refuse_long_lines(fairseq_cfg, split, limit, "evaluation.max_tokens", folder)
 
 
 def _curve(folder: RunFolder) -> list[tuple[int, float]]:

@@ -24,13 +24,17 @@ class _Limit:
     tokens: int | None
 
 
-def refuse_long_lines(cfg: Any, split: str, max_tokens: int | None, key: str) -> None:
+def refuse_long_lines(
+    cfg: Any, split: str, max_tokens: int | None, key: str, folder: Path | None = None
+) -> None:
     """Raise UserError that names the first line with more tokens than the configuration allows.
 
     cfg: fairseq's complete configuration, with the folder of the data and the languages. split:
-    "train", "valid" or "test". max_tokens: of a batch of this split; key: its full name. A sentence
-    end counts as a token.
+    "train", "valid", "test" or a further test set. max_tokens: of a batch of this split; key: its
+    full name. folder: of the split's data, where that is another one. A sentence end counts as a
+    token.
     """
+    folder = folder or Path(cfg.task.data)
     of_batch = _Limit(key, max_tokens)
     for name, limits in _texts(cfg, split):
         limits = [limit for limit in (*limits, of_batch) if limit.tokens]
@@ -40,8 +44,8 @@ def refuse_long_lines(cfg: Any, split: str, max_tokens: int | None, key: str) ->
         if _cuts_anywhere(cfg):
             _refuse_blocks(cfg, lowest)
             continue
-        dictionary = Dictionary.load(str(Path(cfg.task.data) / _dictionary(name)))
-        text = data_utils.load_indexed_dataset(str(Path(cfg.task.data) / name), dictionary)
+        dictionary = Dictionary.load(str(folder / _dictionary(name)))
+        text = data_utils.load_indexed_dataset(str(folder / name), dictionary)
         too_long = np.flatnonzero(np.asarray(text.sizes) > lowest.tokens)
         if not len(too_long):
             continue
