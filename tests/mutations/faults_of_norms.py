@@ -533,8 +533,8 @@ NORMS = [
     ),
     fault(
         "running_norm.py",
-        "{name: buffer.clone() for name, buffer in self._buffers.items()}",
-        "dict(self._buffers)",
+        "other._buffers = {name: buffer.clone() for name, buffer in self._buffers.items()}",
+        "other._buffers = dict(self._buffers)",
         "frozen statistics move",
         ("norms/test_frozen_statistics",),
     ),

@@ -148,7 +148,7 @@ def _is_parameter(name: str) -> bool:
 @pytest.mark.parametrize(
     ("error", "status"),
     [
-        (loop.Diverged(7, "loss is nan in update 7", None), "diverged"),
+        (loop.Diverged(7, 6, "loss is nan in update 7", None), "diverged"),
         (ZeroDivisionError("a defect"), "failed"),
         (UserError("no space left on the disk"), "failed"),
     ],
