@@ -17,7 +17,12 @@ from normexp.paths import OWN_RESULTS, RESULTS
 from normexp.runs import evidence, lookup, records
 from normexp.runs.records import read_record, write_record
 
-STOCK = ["speed.fast_dropout=false", "speed.fused_loss=false", "speed.fused_adam=false"]
+STOCK = [
+    "speed.fast_dropout=false",
+    "speed.fused_loss=false",
+    "speed.fused_adam=false",
+    "seeding=fairseq",
+]
 
 
 def test_runs_leave_their_results_elsewhere() -> None:
@@ -36,6 +41,18 @@ def test_a_committed_run_is_done_where_own_runs_are_looked_up(tmp_path) -> None:
     assert "(committed; results_dir=FOLDER makes it again)" in lookup.already(path)
     assert lookup.find_finished(composed(*recorded, "seed=2")) is None
     assert lookup.find_finished(composed(*recorded, f"results_dir={tmp_path}")) is None
+
+
+@pytest.mark.parametrize("task", ["precision_toy", "precision_multi30k"])
+def test_an_experiment_finds_its_committed_runs(task: str) -> None:
+    paths = sorted((RESULTS / "records" / task).glob("*.json"))
+    assert len(paths) >= 6
+    for path in paths:
+        record = read_record(path)
+        own = [f"norm={record.norm}", f"seed={record.seed}"]
+        precision = f"speed.precision={record.config['speed']['precision']}"
+        found = lookup.find_finished(composed(f"+experiment={task}", *own, precision))
+        assert found == (path, record)
 
 
 def test_benchmarks_leave_committed_records_alone() -> None:
