@@ -36,7 +36,7 @@ def evaluate_run(
     if fold:
         loaded = scores.folded(loaded)
     for split in evaluation.splits:
-        scores.load_split(loaded, corpus, split)
+        scores.load_split(loaded, corpus, split, evaluation.max_tokens)
     if corpus.kind == "translation":
         metrics = scores.evaluate_translation(loaded, corpus, evaluation, folder.hypotheses)
         return Evaluated(metrics, checkpoint, None)

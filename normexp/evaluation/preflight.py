@@ -2,7 +2,6 @@
 
 import errno
 import os
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -76,8 +75,8 @@ def _check_writable(folder: Path, splits: Iterable[str]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     names = translations.TOKENISED, translations.DETOKENISED
     _refuse_folders(folder / name.format(split=split) for split in splits for name in names)
-    with tempfile.NamedTemporaryFile(dir=folder) as probe:
-        probe.write(b"translation\n")
+    if not os.access(folder, os.W_OK):  # a file to try it with would outlive a kill
+        raise PermissionError(errno.EROFS, os.strerror(errno.EROFS), str(folder))
 
 
 def _refuse_folders(paths: Iterable[Path]) -> None:

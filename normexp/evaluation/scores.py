@@ -84,8 +84,17 @@ def load_evaluated(
     return load_model(path, corpus.data_bin, cpu or settings.on_cpu), selected
 
 
-def load_split(loaded: LoadedModel, corpus: PreparedCorpus, split: str) -> None:
-    """Load the data of a split, which may be a further test set with a data folder of its own."""
+def load_split(
+    loaded: LoadedModel, corpus: PreparedCorpus, split: str, max_tokens: int | None = None
+) -> None:
+    """Load the data of a split, which may be a further test set with a data folder of its own.
+
+    Raises UserError that names a line with more tokens than the model, or max_tokens, allows.
+    """
+    from normexp.fairseq_plugin.long_lines import refuse_long_lines
+
+    limit = max_tokens, "evaluation.max_tokens"
+    refuse_long_lines(loaded.cfg, split, *limit, corpus.data_bin_of(split))
     settings = loaded.task.cfg or loaded.task.args  # fairseq's older tasks have the latter
     folder, settings.data = settings.data, str(corpus.data_bin_of(split))
     try:
@@ -295,10 +304,7 @@ def _batches(
 ) -> Iterator[Any]:
     from fairseq import utils
 
-    from normexp.fairseq_plugin.long_lines import refuse_long_lines
-
     task = loaded.task
-    refuse_long_lines(loaded.cfg, split, max_tokens, "evaluation.max_tokens")
     if split not in task.datasets:
         task.load_dataset(split)
     iterator = task.get_batch_iterator(

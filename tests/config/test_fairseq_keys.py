@@ -117,7 +117,7 @@ REFUSED = [
     ("+fairseq.optimization.skip_remainder_batch=true", "left out"),
     ("+fairseq.optimization.use_bmuf=true", "different models"),
     ("fairseq.optimization.lr=[0.1,0.2]", r"lr=\[0.1, 0.2\] .*1 entry"),
-    ("fairseq.optimization.update_freq=[]", "must have an entry"),
+    ("fairseq.optimization.update_freq=[]", "must be an integer or a list of them"),
     ("fairseq.optimization.update_freq=[2,0]", "must be at least 1"),
     ("fairseq.optimization.clip_norm=nan", "must be at least 0"),
     ("+fairseq.common.seed=5", "seed=NUMBER"),

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from subword_nmt.apply_bpe import BPE
 
 from normexp.benchmarks.wmt_like import pairs
-from normexp.corpora import text
+from normexp.corpora import segmentation
 from normexp.corpora.bpe import _Words, learn_codes
 
 # Few letters and long words: the same string then arises from different merges, and pairs repeat
@@ -55,8 +55,8 @@ def test_segmentation_with_a_full_cache(monkeypatch) -> None:
     lines = [line for pair in pairs(4, 60) for line in pair]
     codes = codes_of(lines, 200)
     stock = BPE(io.StringIO(codes))
-    monkeypatch.setattr(text._BoundedCache, "MAX_WORDS", 5)
-    segmenter = text._Segmenter(codes, 1)
+    monkeypatch.setattr(segmentation._BoundedCache, "MAX_WORDS", 5)
+    segmenter = segmentation.BpeSegmenter(codes, 1)
     for line in lines:
         assert segmenter((line,)) == (stock.process_line(line), line)
     assert 0 < len(segmenter._bpe.cache) <= 5

@@ -288,9 +288,8 @@ def test_importing_runs_nothing(tmp_path: Path, name: str, value: str) -> None:
 
 
 def test_a_foreign_run_folder_is_checked_too() -> None:
-    changed = composed(
-        "task=toy_language_model", "fairseq.optimizer.adam_betas='(0.9, min(0.98, 1))'"
-    )
+    changed = composed("task=toy_language_model")
+    changed.fairseq["optimizer"]["adam_betas"] = "(0.9, min(0.98, 1))"  # as a file may hold it
     with pytest.raises(UserError, match=r"^fairseq\.optimizer\.adam_betas="):
         typed_config(changed)
 

@@ -188,6 +188,7 @@ def test_the_end_of_a_training(tmp_path, examples) -> None:
         "tokens_per_second": 5.5,
         "wall_time_seconds": 2.5,
         "kernels": {"plain": 2},
+        "notes": [],
     }
 
     def read(damage: bytes) -> None:

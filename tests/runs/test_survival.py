@@ -72,7 +72,8 @@ def injected(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
         "language model": job("inject", LANGUAGE_MODEL, "kill in the middle", 6),
         "again and again": job("kill_again_and_again", LANGUAGE_MODEL),
         "full disk": job("inject", TRANSLATION, "full disk", 3),
-        "at once": job("at_once", LANGUAGE_MODEL),
+        # Longer than the others wait for the lock.
+        "at once": job("at_once", [*LANGUAGE_MODEL, "fairseq.optimization.max_update=60"]),
     }
     (folder / "jobs.json").write_text(json.dumps(list(jobs.values())))
     done = subprocess.run(

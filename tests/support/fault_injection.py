@@ -49,10 +49,12 @@ class Operations:
         plain_open = io.open
 
         def counted_open(file: Any, mode: str = "r", buffering: int = -1, *more: Any, **named: Any):
-            if not (set(mode) & set("wax+") and self.ours(file)):
+            # Files that are written whole are opened by a descriptor.
+            path = os.readlink(f"/proc/self/fd/{file}") if isinstance(file, int) else file
+            if not (set(mode) & set("wax+") and self.ours(path)):
                 return plain_open(file, mode, buffering, *more, **named)
-            self.count("open", file)
-            raw = self._file(file, mode.replace("b", "").replace("t", ""))
+            self.count("open", path)
+            raw = self._file(file, path, mode.replace("b", "").replace("t", ""))
             if buffering == 0:
                 return raw
             buffered = (io.BufferedRandom if "+" in mode else io.BufferedWriter)(raw)
@@ -69,7 +71,8 @@ class Operations:
         return isinstance(path, str | os.PathLike) and os.path.abspath(path).startswith(self.root)
 
     def count(self, operation: str, path: Any, half: Callable | None = None) -> None:
-        relative = os.path.relpath(path, self.root)
+        # The name of an unfinished file has a random part.
+        relative = re.sub(r"\.[0-9a-f]{16}\.part$", ".part", os.path.relpath(path, self.root))
         if relative.endswith("log.txt"):
             self.fault(-1, half)
             return
@@ -84,7 +87,7 @@ class Operations:
 
         return counted
 
-    def _file(self, path: Any, mode: str) -> io.FileIO:
+    def _file(self, file: Any, path: Any, mode: str) -> io.FileIO:
         operations = self
 
         class Counted(io.FileIO):
@@ -97,7 +100,7 @@ class Operations:
                 operations.count("truncate", path)
                 return super().truncate(size)
 
-        return Counted(path, mode)
+        return Counted(file, mode)
 
 
 def kill_at(number: int, half: bool) -> Callable[[int, Callable | None], None]:
