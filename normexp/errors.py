@@ -18,6 +18,10 @@ class UserError(Exception):
     that escapes is a defect of this project and keeps its traceback.
     """
 
+    def __init__(self, message: str = ""):
+        # A message may quote what a damaged file holds, and half a character cannot be printed.
+        super().__init__(str(message).encode("utf-8", "backslashreplace").decode())
+
 
 @contextmanager
 def exit_on_user_error() -> Iterator[None]:

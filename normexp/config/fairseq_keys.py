@@ -87,6 +87,8 @@ def check_components(given: Mapping[str, Any]) -> None:
     """
     for group, registry in registries().items():
         name = given[group].get("_name")
+        if not isinstance(name, str | None):
+            raise UserError(f"fairseq.{group}._name={name!r} must be a name")
         known = decisions().get(f"{group}.{name}")
         if name not in registry or (known is not None and ALL not in known):
             continue

@@ -34,7 +34,7 @@ from normexp.runs.archive import CURE, archive
 from normexp.runs.provenance import command_of_this_run
 
 LOCK = ".lock"
-_DAMAGE = (ValueError, TypeError, AttributeError, RecursionError, OSError)
+_DAMAGE = (ValueError, TypeError, AttributeError, AssertionError, RecursionError, OSError)
 LOCK_SECONDS = 1.0  # whoever looks whether the folder is in use holds the lock for a moment
 
 

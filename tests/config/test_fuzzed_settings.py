@@ -49,7 +49,7 @@ def fuzzed(strategy: st.SearchStrategy, examples: int) -> None:
     run()
 
 
-@pytest.fixture(params=[40, pytest.param(1500, marks=pytest.mark.thorough)], ids=["few", "many"])
+@pytest.fixture(params=[40, pytest.param(400, marks=pytest.mark.thorough)], ids=["few", "many"])
 def examples(request) -> int:
     return request.param
 

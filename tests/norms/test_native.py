@@ -211,7 +211,7 @@ def test_the_environment_chooses(value: str | None, monkeypatch: pytest.MonkeyPa
 
 
 def test_every_source_is_shipped() -> None:
-    """Sources, headers, the report's templates and the toy corpora's words are package data;
+    """Sources, headers, templates, the toy corpora's words, decisions on keys are package data;
     python -m normexp.norms.kernels compiles all of the sources.
     """
     package = Path(normexp.__file__).parent
@@ -221,5 +221,6 @@ def test_every_source_is_shipped() -> None:
     headers = {path for source in native.sources() for path in source.parent.glob("*.h")}
     templates = (package / "report" / "templates").iterdir()
     words = (package / "corpora" / "toy").glob("*.yaml")
-    assert shipped == {*native.sources(), *headers, *templates, *words}
+    decisions = (package / "config").glob("*.yaml")
+    assert shipped == {*native.sources(), *headers, *templates, *words, *decisions}
     assert {path.stem for path in native.sources()} >= {"power", "power_released", "batch"}

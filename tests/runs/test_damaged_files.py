@@ -58,7 +58,7 @@ def fuzzed(strategy: st.SearchStrategy, read: Callable[[Any], object], examples:
     run()
 
 
-@pytest.fixture(params=[1, pytest.param(30, marks=pytest.mark.thorough)], ids=["few", "many"])
+@pytest.fixture(params=[1, pytest.param(10, marks=pytest.mark.thorough)], ids=["few", "many"])
 def examples(request) -> int:
     return NUMBER_OF_EXAMPLES * request.param
 
