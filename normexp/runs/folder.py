@@ -110,14 +110,17 @@ class RunFolder:
             raise UserError(f"{self.config} is damaged ({reason}); {self._cure}") from None
         if not isinstance(cfg, DictConfig) or "task" not in cfg:
             raise UserError(f"{self.config} is not the configuration of a run; {self._cure}")
-        if mended is not None:
-            kept = {
-                key: OmegaConf.select(cfg, f"evaluation.{key}")
-                for key in ("checkpoint", "average_last")
-            }
-            cfg.evaluation = mended.model_dump(mode="json") | kept
         try:
+            if mended is not None:
+                kept = {
+                    key: OmegaConf.select(cfg, f"evaluation.{key}")
+                    for key in ("checkpoint", "average_last")
+                }
+                cfg.evaluation = mended.model_dump(mode="json") | kept
             return parse(cfg)
+        except OmegaConfBaseException as error:
+            reason = str(error).split("\n")[0]
+            raise OtherSettings(f"{self.config}: {reason}; {self._cure}") from None
         except UserError as error:
             raise OtherSettings(f"{self.config}: {error}; {self._cure}") from None
 

@@ -41,7 +41,7 @@ def project(tmp_path: Path) -> Path:
 @pytest.mark.thorough
 def test_the_norm_of_the_guide_passes_the_tests(project: Path) -> None:
     ours = "mine or known_norms or design"  # the latter two list the norms that there are
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short"]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--tb=short"]
     done = subprocess.run(
         [*command, "-m", "not thorough", "-k", ours, *TESTS],
         cwd=project,
