@@ -73,7 +73,7 @@ def injected(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
         "again and again": job("kill_again_and_again", LANGUAGE_MODEL),
         "full disk": job("inject", TRANSLATION, "full disk", 3),
         # Longer than the others wait for the lock.
-        "at once": job("at_once", [*LANGUAGE_MODEL, "fairseq.optimization.max_update=60"]),
+        "at once": job("at_once", [*LANGUAGE_MODEL, "fairseq.optimization.max_update=300"]),
     }
     (folder / "jobs.json").write_text(json.dumps(list(jobs.values())))
     done = subprocess.run(

@@ -57,7 +57,7 @@ def test_a_result_is_never_replaced(settings, results, capsys) -> None:
     (old_folder,) = (results / "superseded" / TASK).iterdir()
     assert (old_folder / "checkpoints/checkpoint_last.pt").read_bytes() == checkpoint
     said = capsys.readouterr().out
-    assert said.index("archived: ") < said.index("LN · seed 1"), "told before the training"
+    assert said.index("archived: ") < said.index("LN seed 1: decoder"), "told before the training"
 
 
 def contents(folder: Path) -> dict[Path, bytes]:
@@ -116,7 +116,7 @@ def test_record_alone_says_that_a_run_is_done(settings, results, capsys, monkeyp
     path.unlink()  # and it comes back from the run folder
     assert pipeline.run(cfg) == record == records.read_record(path)
     shutil.rmtree(results / "runs")
-    monkeypatch.setattr(pipeline, "prepare", lambda *_: pytest.fail("started again"))
+    monkeypatch.setattr(pipeline, "prepare", lambda *_, **__: pytest.fail("started again"))
     assert pipeline.run(cfg) == record
     assert f"complete already: {path}" in capsys.readouterr().out
     with pytest.raises(pytest.fail.Exception):
