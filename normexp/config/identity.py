@@ -68,7 +68,7 @@ def is_same_training(one: ExperimentSettings, other: ExperimentSettings) -> bool
     But for an average that needs epochs whose checkpoints `one` did not keep.
     """
     kept, needed = (settings.evaluation for settings in (one, other))
-    enough = needed.checkpoint == "best" or (
+    enough = needed.checkpoint != "average" or (
         kept.checkpoint == "average" and needed.average_last <= kept.average_last
     )
     return enough and one.seed == other.seed and _of_training(one) == _of_training(other)

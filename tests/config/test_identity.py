@@ -220,6 +220,16 @@ def test_a_run_and_its_hash_are_told_apart_alike(key: str, one: object, other: o
     assert key in differences(first, second)
 
 
+@pytest.mark.parametrize("checkpoint", ["best", "ema", "average"])
+def test_a_training_serves_every_evaluation_of_it(checkpoint: str) -> None:
+    """Only an average needs epochs that may not have been kept."""
+    own = composed(f"evaluation.checkpoint={checkpoint}")
+    beam = composed(f"evaluation.checkpoint={checkpoint}", "evaluation.beam=2")
+    assert is_same_training(own, own) and is_same_training(own, beam)
+    of_best = composed("evaluation.checkpoint=best")
+    assert is_same_training(of_best, own) == (checkpoint != "average")
+
+
 def test_a_finished_run_does_not_hide_invalid_settings() -> None:
     """Only values without effect are left out; others reach the checks of a run."""
     settings = composed("norm=power")
