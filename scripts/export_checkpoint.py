@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Write a translation model with LN everywhere as a checkpoint that CTranslate2 converts.
 
-    python scripts/export_checkpoint.py results/runs/multi30k/LN-seed1/average.pt exported.pt
+    python scripts/export_checkpoint.py results/own/runs/TASK/LN-seed1/checkpoints/average.pt OUT
     ct2-fairseq-converter --model_path exported.pt --data_dir DATA --output_dir ct2 \\
         --user_dir normexp/fairseq_plugin
 

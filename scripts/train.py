@@ -80,7 +80,6 @@ def _settings(cfg: DictConfig, process: Process) -> RunSettings:
 
 if __name__ == "__main__":
     slurm.register()
-    own_tasks.register()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra prints errors itself, with hints that mislead
     try:
         main()
