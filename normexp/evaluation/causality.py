@@ -159,52 +159,39 @@ def main(
         raise UserError(f"--segments={segments} must be at least 1")
     folder = RunFolder(model.absolute()) if model.is_dir() else None
     with hold(folder) if folder else nullcontext() as settings:
-        return _test(model, folder, settings, data, user_dir, split, segments, seed, cpu)
-
-
-def _test(
-    model: Path,
-    folder: RunFolder | None,
-    settings: RunSettings | None,
-    data: Path | None,
-    user_dir: Path | None,
-    split: str,
-    segments: int,
-    seed: int,
-    cpu: bool,
-) -> FutureSensitivity:
-    if folder:
-        validate(settings)
-        corpus = prepare(
-            settings.task.corpus, settings.data.dir, settings.data.local, splits=[split]
-        )
-        loaded, checkpoint = load_evaluated(settings, folder, corpus, cpu)
-        load_split(loaded, corpus, split)
-    else:
-        loaded = _of_checkpoint(model, data, user_dir, cpu)
-    if loaded.cfg.task._name not in FAIRSEQ_TASKS["language_model"]:
-        raise UserError(f"{model} is no language model but a model for {loaded.cfg.task._name}")
-    sensitivity = future_sensitivity(loaded, split, segments, seed=seed)
-    perplexity = perplexity_by_future(loaded, split, segments, seed, progress=True)
-    table = Table(title=f"{model}: {split}, {segments} blocks, seed {seed}", show_header=False)
-    for name, value in (
-        ("sees future tokens", "yes" if sensitivity.sees_future else "no"),
-        ("positions affected by later tokens", f"{100 * sensitivity.changed:.1f} %"),
-        ("largest change of a log-probability", f"{sensitivity.largest:.3g} nats"),
-        ("mean largest change at a position", f"{sensitivity.mean:.3g} nats"),
-        ("perplexity per token, future visible", f"{perplexity.visible:.2f}"),
-        ("perplexity per token, future replaced at random", f"{perplexity.random:.2f}"),
-        ("perplexity per token, future hidden", f"{perplexity.hidden:.2f}"),
-    ):
-        table.add_row(name, value)
-    terminal.console().print(table)
-    if folder and folder.record.is_file():
-        options = f" --split {split} --segments {segments} --seed {seed}" + " --cpu" * cpu
-        drawn = split, segments, seed, options
-        print(
-            "record:", _write_record(settings, folder, checkpoint, sensitivity, perplexity, *drawn)
-        )
-    return sensitivity
+        if folder:
+            validate(settings)
+            corpus = prepare(
+                settings.task.corpus, settings.data.dir, settings.data.local, splits=[split]
+            )
+            loaded, checkpoint = load_evaluated(settings, folder, corpus, cpu)
+            load_split(loaded, corpus, split)
+        else:
+            loaded = _of_checkpoint(model, data, user_dir, cpu)
+        if loaded.cfg.task._name not in FAIRSEQ_TASKS["language_model"]:
+            raise UserError(f"{model} is no language model but a model for {loaded.cfg.task._name}")
+        sensitivity = future_sensitivity(loaded, split, segments, seed=seed)
+        perplexity = perplexity_by_future(loaded, split, segments, seed, progress=True)
+        table = Table(title=f"{model}: {split}, {segments} blocks, seed {seed}", show_header=False)
+        for name, value in (
+            ("sees future tokens", "yes" if sensitivity.sees_future else "no"),
+            ("positions affected by later tokens", f"{100 * sensitivity.changed:.1f} %"),
+            ("largest change of a log-probability", f"{sensitivity.largest:.3g} nats"),
+            ("mean largest change at a position", f"{sensitivity.mean:.3g} nats"),
+            ("perplexity per token, future visible", f"{perplexity.visible:.2f}"),
+            ("perplexity per token, future replaced at random", f"{perplexity.random:.2f}"),
+            ("perplexity per token, future hidden", f"{perplexity.hidden:.2f}"),
+        ):
+            table.add_row(name, value)
+        terminal.console().print(table)
+        if folder and folder.record.is_file():
+            options = f" --split {split} --segments {segments} --seed {seed}" + " --cpu" * cpu
+            drawn = split, segments, seed, options
+            print(
+                "record:",
+                _write_record(settings, folder, checkpoint, sensitivity, perplexity, *drawn),
+            )
+        return sensitivity
 
 
 def _write_record(
