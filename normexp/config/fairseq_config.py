@@ -62,13 +62,20 @@ def trainer_config(
 
 
 def with_defaults(typed: DictConfig) -> DictConfig:
-    """`typed_config` with fairseq's default of every key that it lacks, in plain values."""
+    """`typed_config` with fairseq's default of every key that it lacks, in plain values.
+
+    Raises UserError for a value that another key, which follows it by default, cannot have.
+    """
     from fairseq.dataclass.initialize import add_defaults
 
     complete = OmegaConf.merge(typed)
     add_defaults(complete)
     # Plain strings instead of enums that exist only inside functions: those cannot be pickled.
-    return OmegaConf.create(OmegaConf.to_container(complete, resolve=True, enum_to_str=True))
+    try:
+        plain = OmegaConf.to_container(complete, resolve=True, enum_to_str=True)
+    except OmegaConfBaseException as error:
+        raise UserError(f"fairseq: {first_line(error)}") from None
+    return OmegaConf.create(plain)
 
 
 def check_languages(typed: DictConfig, languages: tuple[str, str]) -> None:
