@@ -13,9 +13,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-from support.damage import damaged_bytes, damaged_values
+from support.damage import damaged_bytes, damaged_values, fuzzed
 from support.small_runs import composed
 
 from normexp import pipeline
@@ -23,7 +21,6 @@ from normexp.checkpoints import recovery, store
 from normexp.config.validation import validate
 from normexp.corpora import prepare
 from normexp.corpora.catalogue import CATALOGUE, load_catalogue
-from normexp.errors import UserError
 from normexp.paths import RESULTS
 from normexp.report.aggregate import rows_by_task
 from normexp.report.benchmark_tables import load_benchmarks
@@ -36,26 +33,6 @@ from normexp.runs.records import describe, load_records, read_record
 from normexp.sweeps import run_status, slurm_queue
 
 NUMBER_OF_EXAMPLES = 60
-
-
-def fuzzed(strategy: st.SearchStrategy, read: Callable[[Any], object], examples: int) -> None:
-    """Call `read` with drawn damage; it may raise UserError."""
-
-    @settings(
-        max_examples=examples,
-        derandomize=True,
-        deadline=None,
-        database=None,
-        suppress_health_check=list(HealthCheck),
-    )
-    @given(strategy)
-    def run(damage: Any) -> None:
-        try:
-            read(damage)
-        except UserError as error:
-            assert "\n" not in str(error), f"more than one line: {error}"
-
-    run()
 
 
 @pytest.fixture(params=[1, pytest.param(10, marks=pytest.mark.thorough)], ids=["few", "many"])

@@ -2,9 +2,13 @@
 
 import copy
 import json
+from collections.abc import Callable
 from typing import Any
 
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
+from normexp.errors import UserError
 
 ODD = [
     *(None, True, False, 0, -1, 3, 2**70, 0.5, -1e308, float("nan"), float("inf")),
@@ -87,3 +91,23 @@ def _at(content: Any, path: tuple) -> Any:
     for key in path:
         content = content[key]
     return content
+
+
+def fuzzed(strategy: st.SearchStrategy, read: Callable[[Any], object], examples: int) -> None:
+    """Call `read` with drawn damage; it may raise UserError."""
+
+    @settings(
+        max_examples=examples,
+        derandomize=True,
+        deadline=None,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(strategy)
+    def run(damage: Any) -> None:
+        try:
+            read(damage)
+        except UserError as error:
+            assert "\n" not in str(error), f"more than one line: {error}"
+
+    run()
