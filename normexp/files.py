@@ -1,5 +1,6 @@
 """Files that are written whole or not at all, and read whole or called unreadable."""
 
+import errno
 import fcntl
 import json
 import os
@@ -43,6 +44,16 @@ def whole_file(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+def require_writable(folder: Path) -> None:
+    """Make a folder. Raises OSError where nothing can be written in it.
+
+    Leaves no file behind: one to try it with would outlive a kill.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK):
+        raise PermissionError(errno.EROFS, os.strerror(errno.EROFS), str(folder))
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -1,10 +1,8 @@
 """One run from its settings to its record: corpus, training, averaging, evaluation, record."""
 
-import errno
 import json
 import logging
 import math
-import os
 import resource
 import sys
 from collections.abc import Iterator
@@ -23,7 +21,7 @@ from normexp.config.settings import RunSettings
 from normexp.config.validation import Sites, ValidRun, validate
 from normexp.corpora import PreparedCorpus, prepare
 from normexp.errors import UserError
-from normexp.files import read_json, write_json
+from normexp.files import read_json, require_writable, write_json
 from normexp.paths import REPOSITORY
 from normexp.runs import advice, provenance, records
 from normexp.runs.archive import make_way
@@ -95,7 +93,7 @@ def _run_in_folder(settings: RunSettings, valid: ValidRun, ranks: Ranks) -> Reco
         earlier = _complete_record(folder, settings)
         if earlier is not None:
             return earlier
-        _check_records_writable(own_record.parent)
+        require_writable(own_record.parent)  # records may lie on another disk than the run
         # The corpus is prepared before the log opens: its progress belongs on the console.
         corpus = prepare(
             settings.task.corpus,
@@ -354,13 +352,6 @@ def _complete_record(folder: RunFolder, settings: RunSettings) -> Record | None:
     _publish(record, settings.results_dir)  # somebody removed it from among the results
     _print(already(folder.record))
     return record
-
-
-def _check_records_writable(folder: Path) -> None:
-    """Raise OSError before any work: records may lie on another disk than the run."""
-    folder.mkdir(parents=True, exist_ok=True)
-    if not os.access(folder, os.W_OK):
-        raise PermissionError(errno.EROFS, os.strerror(errno.EROFS), str(folder))
 
 
 def _for_the_dashboard(settings: RunSettings, asked: Asked) -> dict[str, Any]:

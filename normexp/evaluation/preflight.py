@@ -8,7 +8,8 @@ from pathlib import Path
 from normexp.config.settings import RunSettings
 from normexp.corpora import PreparedCorpus
 from normexp.errors import UserError
-from normexp.evaluation import bleu, translations
+from normexp.evaluation import translations
+from normexp.files import require_writable
 from normexp.runs import records
 from normexp.runs.folder import RunFolder
 from normexp.runs.provenance import utc_now
@@ -57,26 +58,21 @@ def _check_beam(beam: int, corpus: PreparedCorpus) -> None:
 
 def _check_metrics(compound_split: bool, corpus: PreparedCorpus) -> None:
     """Score one sentence by every metric: packages and rules of the language are there, or not."""
-    language, sentence = corpus.target_language, ["a well-known sentence ."]
+    sentence = ["a well-known sentence ."]
     try:
-        plain = bleu.detokenise(sentence, language)
-        bleu.tokenised_bleu(sentence, sentence)
-        bleu.sacre_bleu(plain, plain, lowercase=corpus.lowercase)
-        if compound_split:
-            bleu.compound_split_bleu(plain, plain, language)
+        plain = translations.plain_text(corpus, sentence)
+        translations.bleu_of(corpus, sentence, sentence, plain, plain, compound_split)
     except Exception as error:
         raise UserError(
-            f"BLEU of the language {language!r} cannot be computed here "
+            f"BLEU of the language {corpus.target_language!r} cannot be computed here "
             f"({type(error).__name__}: {error}); mend the installation, or the corpus's languages"
         ) from error
 
 
 def _check_writable(folder: Path, splits: Iterable[str]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
+    require_writable(folder)
     names = translations.TOKENISED, translations.DETOKENISED
     _refuse_folders(folder / name.format(split=split) for split in splits for name in names)
-    if not os.access(folder, os.W_OK):  # a file to try it with would outlive a kill
-        raise PermissionError(errno.EROFS, os.strerror(errno.EROFS), str(folder))
 
 
 def _refuse_folders(paths: Iterable[Path]) -> None:

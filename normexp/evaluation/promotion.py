@@ -42,7 +42,9 @@ def promote(path: Path, results: Path, replace: bool) -> list[Path]:
     )
 
 
-def rescored(record: Record, corpus_dir: Path, local: Path | None, folder: Path) -> records.Metrics:
+def rescored(
+    record: Record, corpus_dir: Path, local: Path | None, folder: Path
+) -> dict[str, records.Metrics]:
     """Return BLEU of the translations of a record in `folder`, by split.
 
     corpus_dir, local: as in `corpora.prepare`. Raises UserError where the corpus is not that of the
