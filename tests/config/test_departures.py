@@ -109,6 +109,14 @@ def test_different_settings_have_different_names(one: dict, other: dict) -> None
     assert (suffix(one) == suffix(other)) == (plain(one) == plain(other))
 
 
+def test_a_long_name_follows_what_it_cannot_show() -> None:
+    many = {f"fairseq.model.setting_of_some_length_{number}": number for number in range(9)}
+    last = next(reversed(many))
+    names = {suffix(many), suffix(many | {last: 1000}), suffix(dict(list(many.items())[:-1]))}
+    assert len(names) == 3
+    assert all(re.fullmatch(r".{1,70}", name) and "+others=" in name for name in names)
+
+
 def test_each_label_has_a_path_of_its_own(tmp_path) -> None:
     labels = ["PN", "PN-", "PN--", "PN+a=1", "PN+a=1-seed1", "PN_", "PN."]
     assert len({path_of_run(tmp_path, "t", label, 1) for label in labels}) == len(labels)
