@@ -33,9 +33,12 @@ def test_runs_leave_their_results_elsewhere() -> None:
         pipeline.run(composed("results_dir=results", "tracking=disabled"))
 
 
-def test_a_committed_run_is_done_where_own_runs_are_looked_up(tmp_path) -> None:
-    path = RESULTS / "records" / "multi30k" / "LN-seed1.json"
-    recorded = ["task=multi30k", "norm=layer", *STOCK, "label=LN"]
+@pytest.mark.parametrize(
+    ("task", "settings"), [("multi30k", []), ("ptb", [*STOCK, "label=LN"])], ids=["multi30k", "ptb"]
+)
+def test_a_committed_run_is_done_where_own_runs_are_looked_up(tmp_path, task, settings) -> None:
+    path = RESULTS / "records" / task / "LN-seed1.json"
+    recorded = [f"task={task}", "norm=layer", *settings]
     found = lookup.find_finished(composed(*recorded))
     assert found is not None and found[0] == path
     assert "(committed; results_dir=FOLDER makes it again)" in lookup.already(path)
