@@ -33,6 +33,35 @@ def test_runs_leave_their_results_elsewhere() -> None:
         pipeline.run(composed("results_dir=results", "tracking=disabled"))
 
 
+@pytest.mark.parametrize(
+    "where",
+    [
+        "results_dir=results/records",  # its records would be records of a task "records"
+        "results_dir=results/own/..",
+        "run_dir=results/translations/multi30k/LN-seed1",
+        "run_dir=results",
+    ],
+)
+def test_no_path_leads_a_run_among_the_committed_results(where: str) -> None:
+    with pytest.raises(UserError, match=f"{where} holds the committed results"):
+        evidence.refuse_evidence(composed(where))
+
+
+def test_no_link_leads_a_run_among_the_committed_results(tmp_path) -> None:
+    (tmp_path / "records").mkdir()
+    (tmp_path / "records" / "multi30k").symlink_to(RESULTS / "records" / "multi30k")
+    with pytest.raises(UserError, match="holds the committed results"):
+        evidence.refuse_evidence(composed("task=multi30k", f"results_dir={tmp_path}"))
+    evidence.refuse_evidence(composed("task=ptb", f"results_dir={tmp_path}"))
+
+
+def test_own_results_on_another_disk_are_own_results(tmp_path, monkeypatch) -> None:
+    (link := tmp_path / "own").symlink_to(tmp_path / "disk")
+    monkeypatch.setattr(evidence, "OWN_RESULTS", link)
+    assert evidence.evidence_beside(link) == RESULTS
+    assert evidence.evidence_beside(tmp_path) is None
+
+
 def test_a_committed_run_is_done_where_own_runs_are_looked_up(tmp_path) -> None:
     path = RESULTS / "records" / "multi30k" / "LN-seed1.json"
     recorded = ["task=multi30k", "norm=layer", *STOCK, "label=LN"]
