@@ -84,7 +84,7 @@ def _run_in_folder(settings: RunSettings, valid: ValidRun, ranks: Ranks) -> Reco
     if found := find_finished(settings):
         _print(already(found[0]))
         return found[1]
-    refuse_evidence(settings.results_dir)
+    refuse_evidence(settings)
     own_record = records.path_of_run(
         settings.results_dir, settings.task.name, settings.label, settings.seed
     )

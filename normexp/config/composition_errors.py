@@ -33,6 +33,12 @@ def explained(error: HydraException, command: Sequence[str]) -> str:
     if isinstance(error, MissingConfigException) and error.options:
         return _about_a_choice(error)
     if match := _UNKNOWN_KEY.match(str(error)):
+        unknown = getattr(error.__cause__, "full_key", None) or match["key"]
+        if unknown.startswith(f"{match['key']}."):  # one of a mapping's keys
+            return (
+                f"{match['key']} has no key {unknown.removeprefix(match['key'] + '.')}, which a "
+                f"mapping cannot add: take it out and give it apart, +{unknown}=VALUE"
+            )
         return _about_a_key(match["key"], command)
     if match := _SWEPT.match(str(error)):
         key, _, values = match["argument"].partition("=")

@@ -41,7 +41,7 @@ _BY_ENVIRONMENT = {"speed.kernels": "auto", "distributed.ranks": 1}
 """Settings that configs/train.yaml takes from the environment, at the value without it."""
 
 _NO_BUDGET = re.compile(
-    r"norm\.|speed\.|seeding=|distributed\.|(task\.)?budget=|task\.norm_warmup_steps="
+    r"norm\.|speed\.|seeding=|distributed\.|(task\.)?budget=(?!null )|task\.norm_warmup_steps="
     r"|evaluation\.(max_tokens|compound_split|context_window|stride|splits)="
     r"|fairseq\.(common|optimizer|lr_scheduler|criterion|ema|checkpoint\.(?!patience))"
     r"|fairseq\.optimization\.(lr|clip_norm)=|fairseq\.model\.\w*(\.\w+)*dropout"
@@ -71,8 +71,13 @@ def settings_of(cfg: DictConfig, choices: Mapping[str, str | None]) -> RunSettin
     choices: Hydra's `hydra.runtime.choices`, by group. A label that the command does not give is
     extended by the departures. Raises UserError as `parse` does.
     """
-    settings = parse(cfg)  # first: what follows takes valid settings for granted
-    usual, found = _departures(cfg, choices, settings.finetuned_from)
+    parse(cfg)  # first: what follows takes valid settings for granted
+    usual, chosen = _usual(choices)
+    cfg = _in_form_of(usual, cfg)
+    settings = parse(cfg)
+    found = chosen + _departures(cfg, usual, settings.finetuned_from)
+    # The norm's options first, which a label that is cut should not lose.
+    found.sort(key=lambda one: (not one.key.startswith("norm."), one.key))
     raw_label = _raw(cfg, "label")
     named = cfg.copy()
     with open_dict(named):
@@ -103,13 +108,8 @@ def config_loader() -> ConfigLoader:
     return ConfigLoaderImpl(config_search_path=create_config_search_path(str(CONFIGS)))
 
 
-def _departures(
-    cfg: DictConfig, choices: Mapping[str, str | None], donor: str | None
-) -> tuple[DictConfig, list[Departure]]:
-    """Return the configuration as it is without overrides, and the departures sorted by key.
-
-    donor: the checkpoint that the run begins with, which counts by its content and not its place.
-    """
+def _usual(choices: Mapping[str, str | None]) -> tuple[DictConfig, list[Departure]]:
+    """Return the configuration as it is without overrides, and the choices that depart from it."""
     loader = config_loader()
     kept = [
         f"{'+' if group == 'experiment' else ''}{group}={choices[group]}"
@@ -125,10 +125,40 @@ def _departures(
         and group not in (*_CONFIGURATION, "tracking")
         and usual_choices.get(group) != choice
     }
-    found = [Departure(key, choice, usual_choices.get(key)) for key, choice in other.items()]
     if other:
         added = [f"{'' if g in usual_choices else '+'}{g}={c}" for g, c in other.items()]
         usual = loader.load_configuration("train", [*kept, *added], run_mode=RunMode.RUN)
+    return usual, [Departure(key, choice, usual_choices.get(key)) for key, choice in other.items()]
+
+
+def _in_form_of(usual: DictConfig, cfg: DictConfig) -> DictConfig:
+    """Return a configuration with each number written as the one that it replaces is.
+
+    A number that replaces none has no needless ".0". 1 and 1.0 are one setting, with one name.
+    """
+    formed = cfg.copy()
+    before = _leaves(usual, resolve=True)
+    for key, value in _leaves(cfg, resolve=False).items():
+        form = _form(value, before.get(key))
+        if repr(form) != repr(value) and OmegaConf.select(cfg, key) == value:
+            OmegaConf.update(formed, key, form)
+    return formed
+
+
+def _form(value: Any, before: Any) -> Any:
+    if type(value) is int and type(before) is float:
+        return float(value)
+    if type(value) is not float or not value.is_integer():
+        return value
+    return value + 0.0 if type(before) is float else int(value)  # + 0.0: -0.0 is 0.0
+
+
+def _departures(cfg: DictConfig, usual: DictConfig, donor: str | None) -> list[Departure]:
+    """Return the settings that are other than usual.
+
+    donor: the checkpoint that the run begins with, which counts by its content and not its place.
+    """
+    found = []
     ours, theirs = _leaves(cfg, resolve=True), _leaves(usual, resolve=True) | _BY_ENVIRONMENT
     if ours.pop("fairseq.checkpoint.finetune_from_model", None) is not None:
         ours["finetuned_from"] = donor
@@ -141,8 +171,7 @@ def _departures(
             continue  # the setting that it refers to is listed
         if key not in _NAMED_OTHERWISE and _canonical(value) != _canonical(before):
             found.append(Departure(key, value, before))
-    # The norm's options first, which a label that is cut should not lose.
-    return usual, sorted(found, key=lambda one: (not one.key.startswith("norm."), one.key))
+    return found
 
 
 def _leaves(cfg: DictConfig, resolve: bool) -> dict[str, Any]:

@@ -163,8 +163,10 @@ def _collect_texts(request: Request, texts: GivenTexts, folder: Path) -> tuple[d
     in_tokens = request.tokenized or request.segmented is not None
     checks = RowChecks(in_tokens, request.drop_empty, request.max_words, list(texts.notes))
     for split, given in texts.splits.items():
-        if not write_rows(checks.passed(split, given.where, given.rows()), files[split]):
-            raise UserError(f"{given.where} has no text")
+        write_rows(checks.passed(split, given.where, given.rows()), files[split])
+        if not any(text.strip() for (text,) in read_rows(files[split][:1])):
+            left_out = checks.notes[len(texts.notes) :]
+            raise UserError("; ".join([f"no text in {given.where}", *left_out]))
         if crlf := sum(text.windows_line_ends for text in given.texts):
             checks.notes.append(f"{split}: {crlf:,} lines ended with CR LF; the CR is left out")
     notes = checks.notes

@@ -83,13 +83,23 @@ def tokenize_splits(corpus: Corpus, raw: Path, folder: Path, workers: int, progr
 
 
 def learn_bpe(corpus: Corpus, folder: Path, progress: bool) -> None:
-    """Learn one BPE on the train texts of all languages, in their order."""
+    """Learn one BPE on the train texts of all languages, in their order.
+
+    Raises UserError where there is nothing to learn.
+    """
     with contextlib.ExitStack() as stack:
         texts = [
             stack.enter_context(open_text(folder / TOKENIZED / f"train.{language}"))
             for language in corpus.languages
         ]
         codes = stack.enter_context(open_text(folder / CODES, "w"))
+        if not any(len(word) > 1 for line in chain(*texts) for word in line.split()):
+            raise UserError(
+                f"corpus {corpus.name}: no word of train has two characters for a BPE to merge; "
+                "take words as tokens (bpe_merges: 0, --bpe-merges 0)"
+            )
+        for text in texts:
+            text.seek(0)
         learn_codes(chain(*texts), codes, corpus.bpe_merges, progress)
 
 

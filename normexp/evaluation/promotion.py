@@ -4,6 +4,7 @@ A run is promoted with its translations, after what its record says has been che
 code was committed, the corpus has the recorded hashes, the translations have the recorded BLEU.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from normexp.corpora import PreparedCorpus, prepare
@@ -25,6 +26,7 @@ def promote(path: Path, results: Path, replace: bool) -> list[Path]:
     the committed results. replace: also over a committed record of the same name. Raises UserError
     for what is not fit to be evidence.
     """
+    path = path.absolute()  # it may be a bare name
     if path.is_dir():
         return _promote_run(RunFolder(path), results, replace)
     if not path.is_file():
@@ -35,7 +37,7 @@ def promote(path: Path, results: Path, replace: bool) -> list[Path]:
         record = read_causality_record(path)
         _refuse_modified_code(path, record.code_commit, record.code_dirty)
         target = results / "causality" / record.task / path.name
-        return [_copy(path, target, replace)]
+        return _copy_all({path: target}, replace)
     raise UserError(
         f"{path} is none of a run folder, a record in causality/ and one in benchmarks/; of a run "
         "name the folder"
@@ -83,7 +85,7 @@ def _promote_run(folder: RunFolder, results: Path, replace: bool) -> list[Path]:
     if record.status == "failed":
         raise UserError(f"{folder.path}: the run failed ({record.reason}); that is no evidence")
     _refuse_modified_code(folder.path, record.code_commit, record.code_dirty)
-    written = []
+    targets = {}
     if record.kind == "translation" and record.status == "complete":
         now = rescored(record, settings.data.dir, settings.data.local, folder.hypotheses)
         for split, metrics in now.items():
@@ -101,9 +103,9 @@ def _promote_run(folder: RunFolder, results: Path, replace: bool) -> list[Path]:
                     )
             for name in (translations.TOKENISED, translations.DETOKENISED):
                 source = folder.hypotheses / name.format(split=split)
-                target = translations_of(record, results) / source.name
-                written.append(_copy(source, target, replace))
-    return [*written, _copy(folder.record, records.record_path(results, record), replace)]
+                targets[source] = translations_of(record, results) / source.name
+    targets[folder.record] = records.record_path(results, record)
+    return _copy_all(targets, replace)
 
 
 def _promote_benchmark(path: Path, results: Path, replace: bool) -> list[Path]:
@@ -113,7 +115,7 @@ def _promote_benchmark(path: Path, results: Path, replace: bool) -> list[Path]:
     except (ValueError, LookupError, TypeError) as error:
         raise UserError(f"{path} is no record of a benchmark ({error})") from None
     _refuse_modified_code(path, commit, modified)
-    return [_copy(path, results / "benchmarks" / path.name, replace)]
+    return _copy_all({path: results / "benchmarks" / path.name}, replace)
 
 
 def _refuse_modified_code(path: Path, commit: str, modified: bool | None) -> None:
@@ -124,10 +126,13 @@ def _refuse_modified_code(path: Path, commit: str, modified: bool | None) -> Non
         )
 
 
-def _copy(source: Path, target: Path, replace: bool) -> Path:
-    if target.exists() and target.read_bytes() != source.read_bytes() and not replace:
-        raise UserError(f"{target} is there and another; --replace puts {source} in its place")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(target, "wb") as file:
-        file.write(source.read_bytes())
-    return target
+def _copy_all(targets: Mapping[Path, Path], replace: bool) -> list[Path]:
+    """Copy files to their targets, all or, where one may not be replaced, none; return these."""
+    for source, target in targets.items():
+        if target.exists() and target.read_bytes() != source.read_bytes() and not replace:
+            raise UserError(f"{target} is there and another; --replace puts {source} in its place")
+    for source, target in targets.items():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with whole_file(target, "wb") as file:
+            file.write(source.read_bytes())
+    return [*targets.values()]

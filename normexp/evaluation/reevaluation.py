@@ -57,7 +57,7 @@ def _rescore(path: Path, overrides: list[str], fold: bool) -> None:
         raise UserError(f"{path} is a record, no model: only data.dir= and data.local= may follow")
     places = allowed | given
     local = Path(places["data.local"]) if places["data.local"] else None
-    results = path.parents[2]
+    results = path.absolute().parents[2]
     folder = promotion.translations_of(record, results)
     if not folder.is_dir():
         raise UserError(f"{folder} is missing: the translations of this record are not committed")

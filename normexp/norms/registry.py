@@ -18,10 +18,9 @@ def register_norm(name: str) -> Callable[[type[nn.Module]], type[nn.Module]]:
 
     The class takes `num_features` first; its other parameters, each with a default, are the
     options of the normalization. Within torch's TransformerEncoder its objects can stand for a
-    LayerNorm. Raises ValueError where the name is in use.
-    options of the normalization. Its norms get `reset_parameters`, where it has none, and come
-    out of transformers' `from_pretrained` with what a checkpoint does not hold at its start.
-    Raises ValueError where the name is in use.
+    LayerNorm. They get `reset_parameters`, where the class has none, and come out of transformers'
+    `from_pretrained` with what a checkpoint does not hold at its start. Raises ValueError where the
+    name is in use.
     """
 
     def add(cls: type[nn.Module]) -> type[nn.Module]:
@@ -30,7 +29,6 @@ def register_norm(name: str) -> Callable[[type[nn.Module]], type[nn.Module]]:
         cls.forward = accept_nested(cls.forward)
         if not issubclass(cls, nn.LayerNorm):
             cls.__init__ = _closing_the_fast_path(cls.__init__)
-        _NORMS[name] = startable(cls)
         _NORMS[name] = startable(cls)
         return cls
 

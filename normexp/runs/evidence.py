@@ -5,9 +5,13 @@
 
 from pathlib import Path
 
+from normexp.config.settings import RunSettings
 from normexp.errors import UserError
 from normexp.paths import OWN_RESULTS, RESULTS
-from normexp.runs.records import Record, load_records
+from normexp.runs.records import Record, load_records, path_of_run
+
+COMMITTED = ("records", "translations", "causality", "benchmarks", "tables", "figures")
+"""Folders of the committed results."""
 
 
 def is_evidence(results_dir: Path) -> bool:
@@ -15,22 +19,35 @@ def is_evidence(results_dir: Path) -> bool:
     return results_dir.resolve() == RESULTS
 
 
-def refuse_evidence(results_dir: Path) -> None:
-    """Raise UserError for the folder of the committed results."""
-    if is_evidence(results_dir):
-        raise UserError(
-            f"results_dir={results_dir} holds the committed results, which runs do not change: "
-            "leave results_dir out (results/own) or choose another, and add a finished run by "
-            "scripts/promote.py"
-        )
+def refuse_evidence(settings: RunSettings) -> None:
+    """Raise UserError where a run would write among the committed results, through links too."""
+    record = path_of_run(
+        settings.results_dir, settings.task.name, settings.label, settings.seed
+    ).parent
+    written = {
+        f"results_dir={settings.results_dir}": (settings.results_dir, record),
+        f"run_dir={settings.run_dir}": (settings.run_dir,),
+    }
+    for key, folders in written.items():
+        if any(is_evidence(folder) or _is_inside_committed(folder) for folder in folders):
+            raise UserError(
+                f"{key} holds the committed results, which runs do not change: leave "
+                f"{key.partition('=')[0]} out (results/own) or choose another, and add a finished "
+                "run by scripts/promote.py"
+            )
+
+
+def _is_inside_committed(folder: Path) -> bool:
+    return any(folder.resolve().is_relative_to(RESULTS / name) for name in COMMITTED)
 
 
 def evidence_beside(results_dir: Path) -> Path | None:
     """Return the folder of the committed results where they count as done for runs in this one.
 
-    That is so for the default folder. In any other a run is repeated.
+    That is so for the default folder, also where a link leads to another disk. In any other a run
+    is repeated.
     """
-    return RESULTS if results_dir.resolve() == OWN_RESULTS else None
+    return RESULTS if results_dir.resolve() == OWN_RESULTS.resolve() else None
 
 
 def load_records_beside(results_dir: Path) -> dict[Path, Record]:

@@ -167,8 +167,11 @@ def _updates_left(epoch_itr: Any, update_freq: list[int], max_epoch: int) -> int
 
     batches, epoch = len(epoch_itr), epoch_itr.epoch
     in_this = math.ceil((batches - epoch_itr.iterations_in_epoch) / freq(epoch))
-    later = range(epoch + 1, math.ceil(max_epoch) + 1)
-    return in_this + sum(math.ceil(batches / freq(other)) for other in later)
+    later = max(0, max_epoch - epoch)
+    varied = range(epoch + 1, epoch + 1 + min(later, len(update_freq)))
+    updates = sum(math.ceil(batches / freq(other)) for other in varied)
+    # Of the others, which may be millions, each has the last number of batches.
+    return in_this + updates + (later - len(varied)) * math.ceil(batches / update_freq[-1])
 
 
 def _clock(seconds: float) -> str:

@@ -65,6 +65,27 @@ def test_a_key_of_fairseqs_that_needs_a_plus_is_told_with_the_command(task: str,
         assert compose("train", [f"task={task}", f"+{key}", "seed=3"])
 
 
+@pytest.mark.parametrize(
+    ("mapping", "cure"),
+    [
+        (
+            "fairseq.optimizer={_name:nag,momentum:0.9}",
+            ("fairseq.optimizer={_name:nag}", "+fairseq.optimizer.momentum=0.9"),
+        ),
+        (
+            "fairseq.optimization={sentence_avg:true,max_epoch:2}",
+            ("fairseq.optimization={max_epoch:2}", "+fairseq.optimization.sentence_avg=true"),
+        ),
+    ],
+)
+def test_a_key_that_a_mapping_cannot_add_is_told(mapping: str, cure: tuple[str, str]) -> None:
+    said = message("task=ptb", mapping)
+    key = cure[1].partition("=")[0]
+    assert said.endswith(f"give it apart, {key}=VALUE") and "did you mean" not in said
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        assert compose("train", ["task=ptb", *cure])
+
+
 def test_an_unlike_key_gets_the_names_beside_it() -> None:
     said = message("evaluation.zzz=1")
     assert said.startswith("evaluation.zzz is unknown; known: ") and "evaluation.beam," in said

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from support.small_runs import composed
 
 from normexp.config.departures import Departure, _suffix, marked_budget
+from normexp.config.identity import config_hash
 from normexp.runs.records import path_of_run
 
 
@@ -24,6 +25,15 @@ from normexp.runs.records import path_of_run
         (["seed=3", "tracking=disabled", "data.dir=/x", "results_dir=/y"], "PN"),
         (["task.norm_warmup_steps=7"], "PN+task.norm_warmup_steps=7"),  # options follow it
         (["norm.sites.decoder_ffn=power"], "PN+norm.sites.decoder_ffn=power"),
+        # one number in several forms
+        (["norm.options.alpha_fwd=9e-1"], "PN"),
+        (["norm.options.alpha_fwd=1"], "PN+alpha_fwd=1.0"),
+        (["evaluation.length_penalty=1", "fairseq.optimizer.weight_decay=-0.0"], "PN"),
+        (["fairseq.optimization.clip_norm=2"], "PN+optimization.clip_norm=2.0"),
+        (["fairseq.optimization.clip_norm=2e0"], "PN+optimization.clip_norm=2.0"),
+        (["norm.options.warmup_steps=3.0"], "PN+warmup_steps=3"),
+        (["+fairseq.model.relu_dropout=0.0"], "PN+model.relu_dropout=0"),
+        (["+fairseq.model.relu_dropout=0"], "PN+model.relu_dropout=0"),
         (["label=mine", "norm.options.alpha_fwd=0.8"], "mine"),
         (["label=PN-"], "PN-"),
         (["+experiment=precision_toy", "speed.precision=bfloat16"], "PN-bfloat16"),
@@ -68,11 +78,32 @@ def test_the_environment_is_named_as_well(monkeypatch) -> None:
             "small model (2+2 layers, d 128), 1 epochs, one CPU core; "
             "fairseq.optimization.max_epoch=1 instead of 6",
         ),
+        (["task=multi30k", "budget=half"], "half"),
+        # Words of one's own may take the place of the task's, but nothing makes it the paper's.
+        (
+            ["task=toy_translation", "budget=null"],
+            "budget=null instead of toy corpus, tiny model, minutes on a CPU",
+        ),
+        (
+            ["task=toy_translation", "task.budget=null"],
+            "task.budget=null instead of toy corpus, tiny model, minutes on a CPU",
+        ),
         (["task=multi30k"], "small model (2+2 layers, d 128), 6 epochs, one CPU core"),
     ],
 )
 def test_what_shortens_or_shrinks_marks_itself(overrides, budget) -> None:
     assert marked_budget(composed(*overrides)) == budget
+
+
+def test_one_number_in_two_forms_is_one_configuration() -> None:
+    forms = ["norm.options.alpha_fwd=1", "evaluation.length_penalty=0", "norm.options.eps=1"]
+    others = [
+        "norm.options.alpha_fwd=1.0",
+        "evaluation.length_penalty=-0.0",
+        "norm.options.eps=1e0",
+    ]
+    one, other = composed("norm=power", *forms), composed("norm=power", *others)
+    assert one == other and config_hash(one) == config_hash(other)
 
 
 NAMES = st.sampled_from(["norm.options.a", "norm.options.b", "fairseq.x.lr", "evaluation.beam"])

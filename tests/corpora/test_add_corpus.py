@@ -501,7 +501,8 @@ def test_sentences_beyond_every_model_are_refused(tmp_path: Path) -> None:
         (b"a\nb\0c\n", "line 2: a zero byte"),
         (b"PK\x03\x04....", "is a zip archive; unpack it"),
         (gzip.compress(b"a b c\n" * 50, mtime=0)[:-9], "is damaged behind line"),
-        (b"", "has no text"),
+        (b"", "no text in"),
+        (b"\n \n" * 50, "no text in"),
     ],
 )
 def test_what_is_no_text_is_refused(tmp_path: Path, content: bytes, complaint: str) -> None:
@@ -509,6 +510,20 @@ def test_what_is_no_text_is_refused(tmp_path: Path, content: bytes, complaint: s
     with pytest.raises(UserError, match=complaint):
         add(tmp_path, tmp_path / "t.cs")
     assert not (own_folder() / "corpora" / "mine").exists()
+
+
+def test_what_left_all_text_out_is_told(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no text in .*; train: left out .* longer than 1 words"):
+        add(tmp_path, *parallel(tmp_path, PAIRS[:200]), max_words=1)
+
+
+def test_words_of_one_character_have_nothing_to_merge(tmp_path: Path) -> None:
+    text = [" ".join("abcdefgh"[n % k] for k in (2, 3, 5, 7)) for n in range(210)]
+    given = write(tmp_path / "t.cs", text)
+    with pytest.raises(UserError, match=r"no word of train has two characters.*--bpe-merges 0"):
+        add(tmp_path, given)
+    added = add(tmp_path, given, bpe_merges=0)
+    assert added.prepared.tokens("train") == 5 * added.prepared.sentences("train")
 
 
 def test_marks_of_fairseq_in_tokens_are_refused(tmp_path: Path) -> None:

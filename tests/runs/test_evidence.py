@@ -34,6 +34,35 @@ def test_runs_leave_their_results_elsewhere() -> None:
 
 
 @pytest.mark.parametrize(
+    "where",
+    [
+        "results_dir=results/records",  # its records would be records of a task "records"
+        "results_dir=results/own/..",
+        "run_dir=results/translations/multi30k/LN-seed1",
+        "run_dir=results",
+    ],
+)
+def test_no_path_leads_a_run_among_the_committed_results(where: str) -> None:
+    with pytest.raises(UserError, match=f"{where} holds the committed results"):
+        evidence.refuse_evidence(composed(where))
+
+
+def test_no_link_leads_a_run_among_the_committed_results(tmp_path) -> None:
+    (tmp_path / "records").mkdir()
+    (tmp_path / "records" / "multi30k").symlink_to(RESULTS / "records" / "multi30k")
+    with pytest.raises(UserError, match="holds the committed results"):
+        evidence.refuse_evidence(composed("task=multi30k", f"results_dir={tmp_path}"))
+    evidence.refuse_evidence(composed("task=ptb", f"results_dir={tmp_path}"))
+
+
+def test_own_results_on_another_disk_are_own_results(tmp_path, monkeypatch) -> None:
+    (link := tmp_path / "own").symlink_to(tmp_path / "disk")
+    monkeypatch.setattr(evidence, "OWN_RESULTS", link)
+    assert evidence.evidence_beside(link) == RESULTS
+    assert evidence.evidence_beside(tmp_path) is None
+
+
+@pytest.mark.parametrize(
     ("task", "settings"), [("multi30k", []), ("ptb", [*STOCK, "label=LN"])], ids=["multi30k", "ptb"]
 )
 def test_a_committed_run_is_done_where_own_runs_are_looked_up(tmp_path, task, settings) -> None:
@@ -79,7 +108,9 @@ def finished(overrides, little_text, tmp_path, monkeypatch) -> tuple[Path, Path]
     return settings.run_dir, tmp_path / "evidence"
 
 
-def test_a_run_is_promoted_with_its_translations(finished, little_text, capsys) -> None:
+def test_a_run_is_promoted_with_its_translations(
+    finished, little_text, capsys, monkeypatch
+) -> None:
     folder, committed = finished
     written = promote(folder, committed, replace=False)
     record = read_record(committed / "records/toy_translation/LN-seed1.json")
@@ -91,7 +122,9 @@ def test_a_run_is_promoted_with_its_translations(finished, little_text, capsys) 
     # BLEU of the committed files alone, through the command.
     path = committed / "records/toy_translation/LN-seed1.json"
     shutil.rmtree(folder)
-    reevaluation.main(path, [f"data.dir={little_text}"], fold=False)
+    with monkeypatch.context() as patch:  # also by its bare name
+        patch.chdir(path.parent)
+        reevaluation.main(Path(path.name), [f"data.dir={little_text}"], fold=False)
     shown = capsys.readouterr().out
     for metrics in record.metrics.values():
         for name in ("bleu_tokenised", "sacrebleu"):
@@ -134,6 +167,16 @@ def test_what_is_no_evidence_is_refused(finished, little_text) -> None:
     refused("--replace puts", later := replace(record, finished_at="2030-01-01T00:00:00Z"))
     promote(folder, committed, replace=True)
     assert read_record(committed / "records/toy_translation/LN-seed1.json") == later
+
+
+def test_translations_are_not_put_beside_a_record_of_another_run(finished) -> None:
+    """A committed record may have no translations, as those of earlier versions."""
+    folder, committed = finished
+    other = replace(read_record(folder / "record.json"), finished_at="2020-01-01T00:00:00Z")
+    write_record(path := committed / "records/toy_translation/LN-seed1.json", other)
+    with pytest.raises(UserError, match="--replace puts"):
+        promote(folder, committed, replace=False)
+    assert read_record(path) == other and not (committed / "translations").exists()
 
 
 def test_a_file_changed_in_place_is_not_trained_on(finished, little_text, caplog) -> None:

@@ -55,6 +55,8 @@ def test_updates_of_all_epochs_are_counted_from_any_place(batches, freqs, max_ep
 
 def test_without_limits_nothing_is_promised() -> None:
     assert position(*training(7, 10, [1]), 10.0, 5).total is None
+    # Counted for every update, so not epoch by epoch.
+    assert position(*training(3, 10, [1, 5], max_epoch=10**15), 10.0, 5).total == 2 * 10**15 + 8
     assert position(*training(7, 10, [1]), 10.0, 5).seconds_left is None
     assert str(position(*training(7, 10, [1]), 10.0, 5)) == "update 7"
     timed = position(*training(7, 10, [1], stop_time_hours=1), 10.0, 5)
