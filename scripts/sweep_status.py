@@ -50,7 +50,7 @@ def main() -> int:
     runs = [run for run in found if not isinstance(run, UserError)]
     invalid = [run for run in found if isinstance(run, UserError)]
     jobs = slurm_queue.jobs(results or (runs[0].results_dir if runs else OWN_RESULTS))
-    statuses = [status_of(settings, jobs) for settings in runs]
+    statuses = [status_of(settings, jobs, from_folder=results is not None) for settings in runs]
     print_statuses(statuses)
     for error in invalid:
         print(f"error: {error}", file=sys.stderr)

@@ -27,7 +27,13 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from normexp.config import own_tasks
 from normexp.config.fairseq_values import in_one_form
-from normexp.config.settings import ExperimentSettings, RunSettings, parse
+from normexp.config.settings import (
+    ExperimentSettings,
+    RunSettings,
+    parse_resolved,
+    resolved,
+    without_hydra,
+)
 from normexp.paths import CONFIGS
 
 own_tasks.register()  # before anything composes
@@ -65,34 +71,94 @@ class Departure:
         return f"{self.key}={_shown(self.value)} instead of {_shown(self.usual)}"
 
 
-def settings_of(cfg: DictConfig, choices: Mapping[str, str | None]) -> RunSettings:
+class Usual:
+    """The configurations that commands depart from, each composed once.
+
+    One object serves one sweep: what it has composed does not follow the files and the environment.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[tuple, _Composed] = {}
+
+    def of(self, choices: Mapping[str, str | None]) -> tuple["_Composed", list[Departure]]:
+        """Return the configuration of these choices without overrides, and the choices that depart.
+
+        choices: Hydra's `hydra.runtime.choices`, by group.
+        """
+        kept = [
+            f"{'+' if group == 'experiment' else ''}{group}={choices[group]}"
+            for group in _CONFIGURATION
+            if choices.get(group) is not None
+        ]
+        usual = self._composed(kept)
+        other = {
+            group: choice
+            for group, choice in choices.items()
+            if not group.startswith("hydra/")
+            and group not in (*_CONFIGURATION, "tracking")
+            and usual.choices.get(group) != choice
+        }
+        found = [Departure(key, choice, usual.choices.get(key)) for key, choice in other.items()]
+        if other:
+            added = [f"{'' if g in usual.choices else '+'}{g}={c}" for g, c in other.items()]
+            usual = self._composed([*kept, *added])
+        return usual, found
+
+    def _composed(self, overrides: list[str]) -> "_Composed":
+        key = tuple(overrides)
+        if key not in self._known:
+            cfg = config_loader().load_configuration("train", overrides, run_mode=RunMode.RUN)
+            self._known[key] = _Composed(cfg, dict(cfg.hydra.runtime.choices))
+        return self._known[key]
+
+
+class _Composed:
+    """A configuration without overrides, as values by dotted key."""
+
+    def __init__(self, cfg: DictConfig, choices: Mapping[str, str | None]) -> None:
+        own = without_hydra(cfg)
+        self.choices = choices
+        self.raw = OmegaConf.to_container(own, resolve=False)
+        self.raw_values = _leaves(self.raw, raw=True)
+        self.values = _leaves(OmegaConf.to_container(own, resolve=True)) | _BY_ENVIRONMENT
+
+
+def settings_of(
+    cfg: DictConfig, choices: Mapping[str, str | None], usual: Usual | None = None
+) -> RunSettings:
     """Return the settings of a configuration that Hydra has composed.
 
-    choices: Hydra's `hydra.runtime.choices`, by group. A label that the command does not give is
-    extended by the departures. Raises UserError as `parse` does.
+    choices: Hydra's `hydra.runtime.choices`, by group. usual: shared by the runs of a sweep. A
+    label that the command does not give is extended by the departures. Raises UserError as `parse`
+    does.
     """
-    parse(cfg)  # first: what follows takes valid settings for granted
-    usual, chosen = _usual(choices)
-    cfg = _in_form_of(usual, cfg)
-    settings = parse(cfg)
-    found = chosen + _departures(cfg, usual, settings.finetuned_from)
+    own = without_hydra(cfg)
+    content = resolved(own)
+    settings = parse_resolved(content)  # first: what follows takes valid settings for granted
+    named, found = (usual or Usual()).of(choices)
+    if _take_the_form_of(named, own):
+        content = resolved(own)
+        settings = parse_resolved(content)
+    raw = OmegaConf.to_container(own, resolve=False)
+    found += _changed(content, raw, named, settings.finetuned_from)
     # The norm's options first, which a label that is cut should not lose.
     found.sort(key=lambda one: (not one.key.startswith("norm."), one.key))
-    raw_label = _raw(cfg, "label")
-    named = cfg.copy()
-    with open_dict(named):
-        named.departures = [str(one) for one in found]
-        if raw_label == _raw(usual, "label"):
-            shown_already = set(re.findall(r"\$\{([\w.]+)\}", str(raw_label)))
-            items = [one for one in found if one.key not in shown_already]
-            named.label = settings.label + _suffix(items)
-            if _raw(cfg, "run_dir") == _raw(usual, "run_dir"):
-                # One training serves all evaluations of it.
-                trained = [one for one in items if not one.key.startswith("evaluation.")]
-                folder = settings.run_dir.parent
-                name = f"{settings.label}{_suffix(trained)}-seed{settings.seed}"
-                named.run_dir = str(folder / name)
-    return parse(named)
+    names: dict[str, Any] = {}
+    if raw["label"] == named.raw["label"]:
+        shown_already = set(re.findall(r"\$\{([\w.]+)\}", str(raw["label"])))
+        items = [one for one in found if one.key not in shown_already]
+        names["label"] = settings.label + _suffix(items)
+        if raw["run_dir"] == named.raw["run_dir"]:
+            # One training serves all evaluations of it.
+            trained = [one for one in items if not one.key.startswith("evaluation.")]
+            name = f"{settings.label}{_suffix(trained)}-seed{settings.seed}"
+            names["run_dir"] = str(settings.run_dir.parent / name)
+    departures = [str(one) for one in found]
+    if all(str(getattr(settings, key)) == value for key, value in names.items()):
+        return settings.model_copy(update={"departures": departures})
+    with open_dict(own):  # other settings may refer to the names
+        own.merge_with({**names, "departures": departures})
+    return parse_resolved(resolved(own))
 
 
 def marked_budget(settings: RunSettings) -> str | None:
@@ -108,41 +174,18 @@ def config_loader() -> ConfigLoader:
     return ConfigLoaderImpl(config_search_path=create_config_search_path(str(CONFIGS)))
 
 
-def _usual(choices: Mapping[str, str | None]) -> tuple[DictConfig, list[Departure]]:
-    """Return the configuration as it is without overrides, and the choices that depart from it."""
-    loader = config_loader()
-    kept = [
-        f"{'+' if group == 'experiment' else ''}{group}={choices[group]}"
-        for group in _CONFIGURATION
-        if choices.get(group) is not None
-    ]
-    usual = loader.load_configuration("train", kept, run_mode=RunMode.RUN)
-    usual_choices = usual.hydra.runtime.choices
-    other = {
-        group: choice
-        for group, choice in choices.items()
-        if not group.startswith("hydra/")
-        and group not in (*_CONFIGURATION, "tracking")
-        and usual_choices.get(group) != choice
-    }
-    if other:
-        added = [f"{'' if g in usual_choices else '+'}{g}={c}" for g, c in other.items()]
-        usual = loader.load_configuration("train", [*kept, *added], run_mode=RunMode.RUN)
-    return usual, [Departure(key, choice, usual_choices.get(key)) for key, choice in other.items()]
-
-
-def _in_form_of(usual: DictConfig, cfg: DictConfig) -> DictConfig:
-    """Return a configuration with each number written as the one that it replaces is.
+def _take_the_form_of(usual: _Composed, cfg: DictConfig) -> bool:
+    """Write each number as the one that it replaces is; return whether any was written otherwise.
 
     A number that replaces none has no needless ".0". 1 and 1.0 are one setting, with one name.
     """
-    formed = cfg.copy()
-    before = _leaves(usual, resolve=True)
-    for key, value in _leaves(cfg, resolve=False).items():
-        form = _form(value, before.get(key))
+    changed = False
+    for key, value in _leaves(OmegaConf.to_container(cfg, resolve=False), raw=True).items():
+        form = _form(value, usual.values.get(key))
         if repr(form) != repr(value) and OmegaConf.select(cfg, key) == value:
-            OmegaConf.update(formed, key, form)
-    return formed
+            OmegaConf.update(cfg, key, form)
+            changed = True
+    return changed
 
 
 def _form(value: Any, before: Any) -> Any:
@@ -153,39 +196,37 @@ def _form(value: Any, before: Any) -> Any:
     return value + 0.0 if type(before) is float else int(value)  # + 0.0: -0.0 is 0.0
 
 
-def _departures(cfg: DictConfig, usual: DictConfig, donor: str | None) -> list[Departure]:
+def _changed(
+    content: dict[str, Any], raw: dict[str, Any], usual: _Composed, donor: str | None
+) -> list[Departure]:
     """Return the settings that are other than usual.
 
-    donor: the checkpoint that the run begins with, which counts by its content and not its place.
+    content, raw: the configuration with its references filled in, and with them. donor: the
+    checkpoint that the run begins with, which counts by its content and not its place.
     """
-    found = []
-    ours, theirs = _leaves(cfg, resolve=True), _leaves(usual, resolve=True) | _BY_ENVIRONMENT
+    ours, raw_ours, raw_theirs = _leaves(content), _leaves(raw, raw=True), usual.raw_values
     if ours.pop("fairseq.checkpoint.finetune_from_model", None) is not None:
         ours["finetuned_from"] = donor
-    raw_ours, raw_theirs = _leaves(cfg, resolve=False), _leaves(usual, resolve=False)
-    for key in sorted(ours.keys() | theirs.keys()):
-        value, before = ours.get(key, _ABSENT), theirs.get(key, _ABSENT)
-        raw = raw_ours.get(key)
-        follows = isinstance(raw, str) and "${" in raw and raw == raw_theirs.get(key)
-        if follows and key not in _BY_ENVIRONMENT:
+    found = []
+    for key in sorted(ours.keys() | usual.values.keys()):
+        value, before = ours.get(key, _ABSENT), usual.values.get(key, _ABSENT)
+        unresolved = raw_ours.get(key)
+        follows = isinstance(unresolved, str) and "${" in unresolved
+        if follows and unresolved == raw_theirs.get(key) and key not in _BY_ENVIRONMENT:
             continue  # the setting that it refers to is listed
         if key not in _NAMED_OTHERWISE and _canonical(value) != _canonical(before):
             found.append(Departure(key, value, before))
     return found
 
 
-def _leaves(cfg: DictConfig, resolve: bool) -> dict[str, Any]:
-    """The settings that decide a result, by their dotted keys; a list is one value."""
-    own = OmegaConf.masked_copy(cfg, [key for key in cfg if key in ExperimentSettings.model_fields])
-    if resolve:
-        # References may lead out of what is kept.
-        whole = OmegaConf.to_container(
-            OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"]), resolve=True
-        )
-        content = {key: whole[key] for key in own}
-        content["fairseq"] = in_one_form(content["fairseq"])
-    else:
-        content = OmegaConf.to_container(own, resolve=False)
+def _leaves(content: Mapping[str, Any], raw: bool = False) -> dict[str, Any]:
+    """Return the settings that decide a result, by their dotted keys; a list is one value.
+
+    raw: with references, so that values are not brought into one form.
+    """
+    own = {key: value for key, value in content.items() if key in ExperimentSettings.model_fields}
+    if not raw:
+        own["fairseq"] = in_one_form(own["fairseq"])
     leaves: dict[str, Any] = {}
 
     def walk(node: Any, key: str) -> None:
@@ -195,12 +236,8 @@ def _leaves(cfg: DictConfig, resolve: bool) -> dict[str, Any]:
         else:
             leaves[key] = node
 
-    walk(content, "")
+    walk(own, "")
     return leaves
-
-
-def _raw(cfg: DictConfig, key: str) -> Any:
-    return OmegaConf.to_container(cfg, resolve=False)[key]
 
 
 def _suffix(found: Iterable[Departure]) -> str:

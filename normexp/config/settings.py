@@ -43,6 +43,8 @@ FAIRSEQ_GROUPS = (
 )
 """Groups of fairseq's configuration that every run has."""
 
+_OF_KIND = "task.kind", "task.name", "fairseq.model._name", "fairseq.task._name"
+
 NOT_IN_IDENTITY = ("data", "results_dir", "run_dir", "tracking", "departures")
 """Settings of a run that do not decide its result."""
 
@@ -270,19 +272,42 @@ def parse(cfg: DictConfig) -> RunSettings:
     Raises UserError naming the full key, for a model that does not fit the kind of the task, a
     reference that leads nowhere, an unknown or missing key, and a value of the wrong type or range.
     """
-    _check_kind(cfg)
+    return parse_resolved(resolved(without_hydra(cfg)))
+
+
+def without_hydra(cfg: DictConfig) -> DictConfig:
+    """A copy of a configuration without Hydra's own part."""
+    return OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"])
+
+
+def resolved(cfg: DictConfig) -> dict[str, Any]:
+    """The settings in plain containers, references filled in.
+
+    Raises UserError for a model that does not fit the kind of the task, which references may take
+    for granted, and for a reference that leads nowhere.
+    """
     try:
-        own = OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"])
-        content = OmegaConf.to_container(own, resolve=True, throw_on_missing=True)
+        _check_kind(*(OmegaConf.select(cfg, key) for key in _OF_KIND))
+        return OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         raise UserError(f"configuration: {first_line(error)}") from None
-    _name_donor_by_content(content)
+
+
+def parse_resolved(content: Mapping[str, Any]) -> RunSettings:
+    """The settings in plain containers without references.
+
+    Raises UserError for an unknown or missing key, a value of the wrong type or range, and a model
+    that does not fit the kind of the task.
+    """
+    content = _with_donor(content)
     if isinstance(content.get("fairseq"), Mapping):
         content["fairseq"] = in_one_form(content["fairseq"])
     settings = validated(RunSettings, content)
     for group in FAIRSEQ_GROUPS:
         if not isinstance(given := settings.fairseq.get(group), Mapping):
             raise UserError(f"fairseq.{group}={given!r} must be a group of fairseq's settings")
+    names = (settings.fairseq[group].get("_name") for group in ("model", "task"))
+    _check_kind(settings.task.kind, settings.task.name, *names)
     return settings
 
 
@@ -294,8 +319,8 @@ def _content_hash(path: Path, *state: int) -> str:
     return file_hash(path)
 
 
-def _name_donor_by_content(content: dict[str, Any]) -> None:
-    """Fill in the hash of the checkpoint that a run begins with, in place.
+def _with_donor(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings with the hash of the checkpoint that a run begins with.
 
     A run folder's configuration has it already; the file may have gone since.
     """
@@ -303,16 +328,18 @@ def _name_donor_by_content(content: dict[str, Any]) -> None:
     checkpoint = fairseq.get("checkpoint") if isinstance(fairseq, dict) else None
     path = checkpoint.get("finetune_from_model") if isinstance(checkpoint, dict) else None
     if path is None or content.get("finetuned_from") is not None:
-        return
+        return dict(content)
     donor = Path(str(path)).absolute()
     try:
         stat = donor.stat()
-        content["finetuned_from"] = _content_hash(donor, stat.st_size, stat.st_mtime_ns)
+        content_hash = _content_hash(donor, stat.st_size, stat.st_mtime_ns)
     except OSError as error:
         raise UserError(
             f"fairseq.checkpoint.finetune_from_model={path} cannot be read: {error.strerror}"
         ) from None
-    checkpoint["finetune_from_model"] = str(donor)
+    checkpoint = {**checkpoint, "finetune_from_model": str(donor)}
+    fairseq = {**fairseq, "checkpoint": checkpoint}
+    return {**content, "fairseq": fairseq, "finetuned_from": content_hash}
 
 
 def validated(model: type[S], content: Mapping[str, Any]) -> S:
@@ -345,14 +372,8 @@ def first_line(error: Exception) -> str:
     return lines[0] + (f" (key {key})" if key and key not in lines[0] else "")
 
 
-def _check_kind(cfg: DictConfig) -> None:
-    """Check that model, task and kind fit, before references between them are followed."""
-    try:
-        kind, name = OmegaConf.select(cfg, "task.kind"), OmegaConf.select(cfg, "task.name")
-        model = OmegaConf.select(cfg, "fairseq.model._name")
-        task = OmegaConf.select(cfg, "fairseq.task._name")
-    except OmegaConfBaseException as error:
-        raise UserError(f"configuration: {first_line(error)}") from None
+def _check_kind(kind: Any, name: Any, model: Any, task: Any) -> None:
+    """Check that model, task and kind fit; the arguments are the settings of `_OF_KIND`."""
     if not isinstance(kind, str) or kind not in PLUGIN_MODELS:
         raise UserError(f"task.kind={kind!r}; known: {', '.join(PLUGIN_MODELS)}")
     if model not in PLUGIN_MODELS[kind]:

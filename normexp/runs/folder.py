@@ -32,6 +32,7 @@ from normexp.errors import UserError
 from normexp.files import whole_file
 from normexp.runs.archive import CURE, archive
 from normexp.runs.provenance import command_of_this_run
+from normexp.runs.saved_settings import read_resolved
 
 LOCK = ".lock"
 _DAMAGE = (ValueError, TypeError, AttributeError, AssertionError, RecursionError, OSError)
@@ -102,6 +103,8 @@ class RunFolder:
                 f"{self.path} is no run folder: it has no config.yaml (run folders lie under "
                 "results/own/runs/<task>/; scripts/train.py makes them)"
             )
+        if mended is None and (plain := read_resolved(self.config)):
+            return plain
         try:
             cfg = OmegaConf.load(self.config)
         # OmegaConf raises OSError for a file that holds a number.

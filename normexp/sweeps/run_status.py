@@ -36,13 +36,19 @@ class RunStatus:
         return self.state in FINISHED
 
 
-def status_of(settings: RunSettings, jobs: Mapping[Path, Job]) -> RunStatus:
-    """Return the status of the run of these settings. jobs: what slurm_queue.jobs() returns."""
-    state, detail = _state(settings, jobs)
+def status_of(
+    settings: RunSettings, jobs: Mapping[Path, Job], from_folder: bool = False
+) -> RunStatus:
+    """Return the status of the run of these settings.
+
+    jobs: what slurm_queue.jobs() returns. from_folder: the settings are those that the run folder
+    holds, with which they need not be compared.
+    """
+    state, detail = _state(settings, jobs, from_folder)
     return RunStatus(settings.task.name, settings.label, settings.seed, state, detail)
 
 
-def _state(settings: RunSettings, jobs: Mapping[Path, Job]) -> tuple[State, str]:
+def _state(settings: RunSettings, jobs: Mapping[Path, Job], from_folder: bool) -> tuple[State, str]:
     folder = RunFolder(settings.run_dir.absolute())
     found = find_record(settings)
     if found and found[1].status == "complete" and is_final(found[1]):
@@ -50,7 +56,7 @@ def _state(settings: RunSettings, jobs: Mapping[Path, Job]) -> tuple[State, str]
     if found and found[1].status == "diverged":
         return "diverged", found[1].reason or ""
     job = jobs.get(folder.path)
-    changed = folder.difference_from(settings)
+    changed = "" if from_folder else folder.difference_from(settings)
     if folder.in_use():
         what = f"another configuration ({changed})" if changed else _progress(folder)
         return "running", what

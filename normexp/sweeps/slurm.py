@@ -17,6 +17,7 @@ from hydra.core.utils import JobReturn, JobStatus, filter_overrides
 from hydra_plugins.hydra_submitit_launcher import submitit_launcher
 from hydra_plugins.hydra_submitit_launcher.config import BaseQueueConf
 
+from normexp.config.departures import Usual
 from normexp.config.settings import RunSettings
 from normexp.errors import UserError
 from normexp.runs.lookup import find_record
@@ -86,7 +87,8 @@ class SlurmLauncher(submitit_launcher.SlurmLauncher):
     def _launch(
         self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
     ) -> Sequence[JobReturn]:
-        composed = [self._composed(overrides) for overrides in job_overrides]
+        usual = Usual()
+        composed = [self._composed(overrides, usual) for overrides in job_overrides]
         runs = []
         for overrides, settings in zip(job_overrides, composed, strict=True):
             if isinstance(settings, UserError):
@@ -114,10 +116,11 @@ class SlurmLauncher(submitit_launcher.SlurmLauncher):
             for overrides, settings in zip(job_overrides, composed, strict=True)
         ]
 
-    def _composed(self, overrides: Sequence[str]) -> RunSettings | UserError:
+    def _composed(self, overrides: Sequence[str], usual: Usual) -> RunSettings | UserError:
         loader = self.hydra_context.config_loader
         cfg = loader.load_sweep_config(self.config, list(overrides))
-        return settings_or_error(cfg, filter_overrides(overrides))
+        choices = cfg.hydra.runtime.choices
+        return settings_or_error(cfg, choices, filter_overrides(overrides), usual)
 
     def _returned(self, overrides: Sequence[str], settings: RunSettings | UserError) -> JobReturn:
         """Return the result of a run, or a failure if it is not done, from its record."""

@@ -1,29 +1,30 @@
 """The runs of a sweep, expanded by Hydra's own rules."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
-from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from normexp.config.composition_errors import explained
-from normexp.config.departures import config_loader, settings_of
+from normexp.config.departures import Usual, settings_of
 from normexp.config.identity import config_hash, differences
 from normexp.config.settings import RunSettings
 from normexp.errors import UserError
 from normexp.runs.folder import RunFolder
+from normexp.sweeps.composer import SweepComposer
 
 
-def settings_or_error(cfg: DictConfig, overrides: Sequence[str]) -> RunSettings | UserError:
+def settings_or_error(
+    cfg: DictConfig, choices: Mapping[str, str | None], overrides: Sequence[str], usual: Usual
+) -> RunSettings | UserError:
     """Parse the settings of one run of a sweep; an error names its overrides, others can go on.
 
-    cfg: with Hydra's own part.
+    choices: Hydra's `hydra.runtime.choices`. usual: shared by the runs.
     """
     try:
-        return settings_of(cfg, cfg.hydra.runtime.choices)
+        return settings_of(cfg, choices, usual)
     except UserError as error:
         return UserError(f"{' '.join(overrides)}: {error}")
 
@@ -33,20 +34,15 @@ def runs_of_sweep(overrides: list[str]) -> list[RunSettings | UserError]:
 
     Raises UserError for overrides that Hydra does not understand.
     """
-    loader = config_loader()
-    parser = OverridesParser.create(config_loader=loader)
-
-    def composed(given: Sequence[str]) -> DictConfig:
-        return loader.load_configuration("train", list(given), run_mode=RunMode.RUN)
-
+    composer, usual = SweepComposer(), Usual()
     try:
-        parsed = parser.parse_overrides(overrides)
+        parsed = composer.parser.parse_overrides(overrides)
         fixed = [given.input_line for given in parsed if not given.is_sweep_override()]
         # An experiment's own sweep; what is given on the command line goes before it.
-        swept = composed(fixed).hydra.sweeper.params or {}
+        swept = composer.composed(fixed).hydra.sweeper.params or {}
         every = [f"{key}={values}" for key, values in swept.items()] + overrides
-        (jobs,) = BasicSweeper.split_arguments(parser.parse_overrides(every), None)
-        return [settings_or_error(composed(job), job) for job in jobs]
+        (jobs,) = BasicSweeper.split_arguments(composer.parser.parse_overrides(every), None)
+        return [settings_or_error(*composer.run(job), job, usual) for job in jobs]
     except HydraException as error:
         raise UserError(explained(error, ["scripts/train.py", "-m", *overrides])) from error
 
