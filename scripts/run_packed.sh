@@ -12,11 +12,11 @@ venv=$here/venv
 if [ ! -e "$venv/.installed" ]; then
     rm -rf "$venv"
     "$python" -m venv --system-site-packages --without-pip "$venv"
-    # Where $PYTHON is of a virtual environment itself, the packages there are not the system's.
+    # Where $PYTHON is of a virtual environment itself, its packages are not the system's.
     "$python" - "$venv" <<'EOF'
-import pathlib, sys, sysconfig
+import pathlib, sys
 own = next(pathlib.Path(sys.argv[1]).glob("lib/python*/site-packages"))
-folders = dict.fromkeys(sysconfig.get_path(name) for name in ("purelib", "platlib"))
+folders = [path for path in sys.path if path.endswith(("site-packages", "dist-packages"))]
 (own / "packages_of_the_machine.pth").write_text("\n".join(folders) + "\n")
 EOF
     pip=("$venv/bin/python" "$(echo "$here"/wheels/pip-*.whl)/pip" --disable-pip-version-check

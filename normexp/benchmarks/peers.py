@@ -2,6 +2,7 @@
 
 import functools
 import importlib.metadata
+import pkgutil
 import shutil
 from collections.abc import Callable
 from typing import NamedTuple
@@ -103,20 +104,22 @@ def peer_versions() -> dict[str, str]:
     return {package: found for package, found in versions.items() if found is not None}
 
 
+# Not by import statements: these packages are no part of what the project needs.
 def _liger() -> dict[str, tuple[Callable[..., Tensor], int]]:
-    from liger_kernel.transformers.functional import liger_layer_norm, liger_rms_norm
-
+    layer_norm, rms_norm = (
+        pkgutil.resolve_name(f"liger_kernel.transformers.functional:liger_{name}")
+        for name in ("layer_norm", "rms_norm")
+    )
     return {
-        "LayerNorm": (lambda x, weight, bias: liger_layer_norm(x, weight, bias, EPS), 2),
+        "LayerNorm": (lambda x, weight, bias: layer_norm(x, weight, bias, EPS), 2),
         # By default its backward writes over the gradient that it is given.
-        "RMSNorm": (lambda x, weight: liger_rms_norm(x, weight, EPS, in_place=False), 1),
+        "RMSNorm": (lambda x, weight: rms_norm(x, weight, EPS, in_place=False), 1),
     }
 
 
 def _quack() -> dict[str, tuple[Callable[..., Tensor], int]]:
-    from quack.rmsnorm import rmsnorm
-
-    return {"RMSNorm": (lambda x, weight: rmsnorm(x, weight, eps=EPS), 1)}
+    rms_norm = pkgutil.resolve_name("quack.rmsnorm:rmsnorm")
+    return {"RMSNorm": (lambda x, weight: rms_norm(x, weight, eps=EPS), 1)}
 
 
 @functools.cache

@@ -10,6 +10,7 @@ import os
 import pkgutil
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -94,6 +95,7 @@ def run(section: Section, rehearsal: bool) -> Iterator[Row]:
 
 def _send_rows(rows: str, rehearsal: bool, sender: Connection) -> None:
     os.environ.update(_ENVIRONMENT | (_REHEARSAL if rehearsal else {}))
+    warnings.filterwarnings("ignore", module=r"(fairseq|torch)\.")  # one for every trainer
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("fairseq").setLevel(logging.WARNING)  # it logs every trainer it builds
     try:
