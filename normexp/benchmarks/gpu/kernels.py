@@ -116,7 +116,11 @@ def _step(
     if norm.kernels != kernels:
         raise RuntimeError(f"{norm.kernels} kernels computed, not {kernels}")
     names = ("dL/dx", "dL/dw", "dL/db")
-    gradients = torch.autograd.grad(y, [leaf, norm.weight, norm.bias], gradient)
+    outputs, upstream = [y], [gradient]
+    if hasattr(norm, "penalty"):  # whose gradient reaches the batch's statistics
+        outputs.append(norm.penalty())
+        upstream.append(torch.ones_like(outputs[1]))
+    gradients = torch.autograd.grad(outputs, [leaf, norm.weight, norm.bias], upstream)
     state = {key: buffer.clone() for key, buffer in norm.named_buffers()}
     return {"y": y.detach(), **dict(zip(names, gradients, strict=True)), **state}
 
