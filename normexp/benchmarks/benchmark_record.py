@@ -22,18 +22,27 @@ def write_record(
     The conditions are the command (made of `options`, those of scripts/benchmark.py without
     dashes, and torch's number of threads), hardware, malloc settings, versions, commit and time.
     """
+    result = measured | conditions(benchmark, options)
+    record.parent.mkdir(parents=True, exist_ok=True)
+    write_json(record, result)
+    return result
+
+
+def conditions(benchmark: str, options: dict[str, Any]) -> dict[str, Any]:
+    """The conditions of a measurement that is made now; see `write_record`."""
     commit, dirty = code_version(REPOSITORY)
-    given = " ".join(f"--{name} {value}" for name, value in options.items())
-    result = measured | {
+    given = [
+        f"--{name}" if value is True else f"--{name} {value}"
+        for name, value in options.items()
+        if value is not False and value is not None
+    ]
+    given.append(f"--threads {torch.get_num_threads()}")
+    return {
         "malloc": {name: os.environ[name] for name in _MALLOC if name in os.environ} or "default",
         "hardware": hardware_facts(),
         "versions": package_versions(),
         "code_commit": commit,
         "code_dirty": dirty,
-        "command": f"python scripts/benchmark.py {benchmark} {given} "
-        f"--threads {torch.get_num_threads()}",
+        "command": " ".join(["python scripts/benchmark.py", benchmark, *given]),
         "measured_at": utc_now(),
     }
-    record.parent.mkdir(parents=True, exist_ok=True)
-    write_json(record, result)
-    return result

@@ -36,26 +36,40 @@ THREADS = Option(None, 1, "to compute with", "of torch (as many as it takes itse
 
 @dataclass(frozen=True)
 class Benchmark:
-    """What --help says of a benchmark, and its options; `has_folder`: it needs disk space."""
+    """What --help says of a benchmark, and its options.
+
+    options: whole numbers. paths, flags: names of paths and switches, with their help. in_all: the
+    numbers with which the command `all` runs it, where they are not its defaults. needs_gpu: it is
+    skipped there without one.
+    """
 
     summary: str
     description: str
     options: dict[str, Option] = field(default_factory=dict)
-    has_folder: bool = False
+    paths: dict[str, str] = field(default_factory=dict)
+    flags: dict[str, str] = field(default_factory=dict)
+    in_all: dict[str, int] = field(default_factory=dict)
+    needs_gpu: bool = False
 
 
 # By the names of modules, normexp.benchmarks.bench_NAME, whose `measure` takes the options.
 BENCHMARKS = {
     "norms": Benchmark(
-        "the normalization layers against nn.LayerNorm: 3 minutes",
+        "the normalization layers against nn.LayerNorm: 5 minutes",
         "Forward and backward in training, in float32 and bfloat16, all layers interleaved in one "
-        "process.",
+        "process, beside what torch.compile makes of their equations.",
         rounds(40),
+        paths={
+            "authors": "a clone of https://github.com/sIncerass/powernorm, whose layers run beside "
+            "ours"
+        },
+        in_all={"rounds": 15},
     ),
     "scaling": Benchmark(
         "the same over the number of tokens, channels and groups: 3 minutes",
         "Forward and backward in training, in float32 and bfloat16.",
         rounds(15),
+        in_all={"rounds": 8},
     ),
     "training": Benchmark(
         "whole training steps against stock fairseq",
@@ -101,9 +115,33 @@ BENCHMARKS = {
             "pairs": Option(1_000_000, 1000, "or starting processes is all one measures"),
             "seed": Option(1, help="of the text"),
         },
-        has_folder=True,
+        paths={"folder": "for a temporary folder (the system's)"},
+        in_all={"pairs": 200_000},
+    ),
+    "gpu": Benchmark(
+        "everything that needs a GPU: 8 minutes",
+        "Kernels against plain torch, layers against nn.LayerNorm and torch.compile, training "
+        "updates of the paper's models against stock fairseq, beam search, CUDA graphs. Each part "
+        "runs in a process of its own and is saved as it comes.",
+        flags={"rehearsal": "the same without a GPU, in tiny sizes: shows that it runs"},
+        needs_gpu=True,
     ),
 }
+
+
+def commands_of_all(folder: Path) -> dict[str, list[str]]:
+    """The arguments of scripts/benchmark.py for each benchmark of the command `all`, by name.
+
+    Their records are in `folder`. Together 20 minutes on two cores.
+    """
+    return {
+        name: [
+            name,
+            *(word for key, value in one.in_all.items() for word in (f"--{key}", str(value))),
+            *("--output", str(folder / f"{name}.json")),
+        ]
+        for name, one in BENCHMARKS.items()
+    }
 
 
 def measure(

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -86,8 +86,14 @@ def load_benchmarks(results: Path) -> Benchmarks:
 
 
 def tables(benchmark: str, record: Content) -> list[tuple[str, Table]]:
-    """Give the titles and tables of a record; raises KeyError if a value is missing."""
-    return _TABLES[benchmark](record)
+    """Give the titles and tables of a record; raises KeyError if a value is missing.
+
+    Below the last one stands what the record says was `skipped`.
+    """
+    found = _TABLES[benchmark](record)
+    title, last = found[-1]
+    notes = [*last.notes, *_left_out(record.get("skipped", {}))]
+    return [*found[:-1], (title, replace(last, notes=notes))]
 
 
 def authors_table(authors: Authors) -> Table:
@@ -125,13 +131,20 @@ def environment(record: Content) -> str:
 
 
 def _norms(record: Content) -> list[tuple[str, Table]]:
-    return [
+    found = [
         (
             f"Forward and backward in {dtype}, as multiples of nn.LayerNorm's",
             _pivot(rows, "layer", "shape", _norm_cell),
         )
         for dtype, rows in _grouped(record["measured"], "dtype")
     ]
+    beside_authors = [row for row in record["measured"] if "ratio_to_authors" in row]
+    if beside_authors:
+        table = _pivot(
+            beside_authors, "layer", "shape", lambda row: _ratio(row, "ratio_to_authors", 3)
+        )
+        found.append(("The same in float32, as multiples of the authors' layer's time", table))
+    return found
 
 
 def _norm_cell(row: Content) -> str:
@@ -277,6 +290,115 @@ def _preparation(record: Content) -> list[tuple[str, Table]]:
     ]
 
 
+def _gpu(record: Content) -> list[tuple[str, Table]]:
+    found: list[tuple[str, Table]] = []
+    for name, section in record["sections"].items():
+        tables_of = _GPU_TABLES[name](section["rows"]) if section["rows"] else []
+        title, last = tables_of[-1] if tables_of else ("", Table(["nothing was measured"], []))
+        notes = [*last.notes, *_left_out(section["skipped"])]
+        if section["error"]:
+            notes.append(Note(f"Not complete: {section['error']}"))
+        tables_of = [*tables_of[:-1], (title, replace(last, notes=notes))]
+        found += [
+            (f"{section['title']}{': ' * bool(title)}{title}", table) for title, table in tables_of
+        ]
+    return found
+
+
+def _gpu_copy(rows: list[Content]) -> list[tuple[str, Table]]:
+    columns = {
+        "MB": lambda row: f"{row['bytes'] / 1e6:.0f}",
+        "read and written, GB/s": lambda row: f"{row['bytes_per_second'] / 1e9:.0f}",
+    }
+    return [("", _listed(rows, columns))]
+
+
+def _gpu_kernels(rows: list[Content]) -> list[tuple[str, Table]]:
+    outputs = ("y", "dL/dx", "dL/dw", "dL/db")
+
+    def state(row: Content) -> str:
+        return f"{max(value for name, value in row['errors'].items() if name not in outputs):.2g}"
+
+    columns = {
+        "kernel": lambda row: row["kernel"],
+        "dtype": lambda row: row["dtype"],
+        **{f"error of {name}": lambda row, n=name: f"{row['errors'][n]:.2g}" for name in outputs},
+        "of the state": state,
+        "at most": lambda row: f"{row['tolerances']['y']:g}, sums {row['tolerances']['dL/dw']:g}",
+        "repeats to the bit": lambda row: "yes" if row["repeats"] else "no",
+        "passed": lambda row: "yes" if row["passed"] else "NO",
+    }
+    return [("", _listed(rows, columns))]
+
+
+def _gpu_layers(rows: list[Content]) -> list[tuple[str, Table]]:
+    return [
+        (
+            f"{what}, {dtype}, as multiples of nn.LayerNorm's",
+            _pivot(same, "layer", "shape", _gpu_cell),
+        )
+        for what, of_what in _grouped(rows, "what")
+        for dtype, same in _grouped(of_what, "dtype")
+    ]
+
+
+def _gpu_cell(row: Content) -> str:
+    rate = row["bytes_per_second"] / 1e9
+    ratio = _ratio(row, "ratio_to_layer_norm")
+    return f"{ratio} · {row['microseconds']:.4g} µs · {rate:.0f} GB/s"
+
+
+def _gpu_updates(rows: list[Content]) -> list[tuple[str, Table]]:
+    columns = {
+        "configuration": lambda row: row["configuration"],
+        "ms per update": lambda row: _quartiles(row["milliseconds"]),
+        "tokens per second": lambda row: formatting.count(row["tokens_per_second"]),
+        "peak GB": lambda row: _gigabytes(row["peak_memory_bytes"]),
+        f"time / that of {rows[0]['baseline']}": lambda row: (
+            _ratio(row, "ratio") if row["ratio"] else ""
+        ),
+    }
+    if "hours" in rows[0]:
+        columns["hours of all updates"] = lambda row: f"{row['hours']:.2f} ({row['updates']:,})"
+        return [("", _listed(rows, columns))]
+    return [(model, _listed(same, columns)) for model, same in _grouped(rows, "model")]
+
+
+def _gpu_search(rows: list[Content]) -> list[tuple[str, Table]]:
+    columns = {
+        "model": lambda row: row["model"],
+        "beam": lambda row: str(row["beam"]),
+        "sentences": lambda row: formatting.count(row["sentences"]),
+        "sentences per second": lambda row: f"{row['sentences_per_second']:.1f}",
+        "tokens per second": lambda row: formatting.count(row["tokens_per_second"]),
+        "time / LN's": lambda row: _ratio(row, "ratio_to_layer"),
+    }
+    return [("", _listed(rows, columns))]
+
+
+def _gpu_graphs(rows: list[Content]) -> list[tuple[str, Table]]:
+    columns = {
+        "norm": lambda row: row["norm"],
+        "equal to the bit": lambda row: (
+            f"{'yes' if row['equal_to_the_bit'] else 'NO'}, {row['steps']} steps"
+        ),
+        "eager, µs": lambda row: f"{row['microseconds']['eager']:.0f}",
+        "replayed, µs": lambda row: f"{row['microseconds']['replayed']:.0f}",
+        "replayed / eager": lambda row: _ratio(row, "ratio_to_eager"),
+    }
+    return [("", _listed(rows, columns))]
+
+
+_GPU_TABLES: dict[str, Callable[[list[Content]], list[tuple[str, Table]]]] = {
+    "copy": _gpu_copy,
+    "kernels": _gpu_kernels,
+    "layers": _gpu_layers,
+    "translation": _gpu_updates,
+    "language_model": _gpu_updates,
+    "beam_search": _gpu_search,
+    "graphs": _gpu_graphs,
+    "compiled": _gpu_layers,
+}
 TITLES = {
     "norms": "Normalization layers",
     "scaling": "Normalization layers over their size",
@@ -287,6 +409,7 @@ TITLES = {
     "attention": "Attention of the Tensorized Transformer",
     "ranks": "Statistics of several ranks",
     "preparation": "Preparation of WMT14",
+    "gpu": "On a GPU",
 }
 _TABLES: dict[str, Callable[[Content], list[tuple[str, Table]]]] = {
     "norms": _norms,
@@ -298,7 +421,16 @@ _TABLES: dict[str, Callable[[Content], list[tuple[str, Table]]]] = {
     "attention": _attention,
     "ranks": _ranks,
     "preparation": _preparation,
+    "gpu": _gpu,
 }
+
+
+def _left_out(skipped: Mapping[str, str]) -> list[Note]:
+    return [Note(f"Skipped: {name}: {reason}.") for name, reason in skipped.items()]
+
+
+def _gigabytes(number: int | None) -> str:
+    return "" if number is None else f"{number / 1e9:.2f}"
 
 
 def _grouped(rows: Iterable[Content], key: str) -> list[tuple[str, list[Content]]]:

@@ -5,15 +5,25 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from normexp.benchmarks import bench_norms
+from normexp.benchmarks.peers import Peers, of_module
+from normexp.report.benchmark_tables import tables
+
+
+@pytest.fixture(autouse=True)
+def nothing_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiling takes longer than everything else here; test_peers has what it gives."""
+    none = Peers({}, {"torch.compile": "no C++ compiler"})
+    monkeypatch.setattr(bench_norms, "compiled_peers", lambda *_: none)
 
 
 def test_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench_norms, "SHAPES", {"small": (4, 6, 8)})
     monkeypatch.setenv("MALLOC_TOP_PAD_", "1000")
     record = tmp_path / "results" / "norms.json"
-    result = bench_norms.measure(3, record, progress=False)
+    result = bench_norms.measure(3, None, record, progress=False)
     assert json.loads(record.read_text(encoding="utf-8")) == result
     assert result["malloc"] == {"MALLOC_TOP_PAD_": "1000"}
     kernels = {one["layer"]: one["kernels"] for one in result["measured"]}
@@ -30,17 +40,60 @@ def test_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_every_candidate_gives_the_gradients_of_its_layer() -> None:
     """Of x and of each parameter, in the type of each; F.batch_norm's are masked BN's."""
-    calls, _ = bench_norms.candidates((4, 6, 8), torch.bfloat16)
-    for call in calls.values():
-        gradients = call()
+    inputs = bench_norms.make_inputs((4, 6, 8), torch.bfloat16)
+    found = bench_norms.candidates(inputs)
+    for candidate in found.values():
+        gradients = candidate.gradients(inputs)
         assert gradients[0].shape == (4, 6, 8) and gradients[0].dtype == torch.bfloat16
         assert all(gradient.shape == (8,) for gradient in gradients[1:])
         assert all(gradient.isfinite().all() for gradient in gradients)
-    padded = calls["power"]()[0].abs().sum(-1) == 0
+    padded = found["power"].gradients(inputs)[0].abs().sum(-1) == 0
     assert 0 < padded.sum() < 12
 
 
 def test_kernels_differ_in_rounding_only() -> None:
-    calls, _ = bench_norms.candidates((4, 6, 8), torch.float32)
+    inputs = bench_norms.make_inputs((4, 6, 8), torch.float32)
+    found = bench_norms.candidates(inputs)
     for name in ("power", "power_v", "batch", "power_released"):
-        torch.testing.assert_close(calls[name](), calls[f"{name}, plain torch"]())
+        plain = found[f"{name}, plain torch"].gradients(inputs)
+        torch.testing.assert_close(found[name].gradients(inputs), plain)
+
+
+def test_peers_stand_beside_ours_and_what_was_skipped_below(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In float32 the authors' layers, each with the rows that are compared with it."""
+
+    class Theirs(nn.Linear):
+        def __init__(self, channels: int):
+            super().__init__(channels, channels)
+
+        def forward(self, x: Tensor, padding_mask: Tensor) -> Tensor:
+            assert padding_mask.shape == (x.shape[1], x.shape[0])
+            return super().forward(x)
+
+    monkeypatch.setattr(bench_norms, "SHAPES", {"small": (4, 6, 8)})
+    monkeypatch.setattr(
+        bench_norms, "authors_layers", lambda clone: {"power": Theirs, "batch": Theirs}
+    )
+    monkeypatch.setattr(
+        bench_norms,
+        "compiled_peers",
+        lambda channels, *_: Peers({"peer": of_module(Theirs(8))}, {}),
+    )
+    monkeypatch.setattr(bench_norms, "DTYPES", {"float32": torch.float32})
+    result = bench_norms.measure(2, tmp_path, tmp_path / "norms.json", progress=False)
+    rows = {row["layer"]: row for row in result["measured"]}
+    assert {"peer", "power, authors", "batch, authors"} < set(rows)
+    compared = {name for name, row in rows.items() if "ratio_to_authors" in row}
+    assert compared == set(bench_norms.LAYERS)
+    for name, row in rows.items():
+        if name in compared:
+            theirs = rows["batch, authors" if "batch" in name else "power, authors"]
+            least = min(row["milliseconds"], theirs["milliseconds"]) > 0
+            assert least and row["ratio_to_authors"][0] <= row["ratio_to_authors"][2]
+    assert set(result["skipped"]) == {"Liger", "quack"} or torch.cuda.is_available()
+    assert "--authors PATH" in result["command"] and str(tmp_path) not in result["command"]
+    *_, (title, table) = tables("norms", result)
+    assert "authors" in title and len(table.rows) == len(bench_norms.LAYERS)
+    assert any("Skipped: Liger: needs a GPU" in note.text for note in table.notes)

@@ -21,7 +21,7 @@ def test_every_benchmark_has_a_module_and_a_page() -> None:
     assert set(BENCHMARKS) == set(TITLES)
     for name, benchmark in BENCHMARKS.items():
         measure = importlib.import_module(f"normexp.benchmarks.bench_{name}").measure
-        options = {*benchmark.options, *["folder"] * benchmark.has_folder}
+        options = {*benchmark.options, *benchmark.paths, *benchmark.flags}
         assert set(inspect.signature(measure).parameters) == {*options, "record", "progress"}
 
 
@@ -46,8 +46,10 @@ def test_threads_reach_the_record_and_the_table_is_printed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     from normexp.benchmarks import bench_norms
+    from normexp.benchmarks.peers import Peers
 
     monkeypatch.setattr(bench_norms, "SHAPES", {"small": (4, 6, 8)})
+    monkeypatch.setattr(bench_norms, "compiled_peers", lambda *_: Peers({}, {}))
     monkeypatch.setenv("MALLOC_TOP_PAD_", "1000")
     record = tmp_path / "norms.json"
     arguments = ["norms", "--rounds", "2", "--threads", "2", "--output", str(record)]
@@ -71,3 +73,40 @@ def test_the_other_grammar_is_refused() -> None:
         [sys.executable, SCRIPT, "norms", "rounds=3"], capture_output=True, text=True
     )
     assert shown.returncode == 2 and "write --rounds 3" in shown.stderr
+
+
+def test_all_runs_every_benchmark_and_says_what_was_skipped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """One record each in the folder, with fewer rounds; one that fails does not end the others."""
+    started: list[list[str]] = []
+
+    def run(command: list[str], **_: object) -> subprocess.CompletedProcess:
+        started.append([str(word) for word in command])
+        return subprocess.CompletedProcess(command, int(command[2] == "data"))
+
+    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), "all", "--output", str(tmp_path)])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+    assert ended.value.code == 1
+    assert [command[2] for command in started] == [name for name in BENCHMARKS if name != "gpu"]
+    for _, script, name, *options in started:
+        assert script == str(SCRIPT) and options[-2:] == [
+            "--output",
+            str(tmp_path / f"{name}.json"),
+        ]
+        for option, value in zip(options[:-2:2], options[1:-2:2], strict=True):
+            assert BENCHMARKS[name].options[option.removeprefix("--")].parse(value) > 0
+    printed = capsys.readouterr().out
+    assert "gpu: skipped: there is no GPU" in printed and "data: FAILED with status 1" in printed
+    assert "norms: 0 s" in printed
+
+
+def test_all_leaves_committed_records_alone() -> None:
+    folder = SCRIPT.parents[1] / "results" / "benchmarks"
+    shown = subprocess.run(
+        [sys.executable, SCRIPT, "all", "--output", str(folder)], capture_output=True, text=True
+    )
+    assert shown.returncode == 1 and "has the committed records" in shown.stderr
