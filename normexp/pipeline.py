@@ -20,6 +20,7 @@ from normexp.config.identity import config_hash
 from normexp.config.settings import RunSettings
 from normexp.config.validation import Sites, ValidRun, validate
 from normexp.corpora import PreparedCorpus, prepare
+from normexp.corpora.prepared import recorded_corpus
 from normexp.errors import UserError
 from normexp.files import read_json, require_writable, write_json
 from normexp.paths import REPOSITORY
@@ -119,6 +120,7 @@ def _run_with_corpus(
 
     asked = _asked(settings, valid.sites, corpus)
     check_end_of_run(settings, asked, corpus, folder)
+    _refuse_other_data(folder, corpus)
     _write_environment(folder, asked)
     progress = RunProgress(f"{asked.task} {asked.label} seed {asked.seed}")
     progress.say(str(settings.run_dir))
@@ -320,8 +322,23 @@ def _asked(settings: RunSettings, sites: Sites, corpus: PreparedCorpus) -> Asked
 
 
 def _write_environment(folder: RunFolder, asked: Asked) -> None:
-    environment = ("hardware", "versions", "code_commit", "code_dirty")
-    write_json(folder.path / "environment.json", {key: getattr(asked, key) for key in environment})
+    environment = ("hardware", "versions", "code_commit", "code_dirty", "corpus")
+    write_json(folder.environment, {key: getattr(asked, key) for key in environment})
+
+
+def _refuse_other_data(folder: RunFolder, corpus: PreparedCorpus) -> None:
+    """Raise UserError where a training that has begun would go on, or be scored, on other data."""
+    if not (folder.finished.is_file() or any(folder.checkpoints.glob("*.pt"))):
+        return
+    try:
+        earlier = recorded_corpus(read_json(folder.environment)["corpus"])
+    except (ValueError, LookupError, TypeError, UserError):  # of an earlier version, or damaged
+        return
+    if difference := corpus.difference_from(earlier):
+        raise UserError(
+            f"{folder.path} was trained on other data: {difference}; restore them, or move the "
+            "folder away to train anew"
+        )
 
 
 def _finish(folder: RunFolder, settings: RunSettings, asked: Asked, outcome: Outcome) -> Record:

@@ -5,6 +5,7 @@ of fairseq that configs/ does not name, and wrong for a typing error.
 """
 
 import difflib
+import os
 import re
 import shlex
 from collections.abc import Sequence
@@ -48,7 +49,11 @@ def explained(error: HydraException, command: Sequence[str]) -> str:
             f"{shlex.join(['python', script, '-m', *arguments])} (a list is {key}=[{values}])"
         )
     if isinstance(error, OverrideParseException):
-        key, _, value = error.override.partition("=")
+        key, given, value = error.override.partition("=")
+        if not given and not key.startswith("~"):
+            return f"{key}: expected KEY=VALUE, such as norm=power (a switch is --NAME)"
+        if value.startswith("~/"):
+            return f"{error.override}: a path is given in full: {key}={os.path.expanduser(value)}"
         return (
             f"{error.override}: Hydra cannot read this value; a text with brackets, commas or "
             f"spaces is quoted twice: '{key}=\"{value}\"'"

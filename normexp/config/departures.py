@@ -9,6 +9,7 @@ that shortens or shrinks the run becomes part of its budget. Imports neither tor
     norm=power norm.options.alpha_fwd=0.8                       PN+alpha_fwd=0.8
     norm=power model=lm_ptb fairseq.optimization.lr=[0.01]      PN+model=lm_ptb+optimization.lr=0.01
     norm=power label=mine fairseq.optimization.lr=[0.01]        mine
+    norm=power task=NAME_OF_AN_OWN_CORPUS                       PN+corpus=e7d7bb18
 """
 
 import hashlib
@@ -34,6 +35,7 @@ from normexp.config.settings import (
     resolved,
     without_hydra,
 )
+from normexp.errors import UserError
 from normexp.paths import CONFIGS
 
 own_tasks.register()  # before anything composes
@@ -135,7 +137,13 @@ def settings_of(
     own = without_hydra(cfg)
     content = resolved(own)
     settings = parse_resolved(content)  # first: what follows takes valid settings for granted
+    _refuse_merged(choices)
     named, found = (usual or Usual()).of(choices)
+    if settings.norm.name != named.values["norm.name"]:
+        raise UserError(
+            f"norm.name={settings.norm.name}: with norm={choices['norm']} the label and the options "
+            f"are those of {named.values['norm.name']}; choose the norm by norm=NAME"
+        )
     if _take_the_form_of(named, own):
         content = resolved(own)
         settings = parse_resolved(content)
@@ -147,11 +155,12 @@ def settings_of(
     if raw["label"] == named.raw["label"]:
         shown_already = set(re.findall(r"\$\{([\w.]+)\}", str(raw["label"])))
         items = [one for one in found if one.key not in shown_already]
-        names["label"] = settings.label + _suffix(items)
+        stem = settings.label + _version(settings.task.corpus)
+        names["label"] = stem + _suffix(items)
         if raw["run_dir"] == named.raw["run_dir"]:
             # One training serves all evaluations of it.
             trained = [one for one in items if not one.key.startswith("evaluation.")]
-            name = f"{settings.label}{_suffix(trained)}-seed{settings.seed}"
+            name = f"{stem}{_suffix(trained)}-seed{settings.seed}"
             names["run_dir"] = str(settings.run_dir.parent / name)
     departures = [str(one) for one in found]
     if all(str(getattr(settings, key)) == value for key, value in names.items()):
@@ -159,6 +168,22 @@ def settings_of(
     with open_dict(own):  # other settings may refer to the names
         own.merge_with({**names, "departures": departures})
     return parse_resolved(resolved(own))
+
+
+def _version(corpus: str) -> str:
+    """Return what tells runs on an own corpus, NAME@DIGEST, from those on another text of it."""
+    _, _, digest = corpus.partition("@")
+    return f"+corpus={digest[:8]}" if re.fullmatch(r"[0-9a-f]{8,}", digest) else ""
+
+
+def _refuse_merged(choices: Mapping[str, str | None]) -> None:
+    """Raise UserError for norm=[a,b], which Hydra takes for one choice, made of both."""
+    for group in ("task", "model", "norm"):
+        if choices.get(group) is None:  # so Hydra notes a list
+            raise UserError(
+                f"{group}=[A,B] would be one run, of the settings of both; one run for each is a "
+                f"sweep: -m {group}=A,B"
+            )
 
 
 def marked_budget(settings: RunSettings) -> str | None:

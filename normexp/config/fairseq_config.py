@@ -32,6 +32,11 @@ def typed_config(settings: ExperimentSettings) -> DictConfig:
     node["common"]["seed"] = settings.seeds.initialization
     node["model"] = model_config(settings)
     apply_speed(settings.speed, node)
+    if node["criterion"].get("_name") == "normexp_adaptive_loss":
+        # fairseq's criterion asks for this backend, with one process too.
+        node["distributed_training"] = {"ddp_backend": "legacy_ddp"} | (
+            node.get("distributed_training") or {}
+        )
     if settings.evaluation.checkpoint == "average":
         node["checkpoint"]["keep_last_epochs"] = settings.evaluation.average_last
     else:

@@ -5,6 +5,7 @@ new version of fairseq brings no key that nobody has thought about.
 """
 
 import functools
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -34,6 +35,7 @@ class Decision(BaseModel):
     value: Any = None
     at_least: float | None = None
     at_most: float | None = None
+    below: float | None = None
     one_of: tuple[str, ...] | None = None
     length: int | None = None
 
@@ -47,11 +49,14 @@ class Decision(BaseModel):
         if self.one_of is not None and str(value) not in self.one_of:
             return f"it must be one of {', '.join(self.one_of)}"
         for number in (n for n in entries if isinstance(n, int | float)):
-            # Not the other way round: NaN is neither.
             if self.at_least is not None and not number >= self.at_least:
                 return f"it must be at least {self.at_least:g}"
             if self.at_most is not None and not number <= self.at_most:
                 return f"it must be at most {self.at_most:g}"
+            if self.below is not None and not number < self.below:
+                return f"it must be below {self.below:g}"
+            if not math.isfinite(number):
+                return "it must be finite"
         return None
 
 

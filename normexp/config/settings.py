@@ -65,9 +65,9 @@ def _without_repetition(values: list[str]) -> list[str]:
 
 
 def _path(value: Any) -> Any:
-    """Refuse the empty path, which Python takes for the current folder."""
-    if value == "":
-        raise ValueError("empty")
+    """Refuse what Python takes for other folders than a shell: "" and "~/..."."""
+    if value == "" or str(value).startswith("~/"):
+        raise ValueError("no path")
     return _text(value)
 
 

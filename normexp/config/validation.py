@@ -52,6 +52,7 @@ def validate(settings: ExperimentSettings) -> ValidRun:
     _check_languages(typed, settings.task.corpus)
     _check_layerdrop(settings, typed, sites)
     _check_criterion(settings, typed, sites)
+    _check_output_width(typed)
     return ValidRun(sites, typed)
 
 
@@ -203,6 +204,25 @@ def _check_layerdrop(settings: ExperimentSettings, typed: DictConfig, sites: Sit
                     f"{norm['name']!r} ({site}) would add up the sums of different layers: choose "
                     "distributed.statistics=local, by which each rank has its own, or one rank"
                 )
+
+
+def _check_output_width(typed: DictConfig) -> None:
+    """fairseq builds a model whose output does not fit the embedding that it shares."""
+    model = with_defaults(typed).model
+    if model._name == "normexp_transformer":
+        shared = model.share_decoder_input_output_embed or model.share_all_embeddings
+        inner, outer = "decoder.embed_dim", "decoder.output_dim"
+    elif model._name == "normexp_transformer_lm":
+        shared = model.share_decoder_input_output_embed
+        inner, outer = "decoder_input_dim", "decoder_output_dim"
+    else:
+        return
+    width, output = OmegaConf.select(model, inner), OmegaConf.select(model, outer)
+    if shared and width != output:
+        raise UserError(
+            f"fairseq.model.{outer}={output} must be {inner}={width} where the output shares the "
+            "embedding (fairseq.model.share_decoder_input_output_embed)"
+        )
 
 
 def _check_criterion(settings: ExperimentSettings, typed: DictConfig, sites: Sites) -> None:

@@ -14,7 +14,7 @@ import platform
 import shutil
 import sys
 import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from importlib.metadata import version
@@ -22,7 +22,7 @@ from pathlib import Path
 from types import ModuleType
 
 from normexp.corpora import own_corpora
-from normexp.corpora.atomic_stage import build_stage, changed_files, locked, read_json
+from normexp.corpora.atomic_stage import RECORD, build_stage, changed_files, locked, read_json
 from normexp.corpora.binarization import build_binary
 from normexp.corpora.binarized import copy_binary, decoded
 from normexp.corpora.catalogue import CATALOGUE, SPLITS, Archive, Corpus, Part, load_catalogue
@@ -124,6 +124,12 @@ def prepare(
 def failures_explained(directory: Path) -> Iterator[None]:
     """Raise a UserError for failures of the machine: a full or read-only disk, a killed process."""
     try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:  # also a file in the place of a folder
+        raise UserError(
+            f"cannot write to {directory} ({error.strerror}); make room or choose another data.dir"
+        ) from error
+    try:
         yield
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS):
@@ -160,6 +166,7 @@ def _earlier_version(name: str, data_dir: Path) -> PreparedCorpus | None:
     directory = data_dir / name
     manifest = read_json(directory / "manifest.json")
     if manifest and not changed_files(directory, manifest["files"]):
+        _refuse_foreign_data(directory, manifest["files"])
         return PreparedCorpus(own_name, directory, manifest)
     return None
 
@@ -174,7 +181,45 @@ def _finished(corpus: Corpus, directory: Path, fingerprint: str) -> PreparedCorp
     if changed := changed_files(directory, manifest["files"]):
         log.warning("%s was changed since it was prepared; preparing again", changed[0])
         return None
+    if _counts_of_stages(directory) not in (None, _counts(manifest)):
+        log.warning(
+            "%s was changed since it was made; making it again", directory / "manifest.json"
+        )
+        return None
+    _refuse_foreign_data(directory, manifest["files"])
     return PreparedCorpus(corpus.name, directory, manifest)
+
+
+def _counts_of_stages(directory: Path) -> dict | None:
+    """Return `_counts` by the records of the stages; None where they cannot be read."""
+    records = [read_json(directory / stage / RECORD) for stage in ("text", "data-bin")]
+    try:
+        text, binary = (record["result"] for record in records)
+        words = {split: text[split] for split in binary["splits"]}
+        return {"words": words, "splits": binary["splits"]}
+    except (LookupError, TypeError):
+        return None
+
+
+def _counts(manifest: dict) -> dict:
+    """Return what metrics divide by: words, and sentences and tokens, of each split."""
+    splits = {split: dict(counts) for split, counts in manifest["splits"].items()}
+    for counts in splits.values():
+        counts.pop("raw_sentences", None)
+    words = {split: counts.pop("words") for split, counts in splits.items()}
+    return {"words": words, "splits": splits}
+
+
+def _refuse_foreign_data(directory: Path, files: Collection[str]) -> None:
+    """Raise UserError for data that was put beside the corpus's.
+
+    fairseq reads train1.de-en.de.bin behind train.de-en.de.bin, and no record would say so.
+    """
+    for path in sorted((directory / "data-bin").glob("*")):
+        if path.suffix in (".bin", ".idx") and f"data-bin/{path.name}" not in files:
+            raise UserError(
+                f"{path} is none of the corpus's files, and fairseq may read it, too: move it away"
+            )
 
 
 def _prepare(

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from pydantic import TypeAdapter, ValidationError
 
 from normexp.corpora.text import REFERENCE
-from normexp.errors import invalid_fields
+from normexp.errors import UserError, invalid_fields
 
 
 @dataclass
@@ -50,6 +50,31 @@ def defect_of_manifest(manifest: Any) -> str | None:
     except ValidationError as error:
         return invalid_fields(error)
     return None
+
+
+@dataclass
+class _Digest:
+    sha256: str
+
+
+@dataclass
+class RecordedCorpus:
+    """What is read of `PreparedCorpus.for_record`; there is more."""
+
+    name: str
+    hashes: dict[str, _Digest]
+    test_sets: dict[str, "RecordedCorpus"] = field(default_factory=dict)
+
+
+_RECORDED = TypeAdapter(RecordedCorpus)
+
+
+def recorded_corpus(content: Any) -> RecordedCorpus:
+    """Read what `PreparedCorpus.for_record` gave. Raises UserError naming what is damaged."""
+    try:
+        return _RECORDED.validate_python(content)
+    except ValidationError as error:
+        raise UserError(f"corpus of the record: {invalid_fields(error)}") from None
 
 
 @dataclass(frozen=True)
@@ -131,6 +156,22 @@ class PreparedCorpus:
                 name: test_set.for_record() for name, test_set in self.test_sets.items()
             }
         return described
+
+    def difference_from(self, recorded: "RecordedCorpus") -> str | None:
+        """Name a file that is other than in a record; None where all that both know are equal."""
+        for name, known in self.manifest["files"].items():
+            digest = recorded.hashes[name].sha256 if name in recorded.hashes else known["sha256"]
+            if digest != known["sha256"]:
+                return (
+                    f"{self.directory / name} is not the file that the record was made with: "
+                    f"SHA-256 {known['sha256'][:12]}..., recorded {digest[:12]}..."
+                )
+        further = (
+            test_set.difference_from(recorded.test_sets[name])
+            for name, test_set in self.test_sets.items()
+            if name in recorded.test_sets
+        )
+        return next(filter(None, further), None)
 
     def sentences(self, split: str) -> int:
         """Sentence pairs, or lines of a language model's corpus (blank ones included)."""

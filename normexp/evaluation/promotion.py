@@ -7,7 +7,8 @@ code was committed, the corpus has the recorded hashes, the translations have th
 from collections.abc import Mapping
 from pathlib import Path
 
-from normexp.corpora import PreparedCorpus, prepare
+from normexp.corpora import prepare
+from normexp.corpora.prepared import recorded_corpus
 from normexp.errors import UserError
 from normexp.evaluation import translations
 from normexp.files import read_json, whole_file
@@ -52,24 +53,16 @@ def rescored(
     corpus_dir, local: as in `corpora.prepare`. Raises UserError where the corpus is not that of the
     record.
     """
-    corpus = prepare(record.corpus["name"], corpus_dir, local, splits=record.metrics)
-    _refuse_other_files(corpus, record.corpus["hashes"])
-    for name, test_set in corpus.test_sets.items():
-        _refuse_other_files(test_set, record.corpus["test_sets"][name]["hashes"])
-    compound_split = bool(record.config["evaluation"].get("compound_split"))
+    recorded = recorded_corpus(record.corpus)
+    corpus = prepare(recorded.name, corpus_dir, local, splits=record.metrics)
+    if difference := corpus.difference_from(recorded):
+        raise UserError(difference)
+    evaluation = record.config.get("evaluation")
+    compound_split = isinstance(evaluation, dict) and bool(evaluation.get("compound_split"))
     return {
         split: translations.rescore(corpus, folder, split, compound_split)
         for split in record.metrics
     }
-
-
-def _refuse_other_files(corpus: PreparedCorpus, recorded: dict) -> None:
-    for name, known in corpus.manifest["files"].items():
-        if name in recorded and known["sha256"] != recorded[name]["sha256"]:
-            raise UserError(
-                f"{corpus.directory / name} is not the file that the record was made with: "
-                f"SHA-256 {known['sha256'][:12]}..., recorded {recorded[name]['sha256'][:12]}..."
-            )
 
 
 def translations_of(record: Record, results: Path) -> Path:

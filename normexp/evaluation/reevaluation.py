@@ -7,6 +7,7 @@ from rich.table import Table
 from normexp.config import terminal
 from normexp.config.validation import validate
 from normexp.corpora import prepare
+from normexp.corpora.prepared import recorded_corpus
 from normexp.errors import UserError
 from normexp.evaluation import promotion
 from normexp.evaluation.evaluate_run import evaluate_run
@@ -42,7 +43,12 @@ def main(path: Path, overrides: list[str], fold: bool) -> None:
             splits=settings.evaluation.splits,
         )
         evaluated = evaluate_run(settings, folder, corpus, fold)
-    recorded = read_record(folder.record).metrics if folder.record.is_file() else {}
+    recorded: dict[str, Metrics] = {}
+    if folder.record.is_file():
+        record = read_record(folder.record)
+        recorded = record.metrics
+        if difference := corpus.difference_from(recorded_corpus(record.corpus)):
+            print(f"other data: {difference}", flush=True)
     folded = ", norms folded" if fold else ""
     _print(f"{path} ({evaluated.checkpoint}{folded})", evaluated.metrics, recorded)
 

@@ -2,7 +2,7 @@
 
 config.yaml       resolved configuration (paths included), enough to evaluate again
 command.txt       command lines that worked on this run, one per start
-environment.json  hardware, package versions, code version at the last start
+environment.json  hardware, package versions, code version, data at the last start
 metrics.jsonl     curves: one JSON object per line
 log.txt           fairseq's and our log
 checkpoints/      fairseq's checkpoints, and the one that was evaluated
@@ -52,6 +52,10 @@ class RunFolder:
     @property
     def config(self) -> Path:
         return self.path / "config.yaml"
+
+    @property
+    def environment(self) -> Path:
+        return self.path / "environment.json"
 
     @property
     def checkpoints(self) -> Path:

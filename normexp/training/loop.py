@@ -17,6 +17,7 @@ from torch import nn
 from normexp.checkpoints import recovery, store
 from normexp.config.seeding import Seeds
 from normexp.config.settings import SpeedSettings
+from normexp.errors import UserError
 from normexp.fairseq_plugin import patches
 from normexp.norms.kernels.choice import use_kernels
 from normexp.norms.loss_scale import follow_loss_scale
@@ -37,6 +38,12 @@ from normexp.training.divergence import StatisticsWatch
 from normexp.training.process_group import Ranks
 
 logger = logging.getLogger(__name__)
+
+_REFUSALS = (
+    *(ValueError, TypeError, LookupError, ArithmeticError),
+    *(AssertionError, AttributeError, RuntimeError),
+)
+"""What fairseq raises while it builds a model from settings that do not fit together."""
 
 
 class Diverged(Exception):
@@ -98,7 +105,8 @@ def train(
     logs and writes, the others pass None and [] for metrics and sinks.
 
     Raises Diverged when a loss or gradient, or the loss of a validation, is not finite, UserError
-    for what the user can correct, and Preempted after a signal (see preemption.py).
+    for what the user can correct (such as settings that make up no model), and Preempted after a
+    signal (see preemption.py).
     """
     from fairseq_cli import train as fairseq_train
 
@@ -174,6 +182,12 @@ def train(
             if ranks.is_main:
                 metrics("diagnostics", diverged.update, values)
             raise
+        except _REFUSALS as error:
+            if observed.trainer is not None or isinstance(error, torch.OutOfMemoryError):
+                raise
+            logger.info("fairseq could not begin", exc_info=True)
+            reason = f"{type(error).__name__}: {error}"
+            raise UserError(f"fairseq cannot train with these settings: {reason}") from error
         tokens = data_parallel.sum_over_ranks(observed.tokens, ranks)
     trainer = observed.trainer
     return TrainingResult(

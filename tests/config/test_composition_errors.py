@@ -86,6 +86,17 @@ def test_a_key_that_a_mapping_cannot_add_is_told(mapping: str, cure: tuple[str, 
         assert compose("train", ["task=ptb", *cure])
 
 
+@pytest.mark.parametrize("word", ["norm", "power"])
+def test_a_bare_word_is_no_setting(word: str) -> None:
+    assert message(word).startswith(f"{word}: expected KEY=VALUE")
+
+
+def test_a_home_folder_is_given_in_full(monkeypatch) -> None:
+    """A shell does not expand ~ behind KEY=, and quoted it would be a folder of that name."""
+    monkeypatch.setenv("HOME", "/home/me")
+    assert message("results_dir=~/x").endswith("given in full: results_dir=/home/me/x")
+
+
 def test_an_unlike_key_gets_the_names_beside_it() -> None:
     said = message("evaluation.zzz=1")
     assert said.startswith("evaluation.zzz is unknown; known: ") and "evaluation.beam," in said

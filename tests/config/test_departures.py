@@ -9,6 +9,7 @@ from support.small_runs import composed
 
 from normexp.config.departures import Departure, _suffix, marked_budget
 from normexp.config.identity import config_hash
+from normexp.errors import UserError
 from normexp.runs.records import path_of_run
 
 
@@ -93,6 +94,21 @@ def test_the_environment_is_named_as_well(monkeypatch) -> None:
 )
 def test_what_shortens_or_shrinks_marks_itself(overrides, budget) -> None:
     assert marked_budget(composed(*overrides)) == budget
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("norm=[layer,power]", r"norm=\[A,B\] would be one run.* sweep: -m norm=A,B"),
+        ("model=[translation_tiny,translation_small_cpu]", "would be one run"),
+        # A power norm under LN's label would be the baseline of the others.
+        ("norm.name=power", "norm.name=power: with norm=layer .* choose the norm by norm=NAME"),
+        ("norm={name: power}", "choose the norm by norm=NAME"),
+    ],
+)
+def test_a_label_is_of_one_norm(override: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        composed("norm=layer", override)
 
 
 def test_one_number_in_two_forms_is_one_configuration() -> None:

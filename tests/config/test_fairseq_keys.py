@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 from support.small_runs import REPOSITORY, composed
 
 from normexp.config import fairseq_keys
-from normexp.config.fairseq_config import typed_config
+from normexp.config.fairseq_config import typed_config, with_defaults
 from normexp.config.fairseq_keys import ALL, COMPONENTS, decisions, registries
 from normexp.config.settings import FAIRSEQ_TASKS, PLUGIN_MODELS, ExperimentSettings, validated
 from normexp.config.validation import validate
@@ -120,6 +120,9 @@ REFUSED = [
     ("fairseq.optimization.update_freq=[]", "must be an integer or a list of them"),
     ("fairseq.optimization.update_freq=[2,0]", "must be at least 1"),
     ("fairseq.optimization.clip_norm=nan", "must be at least 0"),
+    ("fairseq.optimization.clip_norm=inf", "clip_norm=inf .*must be finite"),
+    ("fairseq.optimization.lr=1e400", "must be finite"),
+    ("fairseq.model.dropout=1", "dropout=1.0 .*must be below 1"),
     ("+fairseq.common.seed=5", "seed=NUMBER"),
     ("+fairseq.common.user_dir=/a", "add the code to normexp"),
     ("+fairseq.common.tpu=true", "CPUs and GPUs"),
@@ -149,6 +152,10 @@ REFUSED = [
     ("+fairseq.model.layernorm_embedding=true", "norm.sites do not choose"),
     ("+fairseq.model.quant_noise.scalar=0.5", "quantization"),
     ("+fairseq.model.merge_src_tgt_embed=true", "share_all_embeddings"),
+    ("+fairseq.model.decoder.input_dim=8", "no effect in fairseq's translation models"),
+    ("++fairseq.model.decoder.output_dim=8", "must be decoder.embed_dim=128 .*shares the"),
+    ('+fairseq.task.eval_bleu_args=\'{"beam": "x"}\'', "end the training at its first validation"),
+    ("+fairseq.task.eval_bleu_detok=nosuch", "sacreBLEU"),
     ("+fairseq.task.source_lang=en", "source_lang=en, but it is de in the corpus"),
     ("+fairseq.task.target_lang=fr", "target_lang=fr, but it is en in the corpus"),
     ("+fairseq.task.data=/a", "task.corpus and data.dir"),
@@ -162,6 +169,7 @@ OF_LANGUAGE_MODELS = [
     ("+fairseq.task.output_dictionary_size=9", "not comparable"),
     ("+fairseq.task.self_target=true", "next token"),
     ("fairseq.task.sample_break_mode=complete_doc", "one of none, complete, eos"),
+    ("fairseq.model.decoder_output_dim=8", "must be decoder_input_dim=128 .*shares the"),
     ("+fairseq.model.tokens_per_sample=32", "must be 64.*fairseq.task"),
     ("+fairseq.model.character_embeddings=true", "as Python"),
     ("+fairseq.model.decoder_layerdrop=-0.1", "at least 0"),
@@ -210,6 +218,16 @@ def test_values_without_effect_and_those_of_fairseq_are_accepted() -> None:
     assert valid.fairseq.dataset.required_batch_size_multiple == 1
     assert valid.fairseq.optimization.update_freq == [4, 2]
     validate(composed(LANGUAGE_MODEL, "+fairseq.model.tokens_per_sample=64"))
+
+
+def test_an_adaptive_loss_gets_the_backend_that_it_asks_for() -> None:
+    chosen = [
+        "++fairseq.model.adaptive_softmax_cutoff='50,80'",
+        "fairseq.criterion._name=normexp_adaptive_loss",
+        "++fairseq.model.share_decoder_input_output_embed=false",
+    ]
+    complete = with_defaults(validate(composed(LANGUAGE_MODEL, *chosen)).fairseq)
+    assert complete.criterion.ddp_backend == "legacy_ddp"
 
 
 @pytest.mark.parametrize(

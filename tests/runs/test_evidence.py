@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from support.small_runs import composed, run_script, train_script
+from support.small_runs import composed, few_sentences, run_script, train_script
 
 from normexp import pipeline
 from normexp.errors import UserError
@@ -169,6 +169,29 @@ def test_what_is_no_evidence_is_refused(finished, little_text) -> None:
     assert read_record(committed / "records/toy_translation/LN-seed1.json") == later
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"corpus": {}},
+        {"corpus": {"name": None, "hashes": {}}},
+        {"corpus": {"name": "toy_translation"}},
+        {"corpus": {"name": "toy_translation", "hashes": []}},
+        {"corpus": {"name": "toy_translation", "hashes": {"data-bin/dict.en.txt": {}}}},
+        {"config": {}},
+        {"config": {"evaluation": None}},
+    ],
+    ids=str,
+)
+def test_a_record_of_damaged_parts_is_told_in_a_line(damage: dict, tmp_path) -> None:
+    (path,) = (RESULTS / "records" / "precision_toy").glob("PN-float32-seed1.json")
+    record = replace(read_record(path), **damage)
+    copy = tmp_path / "records/precision_toy" / path.name
+    write_record(copy, record)
+    (tmp_path / "translations/precision_toy" / path.stem).mkdir(parents=True)
+    with pytest.raises(UserError, match=r"corpus of the record: |is not the file"):
+        reevaluation.main(copy, [f"data.dir={tmp_path}"], fold=False)
+
+
 def test_translations_are_not_put_beside_a_record_of_another_run(finished) -> None:
     """A committed record may have no translations, as those of earlier versions."""
     folder, committed = finished
@@ -190,6 +213,63 @@ def test_a_file_changed_in_place_is_not_trained_on(finished, little_text, caplog
     prepare("toy_translation", little_text)
     assert "train.de-en.en.bin was changed since it was prepared" in caplog.text
     assert path.read_bytes() == original
+
+
+def test_counts_changed_in_a_manifest_do_not_change_a_perplexity(tmp_path, caplog) -> None:
+    """Perplexity per word divides by the words that the manifest has."""
+    from normexp.corpora import prepare
+
+    catalogue = few_sentences(tmp_path)
+    path = prepare("toy_language_model", tmp_path, catalogue=catalogue).directory / "manifest.json"
+    original = path.read_text()
+    changed = json.loads(original)
+    changed["splits"]["test"]["words"]["en"] *= 2
+    path.write_text(json.dumps(changed))
+    prepare("toy_language_model", tmp_path, catalogue=catalogue)
+    assert "manifest.json was changed since it was made" in caplog.text
+    assert path.read_text() == original
+
+
+@pytest.mark.parametrize("task", ["toy_language_model", "toy_translation"])
+def test_data_put_beside_the_corpus_are_not_trained_on(task: str, tmp_path) -> None:
+    """fairseq reads train1 behind train."""
+    from normexp.corpora import prepare
+
+    catalogue = few_sentences(tmp_path)
+    data_bin = prepare(task, tmp_path, catalogue=catalogue).data_bin
+    added = []
+    for path in data_bin.glob("valid*.*"):
+        added.append(path.with_name(path.name.replace("valid", "train1")))
+        shutil.copy(path, added[-1])
+    with pytest.raises(UserError, match=r"train1.* is none of the corpus's files"):
+        prepare(task, tmp_path, catalogue=catalogue)
+    for path in added:
+        path.unlink()
+    prepare(task, tmp_path, catalogue=catalogue)
+
+
+def test_a_training_does_not_go_on_with_other_data(tmp_path, overrides, monkeypatch, capsys):
+    from normexp.corpora import prepare
+
+    *others, _ = prepare.__defaults__
+    catalogue = few_sentences(tmp_path / "few")
+    monkeypatch.setattr(prepare, "__defaults__", (*others, catalogue))
+    command = overrides("toy_language_model", f"data.dir={tmp_path / 'few'}")
+    settings = composed(*command)
+    pipeline.run(settings)
+    (settings.run_dir / "record.json").unlink()  # as if killed before its end
+    known = catalogue.read_text()
+    catalogue.write_text(known.replace("train: 200", "train: 210"))
+    with pytest.raises(UserError, match=r"was trained on other data: "):
+        pipeline.run(settings)
+    reevaluation.main(settings.run_dir, [], fold=False)  # without a record nothing to compare
+    assert "other data" not in capsys.readouterr().out
+    catalogue.write_text(known)
+    record = pipeline.run(settings)
+    assert record.status == "complete"
+    catalogue.write_text(known.replace("train: 200", "train: 210"))
+    reevaluation.main(settings.run_dir, [], fold=False)
+    assert "other data: " in capsys.readouterr().out
 
 
 def test_the_command_of_a_record_is_that_run_for_a_shell(overrides, little_text, tmp_path) -> None:

@@ -54,6 +54,22 @@ def test_settings_that_evaluation_or_the_record_cannot_use(override, message, re
     assert re.search(message, refused(override))
 
 
+@pytest.mark.parametrize(
+    ("override", "reason"),
+    [
+        ("fairseq.model.encoder.attention_heads=3", "AssertionError: embed_dim must be divisible"),
+        ("fairseq.model.encoder.embed_dim=8", "ValueError: --share-all-embeddings requires"),
+    ],
+)
+def test_settings_that_make_up_no_model(override, reason, overrides, little_text, caplog) -> None:
+    """One line of error, no record of a failure; the log has where it came from."""
+    settings = composed(*overrides("toy_translation", f"data.dir={little_text}", override))
+    with pytest.raises(UserError, match=f"cannot train with these settings: {reason}"):
+        pipeline.run(settings)
+    assert not (settings.run_dir / "record.json").exists()
+    assert "Traceback" in (settings.run_dir / "log.txt").read_text()
+
+
 def test_a_package_that_is_missing(refused, monkeypatch) -> None:
     def detokenise(*_: object) -> None:
         raise ModuleNotFoundError("No module named 'sacremoses'")

@@ -97,3 +97,18 @@ def test_a_changed_text_is_noticed_although_the_run_is_complete(tmp_path: Path) 
     after = settings(tmp_path, "toy_language_model")
     own_tasks.require_current_corpus(after)
     assert json.dumps(after.experiment()) != json.dumps(before.experiment())
+
+
+def test_runs_on_two_versions_of_a_text_stand_beside_each_other(tmp_path: Path) -> None:
+    path = write(tmp_path / "text.cs", [a for a, _ in PAIRS])
+    for more in (b"", b"konec .\n"):
+        path.write_bytes(path.read_bytes() + more)
+        add_corpus(Request("mine", [path], data_dir=tmp_path / "data", replace=bool(more)))
+        chosen = [one for one in SMALL["toy_language_model"] if not one.startswith("label=")]
+        command = ["task=mine", "norm=power", "fairseq.optimization.max_update=1", *chosen]
+        places = [f"data.dir={tmp_path / 'data'}", f"results_dir={tmp_path / 'results'}"]
+        run = composed(*command, *places, "tracking=disabled")
+        digest = run.task.corpus.partition("@")[2]
+        assert run.label.startswith(f"PN+corpus={digest[:8]}+")
+        assert pipeline.run(run).status == "complete"
+    assert len([*(tmp_path / "results/records/mine").iterdir()]) == 2
