@@ -11,6 +11,7 @@ or `data.dir` and `data.local`. Nothing but the translations in hypotheses/ is w
 record instead of a run folder, BLEU is computed from its committed translations alone.
 """
 
+import logging
 from pathlib import Path
 
 from normexp.config.command_grammar import Parser
@@ -31,6 +32,8 @@ def main() -> None:
         "affine at inference",
     )
     arguments = parser.parse_intermixed_args()
+    # Before fairseq is imported, which would show all that it notes.
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
 
     from normexp.evaluation import reevaluation
 

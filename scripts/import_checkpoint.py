@@ -12,6 +12,7 @@ fairseq-train with --finetune-from-model OUT and the model's own settings: the n
 on where they were, the optimizer starts anew.
 """
 
+import logging
 from pathlib import Path
 
 from normexp.config.command_grammar import Parser
@@ -25,6 +26,8 @@ def main() -> None:
     parser.add_argument("target", metavar="OUT", type=Path, help="checkpoint to write")
     parser.add_argument("--force", action="store_true", help="overwrite OUT")
     arguments = parser.parse_args()
+    # Before fairseq is imported, which would show all that it notes.
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
 
     from normexp.checkpoints.released import import_checkpoint
 

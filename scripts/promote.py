@@ -10,6 +10,7 @@ A run is checked before: it has ended and was made by committed code, the corpus
 the record, and the translations have its BLEU. Nothing committed is replaced without --replace.
 """
 
+import logging
 import sys
 from pathlib import Path
 
@@ -29,6 +30,8 @@ def main() -> int:
         "--results", type=Path, default=RESULTS, help="the committed results (%(default)s)"
     )
     arguments = parser.parse_args()
+    # Before fairseq is imported, which would show all that it notes.
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
 
     from normexp.evaluation.promotion import promote  # here, because torch takes a second
 

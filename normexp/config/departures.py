@@ -139,10 +139,10 @@ def settings_of(
     settings = parse_resolved(content)  # first: what follows takes valid settings for granted
     _refuse_merged(choices)
     named, found = (usual or Usual()).of(choices)
-    if settings.norm.name != named.values["norm.name"]:
+    if settings.norm.name != (usual_name := named.values["norm.name"]):
         raise UserError(
-            f"norm.name={settings.norm.name}: with norm={choices['norm']} the label and the options "
-            f"are those of {named.values['norm.name']}; choose the norm by norm=NAME"
+            f"norm.name={settings.norm.name}: with norm={choices['norm']} label and options are "
+            f"those of {usual_name}; choose the norm by norm=NAME"
         )
     if _take_the_form_of(named, own):
         content = resolved(own)

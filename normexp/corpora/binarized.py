@@ -35,7 +35,8 @@ class DataBin:
     def find(cls, folder: Path) -> "DataBin | None":
         """The layout of a folder, None if it has no dictionary of fairseq's.
 
-        Raises UserError if files are missing, or several language pairs are there.
+        Raises UserError if files are missing, or several language pairs are there, or a second part
+        of train, which fairseq would read behind the first.
         """
         if not list(folder.glob("dict*.txt")):
             return None
@@ -47,6 +48,11 @@ class DataBin:
         if len(pairs) > 1:
             shown = ", ".join(sorted("-".join(pair) for pair in pairs))
             raise UserError(f"{folder} has several language pairs ({shown}); give each a folder")
+        if parts := sorted(folder.glob("train1.*")):
+            raise UserError(
+                f"{folder} has train in several parts ({parts[0].name}), which fairseq reads as "
+                "one; join the texts and binarize them again"
+            )
         found = cls(folder, pairs.pop() if pairs else None)
         missing = [name for name in found.files() if not (folder / name).is_file()]
         if missing:

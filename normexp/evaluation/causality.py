@@ -212,6 +212,7 @@ def _write_record(
     of_run = records.record_path(results, record)
     path = results / "causality" / of_run.relative_to(results / "records")
     commit, dirty = provenance.code_version(REPOSITORY)
+    tested = f"{record.task}/{folder.path.name}"  # one training may have records of evaluations
     result = CausalityRecord(
         task=record.task,
         label=record.label,
@@ -230,7 +231,7 @@ def _write_record(
         code_commit=commit,
         code_dirty=dirty,
         versions=provenance.package_versions(),
-        command=f"python scripts/audit.py results/own/runs/{record.task}/{of_run.stem}{options}",
+        command=f"python scripts/audit.py results/own/runs/{tested}{options}",
         finished_at=provenance.utc_now(),
     )
     write_causality_record(path, result)

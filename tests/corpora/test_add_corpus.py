@@ -282,6 +282,15 @@ def test_incomplete_data_is_refused(tmp_path: Path) -> None:
         add(tmp_path, folder)
 
 
+def test_data_in_several_parts_is_refused(tmp_path: Path) -> None:
+    """Without a word the corpus would be the first part alone."""
+    folder = data_bin(tmp_path, PAIRS, "--source-lang=cs", "--target-lang=fr")
+    for path in [*folder.glob("valid.*")]:
+        shutil.copy(path, folder / path.name.replace("valid", "train1"))
+    with pytest.raises(UserError, match=r"several parts \(train1.cs-fr"):
+        add(tmp_path, folder)
+
+
 ROWS = {
     split: [{"id": n, "translation": {"cs": cs, "fr": fr}} for n, (cs, fr) in enumerate(part)]
     for split, part in (

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from support.small_runs import composed, run_script
+from support.small_runs import composed, run_script, script_process
 from torch import Tensor, nn
 
 from normexp import pipeline
@@ -179,6 +179,13 @@ def test_whether_a_trained_model_sees_future_tokens_is_measured_and_recorded(
         "python scripts/audit.py results/own/runs/toy_language_model/PN-seed1 "
         "--split test --segments 4 --seed 0 --cpu"
     )
+    # A folder is not always named as the record is, which an evaluation of one's own renames.
+    moved = folder.rename(folder.with_name("PN-elsewhere"))
+    run_script("audit.py", str(moved), "--segments", "4", "--cpu")
+    again = load_causality_records(tmp_path / "results")[path]
+    assert again.command.startswith("python scripts/audit.py results/own/runs/toy_language_model/")
+    assert "/PN-elsewhere --split" in again.command
+    checkpoint = moved / "checkpoints" / checkpoint.name
     shown = run_script(
         "audit.py", str(checkpoint), "--data", str(corpus.data_bin), "--segments", "2", "--cpu"
     )
@@ -198,6 +205,12 @@ def test_the_script_says_what_it_needs(tmp_path: Path) -> None:
     shown = run_script("audit.py", str(tmp_path / "no.pt"), "--data", str(tmp_path))
     assert shown.returncode == 1 and "there is no checkpoint" in shown.stderr
     assert "Traceback" not in shown.stderr
+
+
+def test_an_error_is_one_line(tmp_path: Path) -> None:
+    """fairseq shows notes of its own when it is imported."""
+    shown = script_process("audit.py", str(tmp_path / "no.pt"))
+    assert shown.returncode == 1 and shown.stderr.count("\n") == 1, shown.stderr
 
 
 @pytest.mark.parametrize("script", ["audit.py", "evaluate.py"])
