@@ -9,15 +9,14 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, repeat
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from normexp.corpora.catalogue import Corpus
-from normexp.corpora.parallel_text import Row, open_text, read_rows
-from normexp.corpora.process_pool import map_rows
+from normexp.corpora.parallel_text import Block, columns_of, open_text, read_blocks
+from normexp.corpora.process_pool import map_blocks
 from normexp.corpora.text import final_text
 
 
@@ -57,10 +56,8 @@ def build_binary(
         pair = f".{'-'.join(corpus.languages)}{suffix}" if suffix else ""
         for split in corpus.splits:
             source = final_text(corpus, split, language, text)
-            rows = tqdm(
-                read_rows([source]), f"{corpus.name} {source.name} binary", disable=not progress
-            )
-            counts = _binarize(rows, dictionary, folder / f"{split}{pair}", workers)
+            blocks = read_blocks([source], f"{corpus.name} {source.name} binary", progress)
+            counts = _binarize(blocks, dictionary, folder / f"{split}{pair}", workers)
             record = splits.setdefault(split, {"sentences": counts.pop("sentences")})
             for quantity, value in counts.items():
                 record.setdefault(quantity, {})[language] = value
@@ -96,35 +93,53 @@ def _dictionary(files: list[Path]):
 
 @dataclass(frozen=True)
 class _Encoder:
-    """Turns a line into the bytes of its int32 token numbers, and the number of unknown ones."""
+    """Turns the lines of a block into numbers.
+
+    Returns the bytes of all token numbers, the number of tokens of each line, both with an end of
+    sentence, and how many words are unknown.
+    """
 
     indices: dict[str, int]
     unknown: int
     unknown_word: str
     end: int
+    dtype: type
 
-    def __call__(self, row: tuple[str]) -> tuple[bytes, int]:
-        words = row[0].split()
-        numbers = [self.indices.get(word, self.unknown) for word in words]
-        replaced = numbers.count(self.unknown) - words.count(self.unknown_word)
-        return np.array([*numbers, self.end], dtype=np.int32).tobytes(), replaced
+    def __call__(self, block: Block) -> tuple[bytes, list[int], int]:
+        (lines,) = columns_of(block)
+        rows = [line.split() for line in lines]
+        lengths = [len(words) + 1 for words in rows]
+        numbers: list[int] = []
+        replaced = 0
+        for words in rows:
+            numbers += map(self.indices.get, words, repeat(self.unknown))
+            numbers.append(self.end)
+            replaced -= words.count(self.unknown_word)
+        replaced += numbers.count(self.unknown)
+        return np.array(numbers, dtype=self.dtype).tobytes(), lengths, replaced
 
 
-def _binarize(rows: Iterable[Row], dictionary, prefix: Path, workers: int) -> dict:
-    import torch
-    from fairseq.data.indexed_dataset import data_file_path, index_file_path, make_builder
+def _binarize(blocks: Iterable[Block], dictionary, prefix: Path, workers: int) -> dict:
+    from fairseq.data.indexed_dataset import (
+        MMapIndexedDataset,
+        best_fitting_int_dtype,
+        data_file_path,
+        index_file_path,
+    )
 
-    encoder = _Encoder(dictionary.indices, dictionary.unk(), dictionary.unk_word, dictionary.eos())
-    builder = make_builder(data_file_path(str(prefix)), "mmap", vocab_size=len(dictionary))
-    lengths, unknown = [], 0
-    for numbers, replaced in map_rows(encoder, rows, workers):
-        # A copy, since PyTorch warns of memory that it must not write to.
-        tokens = torch.from_numpy(np.frombuffer(numbers, dtype=np.int32).copy())
-        builder.add_item(tokens)
-        lengths.append(len(tokens))
-        unknown += replaced
-    builder.finalize(index_file_path(str(prefix)))
-    lengths = np.array(lengths, dtype="<i4")
+    dtype = best_fitting_int_dtype(len(dictionary))
+    encoder = _Encoder(
+        dictionary.indices, dictionary.unk(), dictionary.unk_word, dictionary.eos(), dtype
+    )
+    sizes, unknown = [], 0
+    with open(data_file_path(str(prefix)), "wb") as data:
+        for numbers, lengths, replaced in map_blocks(encoder, blocks, workers):
+            data.write(numbers)
+            sizes += lengths
+            unknown += replaced
+    with MMapIndexedDataset.Index.writer(index_file_path(str(prefix)), dtype) as index:
+        index.write(sizes)
+    lengths = np.array(sizes, dtype="<i4")
     return {
         "sentences": len(lengths),
         "tokens": int(lengths.sum()),

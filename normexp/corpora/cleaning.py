@@ -1,9 +1,11 @@
 """clean-corpus-n.perl: drop sentence pairs that are empty, too long or too different in length."""
 
 from collections.abc import Iterable, Iterator
-from itertools import chain
+from dataclasses import dataclass
 
 import regex
+
+from normexp.corpora.parallel_text import Columns, Row
 
 MAX_WORD_LENGTH = 1000  # characters
 _TOO_LONG_WORD = regex.compile(rf"[^\s|]{{{MAX_WORD_LENGTH + 1}}}")
@@ -27,31 +29,51 @@ def clean_pair(
         return None
     if target_words / source_words > max_ratio or source_words / target_words > max_ratio:
         return None
-    if _TOO_LONG_WORD.search(source) or _TOO_LONG_WORD.search(target):
+    if _has_too_long_word(source) or _has_too_long_word(target):
         return None
     if " |" in source or " |" in target:
         raise ValueError(f"blank factor in: {source} / {target}")
     return source, target
 
 
+def _has_too_long_word(text: str) -> bool:
+    return len(text) > MAX_WORD_LENGTH and _TOO_LONG_WORD.search(text) is not None
+
+
 def _squeezed(text: str, factored: bool) -> str:
     # regex's \s is Perl's; that of re has U+001C to U+001F as well.
     if not factored:
         text = text.replace("|", "")
+    if text.isprintable():  # then all its blanks are spaces
+        return " ".join(text.split())
     return regex.sub(r"\s+", " ", text).strip(" ")
 
 
-def clean_rows(
-    rows: Iterable[tuple[str, ...]], max_ratio: float, min_words: int, max_words: int
-) -> Iterator[tuple[str, ...]]:
-    """`clean_pair` over rows (source, target, further columns that share the row's fate)."""
-    rows = iter(rows)
-    first = next(rows, None)
-    if first is None:
-        return
-    # The script decides on the first pair only whether "|" separates factors.
-    factored = "|" in first[0] or "|" in first[1]
-    for source, target, *others in chain([first], rows):
-        pair = clean_pair(source, target, max_ratio, min_words, max_words, factored)
-        if pair is not None:
-            yield *pair, *others
+@dataclass
+class Cleaner:
+    """`clean_pair` over texts: source, target and further ones that share the fate of their row.
+
+    factored: whether "|" separates factors. As in the script, the first pair of all decides.
+    """
+
+    max_ratio: float
+    min_words: int
+    max_words: int
+    factored: bool | None = None
+
+    def __call__(self, columns: Columns) -> Columns:
+        """The texts without the rows that are dropped."""
+        rows = zip(*columns, strict=True)
+        kept = list(self.clean_rows(rows))
+        return [list(lines) for lines in zip(*kept, strict=True)] if kept else [[] for _ in columns]
+
+    def clean_rows(self, rows: Iterable[Row]) -> Iterator[Row]:
+        """The rows that are kept."""
+        for source, target, *others in rows:
+            if self.factored is None:
+                self.factored = "|" in source or "|" in target
+            pair = clean_pair(
+                source, target, self.max_ratio, self.min_words, self.max_words, self.factored
+            )
+            if pair is not None:
+                yield *pair, *others

@@ -1,4 +1,4 @@
-"""An ordered map over rows of text in several processes, in bounded memory."""
+"""An ordered map over blocks of text in several processes, in bounded memory."""
 
 import multiprocessing
 import multiprocessing.connection
@@ -7,13 +7,12 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from itertools import islice
+from itertools import chain, islice
 from typing import Any, TypeVar
 
-Row = tuple[str, ...]
+S = TypeVar("S")
 T = TypeVar("T")
-_CHUNK = 1000  # rows per message; sending single rows would cost more than tokenizing them
-_function: Callable[[Row], Any] | None = None  # of a worker process
+_function: Callable[[Any], Any] | None = None  # of a worker process
 
 
 def available_cores() -> int:
@@ -21,30 +20,29 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
-def map_rows(function: Callable[[Row], T], rows: Iterable[Row], workers: int) -> Iterator[T]:
-    """``map(function, rows)`` in order; at most ``3 * workers`` chunks are held at a time.
+def map_blocks(function: Callable[[S], T], blocks: Iterable[S], workers: int) -> Iterator[T]:
+    """``map(function, blocks)`` in order; at most ``3 * workers`` blocks are held at a time.
 
-    `function` is sent once to every worker, so what it caches lives as long as the map.
+    A block is a message to a worker, so that it should be worth one. `function` is sent once to
+    every worker; what it caches lives as long as the map.
     """
-    rows = iter(rows)
-    # Starting processes costs more than a few rows do.
-    head = list(islice(rows, _CHUNK + 1)) if workers > 1 else []
-    if len(head) <= _CHUNK:
-        yield from map(function, head)
-        yield from map(function, rows)
+    blocks = iter(blocks)
+    head = list(islice(blocks, 2))
+    if workers == 1 or len(head) < 2:  # starting processes costs more than the work on one block
+        yield from map(function, chain(head, blocks))
         return
     # Not multiprocessing.Pool, which hangs forever when a worker is killed; this one raises.
     with ProcessPoolExecutor(workers, initializer=_install, initargs=(function,)) as pool:
-        pending = deque([pool.submit(_apply, head)])
-        while chunk := list(islice(rows, _CHUNK)):
-            pending.append(pool.submit(_apply, chunk))
+        pending = deque(pool.submit(_apply, block) for block in head)
+        for block in blocks:
+            pending.append(pool.submit(_apply, block))
             if len(pending) > 2 * workers:
-                yield from pending.popleft().result()
+                yield pending.popleft().result()
         while pending:
-            yield from pending.popleft().result()
+            yield pending.popleft().result()
 
 
-def _install(function: Callable[[Row], Any]) -> None:
+def _install(function: Callable[[Any], Any]) -> None:
     global _function
     _function = function
     threading.Thread(target=_end_with_parent, daemon=True).start()
@@ -56,5 +54,5 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _apply(chunk: list[Row]) -> list:
-    return list(map(_function, chunk))
+def _apply(block: Any) -> Any:
+    return _function(block)

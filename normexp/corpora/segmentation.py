@@ -2,34 +2,27 @@
 
 import io
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from typing import TYPE_CHECKING
 
 from subword_nmt.apply_bpe import BPE
 
-from normexp.corpora.parallel_text import Row
+from normexp.corpora.parallel_text import Columns
 from normexp.errors import UserError
 
 if TYPE_CHECKING:
     from sentencepiece import SentencePieceProcessor
 
 
-class _BoundedCache(dict):
-    """A dictionary that is emptied when it is full; frequent words soon return."""
-
-    MAX_WORDS = 100_000
-
-    def __setitem__(self, word, segments) -> None:
-        if len(self) >= self.MAX_WORDS:
-            self.clear()
-        super().__setitem__(word, segments)
+_MAX_WORDS = 200_000  # of a dictionary, which is emptied then; frequent words soon return
 
 
 @dataclass(frozen=True)
 class BpeSegmenter:
-    """Puts the BPE segmentation of a row's first columns in front of the row.
+    """Puts the BPE segmentations of the first columns of a block in front of its columns.
 
     codes: the text of subword-nmt's codes.
     """
@@ -39,18 +32,43 @@ class BpeSegmenter:
 
     @cached_property
     def _bpe(self) -> BPE:
-        bpe = BPE(io.StringIO(self.codes))
-        bpe.cache = _BoundedCache()  # every process has one
-        return bpe
+        return BPE(io.StringIO(self.codes))
 
-    def __call__(self, row: Row) -> Row:
-        texts = [self._bpe.process_line(text) for text in row[: self.num_columns]]
-        return (*texts, *row)
+    @cached_property
+    def _pieces(self) -> dict[str, str]:
+        """The pieces of words, joined by blanks; every process has its own."""
+        return {}
+
+    def __call__(self, columns: Columns) -> Columns:
+        return [*map(self._segmented, columns[: self.num_columns]), *columns]
+
+    def _segmented(self, lines: list[str]) -> list[str]:
+        rows = [_words_of(line) for line in lines]
+        self._learn(set(chain.from_iterable(rows)))
+        pieces_of = self._pieces.__getitem__
+        return [
+            " ".join(map(pieces_of, words)) if words else self._bpe.process_line(line)
+            for line, words in zip(lines, rows, strict=True)
+        ]
+
+    def _learn(self, words: set[str]) -> None:
+        if len(self._pieces) + len(words) > _MAX_WORDS:
+            self._pieces.clear()
+        for word in words.difference(self._pieces):
+            self._pieces[word] = " ".join(self._bpe.segment_tokens([word]))
+        self._bpe.cache.clear()  # what the dictionary has, too
+
+
+def _words_of(line: str) -> Sequence[str]:
+    """The words of a line; none if there are blanks that the BPE keeps or squeezes."""
+    if "  " in line or line != line.strip("\r\n "):
+        return ()
+    return line.split(" ") if line else ()
 
 
 @dataclass(frozen=True)
 class SentencePieceSegmenter:
-    """Puts the pieces of a row's first columns, joined by blanks, in front of the row.
+    """Puts the pieces of the first columns of a block, joined by blanks, in front of its columns.
 
     model: the bytes of a sentencepiece model.
     """
@@ -62,11 +80,15 @@ class SentencePieceSegmenter:
     def _processor(self) -> "SentencePieceProcessor":
         return sentencepiece_processor(self.model)
 
-    def __call__(self, row: Row) -> Row:
-        texts = [
-            " ".join(self._processor.encode(text, out_type=str)) for text in row[: self.num_columns]
+    def __call__(self, columns: Columns) -> Columns:
+        encode = self._processor.encode
+        return [
+            *(
+                [" ".join(pieces) for pieces in encode(lines, out_type=str)]
+                for lines in columns[: self.num_columns]
+            ),
+            *columns,
         ]
-        return (*texts, *row)
 
 
 def sentencepiece_processor(model: bytes) -> "SentencePieceProcessor":

@@ -5,18 +5,26 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from itertools import chain, groupby, product
+from functools import partial
+from itertools import chain, count, product
 from pathlib import Path
-
-from tqdm import tqdm
 
 from normexp.corpora.bpe import learn_codes
 from normexp.corpora.catalogue import CLEAN, STEP_TEXTS, Corpus
-from normexp.corpora.cleaning import clean_rows
-from normexp.corpora.parallel_text import Row, open_text, read_rows, row_writer, write_rows
-from normexp.corpora.process_pool import map_rows
+from normexp.corpora.cleaning import Cleaner
+from normexp.corpora.parallel_text import (
+    Block,
+    Columns,
+    Row,
+    block_of,
+    block_writer,
+    columns_of,
+    open_text,
+    read_blocks,
+)
+from normexp.corpora.process_pool import map_blocks
 from normexp.corpora.segmentation import BpeSegmenter, SentencePieceSegmenter, joined
-from normexp.corpora.tokenization import STEPS, TOKENIZERS
+from normexp.corpora.tokenization import TOKENIZERS, apply_step
 from normexp.errors import UserError
 
 TOKENIZED, SEGMENTED, REFERENCE, CODES = "tokenized", "bpe", "reference", "bpe.codes"
@@ -71,12 +79,10 @@ def tokenize_splits(corpus: Corpus, raw: Path, folder: Path, workers: int, progr
             paths = [raw / f"{split}.{language}" for language in corpus.languages]
             # The raw target is one more column, so that it is kept or dropped with its row.
             paths += paths[1:]
-            rows = tqdm(read_rows(paths), f"{corpus.name} {split}", disable=not progress)
-            if corpus.segmented:
-                rows = (tuple(joined(text, corpus.segmented) for text in row) for row in rows)
+            blocks = read_blocks(paths, f"{corpus.name} {split}", progress)
             with contextlib.ExitStack() as stack:
-                rows = _apply_steps(corpus, split, rows, workers, folder, stack)
-                _write_split(corpus, split, rows, folder)
+                blocks = _apply_steps(corpus, split, blocks, workers, folder, stack)
+                _write_split(corpus, split, blocks, folder)
     for split in corpus.splits:
         if not (folder / TOKENIZED / f"{split}.{corpus.languages[0]}").stat().st_size:
             raise UserError(f"corpus {corpus.name}: the recipe leaves no line in {split}")
@@ -119,56 +125,87 @@ def final_text(corpus: Corpus, split: str, language: str, folder: Path) -> Path:
     return folder / (SEGMENTED if corpus.bpe else TOKENIZED) / f"{split}.{language}"
 
 
-@dataclass(frozen=True)
-class _Steps:
-    """Steps applied to the first columns of a row; the others pass."""
+Part = Callable[[Columns], Columns]
 
-    steps: tuple[str, ...]
-    languages: tuple[str, ...]
 
-    def __call__(self, row: Row) -> Row:
-        texts = []
-        for text, language in zip(row, self.languages, strict=False):
-            for step in self.steps:
-                text = STEPS[step](text, language)
-            texts.append(text)
-        return (*texts, *row[len(texts) :])
+@dataclass
+class _Parts:
+    """Parts of a recipe, one after the other, over a block.
+
+    returned: numbers of the parts whose text is returned; the last one's always is, as last.
+    """
+
+    parts: list[Part]
+    returned: tuple[int, ...] = ()
+
+    def __call__(self, block: Block) -> list[Block]:
+        columns, blocks = columns_of(block), []
+        for number, part in enumerate(self.parts):
+            columns = part(columns)
+            if number in self.returned:
+                blocks.append(block_of(columns))
+        return [*blocks, block_of(columns)]
+
+    def over(self, blocks: Iterable[Block], workers: int) -> Iterator[list[Block]]:
+        """What becomes of every block, in order."""
+        blocks = iter(blocks)
+        # What the first pair decides for all others has to be known before they are distributed.
+        cleaners = [part for part in self.parts if isinstance(part, Cleaner)]
+        while any(cleaner.factored is None for cleaner in cleaners):
+            if (block := next(blocks, None)) is None:
+                return
+            yield self(block)
+        yield from map_blocks(self, blocks, workers)
 
 
 def _apply_steps(
     corpus: Corpus,
     split: str,
-    rows: Iterable[Row],
+    blocks: Iterable[Block],
     workers: int,
     folder: Path,
     stack: contextlib.ExitStack,
-) -> Iterable[Row]:
-    for cleaning, group in groupby(corpus.splits[split].steps, key=CLEAN.__eq__):
-        steps = tuple(group)
-        if cleaning:
-            rows = clean_rows(rows, **corpus.clean.model_dump())
+) -> Iterator[Block]:
+    """The text after the steps. That between steps is written where the catalogue has its hash."""
+    parts: list[Part] = [partial(_join_pieces, corpus.segmented)] if corpus.segmented else []
+    writers = {}
+    for step in corpus.splits[split].steps:
+        if step == CLEAN:
+            parts.append(Cleaner(**corpus.clean.model_dump()))
         else:
-            rows = map_rows(_Steps(steps, tuple(corpus.languages)), rows, workers)
-        names = [f"{split}.{steps[-1]}.{language}" for language in corpus.languages]
+            parts.append(partial(_apply_step, step, corpus.languages))
+        names = [f"{split}.{step}.{language}" for language in corpus.languages]
         if corpus.kept_step_texts.intersection(names):
             paths = [folder / STEP_TEXTS / name for name in names]
-            rows = _copied(rows, stack.enter_context(row_writer(paths)), len(paths))
+            writers[len(parts) - 1] = stack.enter_context(block_writer(paths))
     if not set(TOKENIZERS).isdisjoint(corpus.splits[split].steps):
-        rows = _with_single_blanks(rows, len(corpus.languages))
-    return rows
+        parts.append(partial(_with_single_blanks, len(corpus.languages)))
+    for *between, block in _Parts(parts, tuple(writers)).over(blocks, workers):
+        for write, text in zip(writers.values(), between, strict=True):
+            write(text[: len(corpus.languages)])
+        yield block
 
 
-def _with_single_blanks(rows: Iterable[Row], columns: int) -> Iterator[Row]:
-    """Remove the blanks that the tokenizer leaves behind some last words."""
-    for row in rows:
-        texts = (" ".join(text.split()) if text.strip() else text for text in row[:columns])
-        yield (*texts, *row[columns:])
+def _join_pieces(marks: str, columns: Columns) -> Columns:
+    return [[joined(text, marks) for text in texts] for texts in columns]
 
 
-def _copied(rows: Iterable[Row], write: Callable[[Row], None], columns: int) -> Iterator[Row]:
-    for row in rows:
-        write(row[:columns])
-        yield row
+def _apply_step(step: str, languages: list[str], columns: Columns) -> Columns:
+    """The step applied to the first columns; the others pass."""
+    changed = [
+        apply_step(step, texts, language)
+        for texts, language in zip(columns, languages, strict=False)
+    ]
+    return changed + columns[len(changed) :]
+
+
+def _with_single_blanks(number: int, columns: Columns) -> Columns:
+    """Remove the blanks that the tokenizer leaves behind some last words of the first columns."""
+    changed = [
+        [" ".join(text.split()) if text.strip() else text for text in texts]
+        for texts in columns[:number]
+    ]
+    return changed + columns[number:]
 
 
 def _paths(corpus: Corpus, split: str, folder: Path) -> list[Path]:
@@ -177,38 +214,52 @@ def _paths(corpus: Corpus, split: str, folder: Path) -> list[Path]:
     return texts + [folder / REFERENCE / f"{split}.{target}" for target in corpus.languages[1:]]
 
 
-def _write_split(corpus: Corpus, split: str, rows: Iterable[Row], folder: Path) -> None:
+def _write_split(corpus: Corpus, split: str, blocks: Iterable[Block], folder: Path) -> None:
     """Write a split; lines of train that other splits hold out are written there."""
     every = {name: recipe.every for name, recipe in corpus.splits.items() if recipe.every}
     held_out = every if split == "train" else {}
     with contextlib.ExitStack() as stack:
         writers = {
-            name: stack.enter_context(row_writer(_paths(corpus, name, folder)))
+            name: stack.enter_context(block_writer(_paths(corpus, name, folder)))
             for name in [split, *held_out]
         }
-        for number, row in enumerate(rows, 1):
-            name = next((name for name, n in held_out.items() if number % n == 0), split)
-            writers[name](row)
+        numbers = count(1)
+        for block in blocks:
+            if not held_out:
+                writers[split](block)
+                continue
+            chosen: dict[str, list[Row]] = {name: [] for name in writers}
+            for row in zip(*columns_of(block), strict=True):
+                number = next(numbers)
+                name = next((name for name, n in held_out.items() if number % n == 0), split)
+                chosen[name].append(row)
+            for name, rows in chosen.items():
+                if rows:
+                    writers[name](block_of(zip(*rows, strict=True)))
 
 
 def _segment(
     corpus: Corpus,
     split: str,
-    segmenter: Callable[[Row], Row],
+    segmenter: Part,
     folder: Path,
     workers: int,
     progress: bool,
 ) -> None:
     paths = _paths(corpus, split, folder)
-    rows = tqdm(read_rows(paths), f"{corpus.name} {split} BPE", disable=not progress)
-    rows = map_rows(segmenter, rows, workers)
+    blocks = read_blocks(paths, f"{corpus.name} {split} BPE", progress)
     targets = [folder / SEGMENTED / f"{split}.{language}" for language in corpus.languages]
     if not corpus.splits[split].after_bpe:
-        write_rows((row[: len(targets)] for row in rows), targets)
+        with block_writer(targets) as write:
+            for (block,) in _Parts([segmenter]).over(blocks, workers):
+                write(block[: len(targets)])
         return
     # Cleaning drops rows, so the files that were read have to be written anew.
     kept = [path.with_name(path.name + ".kept") for path in paths]
-    write_rows(clean_rows(rows, **corpus.clean.model_dump()), targets + kept)
+    parts = _Parts([segmenter, Cleaner(**corpus.clean.model_dump())])
+    with block_writer(targets + kept) as write:
+        for (block,) in parts.over(blocks, workers):
+            write(block)
     for path, new in zip(paths, kept, strict=True):
         os.replace(new, path)
 

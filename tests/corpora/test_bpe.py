@@ -55,8 +55,8 @@ def test_segmentation_with_a_full_cache(monkeypatch) -> None:
     lines = [line for pair in pairs(4, 60) for line in pair]
     codes = codes_of(lines, 200)
     stock = BPE(io.StringIO(codes))
-    monkeypatch.setattr(segmentation._BoundedCache, "MAX_WORDS", 5)
+    monkeypatch.setattr(segmentation, "_MAX_WORDS", 5)
     segmenter = segmentation.BpeSegmenter(codes, 1)
     for line in lines:
-        assert segmenter((line,)) == (stock.process_line(line), line)
-    assert 0 < len(segmenter._bpe.cache) <= 5
+        assert segmenter([[line]]) == [[stock.process_line(line)], [line]]
+        assert set(segmenter._pieces) == set(line.split())

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from normexp.corpora.cleaning import clean_pair, clean_rows
+from normexp.corpora.cleaning import Cleaner, clean_pair
 
 LIMITS = {"max_ratio": 1.5, "min_words": 1, "max_words": 6}
 TEXT = st.text(alphabet="ab| \t\u00a0\u2028", max_size=25)
@@ -54,7 +54,7 @@ def test_limits_are_included(source: int, target: int, kept: bool) -> None:
 def test_other_columns_share_the_fate_of_their_row(pairs: list[tuple[str, str]]) -> None:
     pairs = [("a", "a"), *pairs]  # the first pair decides that "|" means nothing
     rows = [(*pair, str(number)) for number, pair in enumerate(pairs)]
-    kept = list(clean_rows(rows, **LIMITS))
+    kept = list(Cleaner(**LIMITS).clean_rows(rows))
     alone = [clean_pair(*pair, **LIMITS, factored=False) for pair in pairs]
     assert kept == [(*pair, str(n)) for n, pair in enumerate(alone) if pair is not None]
 
@@ -69,14 +69,18 @@ def test_overlong_word(length: int, kept: bool) -> None:
 
 def test_bars_of_factored_text_stay() -> None:
     rows = [("a|b", "c"), ("d|e", "f")]
-    assert list(clean_rows(rows, **LIMITS)) == rows
-    assert list(clean_rows([("x", "y"), *rows], **LIMITS)) == [("x", "y"), ("ab", "c"), ("de", "f")]
+    assert list(Cleaner(**LIMITS).clean_rows(rows)) == rows
+    assert list(Cleaner(**LIMITS).clean_rows([("x", "y"), *rows])) == [
+        ("x", "y"),
+        ("ab", "c"),
+        ("de", "f"),
+    ]
     with pytest.raises(ValueError, match="blank factor"):
-        list(clean_rows([("a |b", "c d")], **LIMITS))
+        list(Cleaner(**LIMITS).clean_rows([("a |b", "c d")]))
 
 
 def test_no_rows() -> None:
-    assert list(clean_rows([], **LIMITS)) == []
+    assert list(Cleaner(**LIMITS).clean_rows([])) == []
 
 
 def test_counts_of_the_original_script(local_data) -> None:
@@ -86,5 +90,5 @@ def test_counts_of_the_original_script(local_data) -> None:
         content = gzip.decompress((local_data / "multi30k" / f"train.{language}.gz").read_bytes())
         columns.append(content.decode().split("\n")[:-1])
     pairs = list(zip(*columns, strict=True))
-    assert len(list(clean_rows(pairs, max_ratio=1.5, min_words=1, max_words=175))) == 28_112
-    assert len(list(clean_rows(pairs, max_ratio=1.2, min_words=5, max_words=20))) == 20_070
+    assert len(list(Cleaner(max_ratio=1.5, min_words=1, max_words=175).clean_rows(pairs))) == 28_112
+    assert len(list(Cleaner(max_ratio=1.2, min_words=5, max_words=20).clean_rows(pairs))) == 20_070

@@ -6,7 +6,7 @@ from concurrent.futures.process import BrokenProcessPool
 
 import pytest
 
-from normexp.corpora.process_pool import map_rows
+from normexp.corpora.process_pool import map_blocks
 
 ROWS = [(str(number), "x") for number in range(5_500)]
 
@@ -31,7 +31,7 @@ def die(row: tuple[str, ...]) -> tuple[str, ...]:
 @pytest.mark.parametrize("number", [0, 1, 1000, 1001, 2000, 5500])
 def test_is_map(workers: int, number: int) -> None:
     rows = ROWS[:number]
-    assert list(map_rows(double, iter(rows), workers)) == [double(row) for row in rows]
+    assert list(map_blocks(double, iter(rows), workers)) == [double(row) for row in rows]
 
 
 def test_reads_no_further_ahead_than_needed() -> None:
@@ -43,7 +43,7 @@ def test_reads_no_further_ahead_than_needed() -> None:
             read += 1
             yield (str(number), "x")
 
-    results = map_rows(double, rows(), 2)
+    results = map_blocks(double, rows(), 2)
     next(results)
     assert read < 10_000
     results.close()
@@ -51,9 +51,9 @@ def test_reads_no_further_ahead_than_needed() -> None:
 
 def test_exception_in_a_worker_arrives() -> None:
     with pytest.raises(ValueError, match="a bad row"):
-        list(map_rows(fail, ROWS, 2))
+        list(map_blocks(fail, ROWS, 2))
 
 
 def test_killed_worker_is_an_error_and_no_hang() -> None:
     with pytest.raises(BrokenProcessPool):
-        list(map_rows(die, ROWS, 2))
+        list(map_blocks(die, ROWS, 2))

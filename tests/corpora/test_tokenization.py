@@ -18,8 +18,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sacremoses import MosesTokenizer
 
-from normexp.corpora import tokenization
-from normexp.corpora.tokenization import STEPS, _Tokenizer, detokenize, tokenize
+from normexp.corpora import chunk_tokenizer, tokenization
+from normexp.corpora.chunk_tokenizer import ChunkTokenizer
+from normexp.corpora.tokenization import (
+    STEPS,
+    TOKENIZERS,
+    _Normalizer,
+    _Tokenizer,
+    apply_step,
+    detokenize,
+    tokenize,
+)
 
 GOLDEN = [
     ("tokenize", "en", "He works for the U.S.", "He works for the U.S ."),
@@ -367,3 +376,77 @@ def test_published_counts_of_multi30k_are_those_before_the_last_dot_rule(local_d
     old = MosesTokenizer("de")
     assert sum(len(old.tokenize(line)) for line in normalized) == 12_103
     assert sum(len(tokenize(line, "de").split()) for line in normalized) == 12_104
+
+
+# What the rules tell apart, alone or in a row: letters, digits, marks, blanks, control characters,
+# abbreviations, and what tokenization itself uses.
+PIECES = st.sampled_from(
+    [*"aAsé中1½५.,'-`\"(:_&ßⓐ", *" \u00a0\t\x1c\x07\u200b", "  ", " '", "' ", "..", "Dr.", "No.",
+     "z.B.", "20.", "DOTMULTI", chunk_tokenizer._SEPARATOR]
+)  # fmt: skip
+LINES = st.lists(st.lists(PIECES, max_size=12).map("".join), max_size=10)
+
+
+@given(
+    LINES,
+    st.sampled_from(TOKENIZERS),
+    st.sampled_from(["en", "de", "fr", "fi", "so", "zh"]),
+)
+def test_many_lines_are_tokenized_as_each_alone(lines: list[str], step: str, language: str) -> None:
+    assert apply_step(step, lines, language) == [STEPS[step](line, language) for line in lines]
+
+
+@pytest.mark.parametrize("step", ["normalize_punctuation", "remove_non_printing", *TOKENIZERS])
+@pytest.mark.parametrize("language", ["de", "en"])
+def test_steps_on_real_text(local_data, step: str, language: str) -> None:
+    content = gzip.decompress((local_data / "multi30k" / f"val.{language}.gz").read_bytes())
+    lines = content.decode().split("\n")[:-1]
+    assert apply_step(step, lines, language) == [STEPS[step](line, language) for line in lines]
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_words_are_tokenized_once(monkeypatch, full: bool) -> None:
+    """By the rules go only new chunks that are not letters alone, and lines that must be whole."""
+    if full:
+        monkeypatch.setattr(chunk_tokenizer, "MAX_CHUNKS", 3)
+    tokenized = []
+
+    def by_rules(line: str) -> str:
+        tokenized.append(line)
+        return tokenize(line, "en")
+
+    tokenizer = ChunkTokenizer(by_rules, str.islower)
+    lines = ["Dr. A met x-y, z.", "Well, x-y is 5,000.", "'Tis x-y."]
+    expected = [tokenize(line, "en") for line in lines]
+    assert tokenizer(lines) == expected
+    new, whole = tokenized
+    assert set(new.split(" \ue000 ")) == {"a", "Dr. A", "x-y", ",", ".", "5,000"}
+    assert whole == "'Tis x-y."
+    assert tokenizer(lines) == expected
+    assert (tokenized[2:] == ["'Tis x-y."]) is not full
+
+
+MARKS = st.text(alphabet="a1 .,%()':;`\"<–—‘’«»…nºCcm?!\u00a0\r\t", max_size=30)
+
+
+@given(MARKS, st.sampled_from(["en", "de", "cs", "fi"]))
+def test_normalizer_leaves_out_only_rules_without_effect(line: str, language: str) -> None:
+    normalizer = _Normalizer(language)
+    expected = line
+    for (rule, by), required in zip(normalizer.substitutions, normalizer.required, strict=True):
+        changed = rule.sub(by, expected)
+        assert changed == expected or required in expected, rule
+        expected = changed
+    assert normalizer.normalize(line) == expected.strip()
+
+
+def test_printable_characters_are_not_of_category_c() -> None:
+    """Python's Unicode, which is asked first, may be older than that of regex."""
+    for character in map(chr, range(0x110000)):
+        if character.isprintable():
+            assert not regex.match(r"\p{C}", character)
+
+
+def test_what_python_calls_letters_stays_whole() -> None:
+    letters = "".join(filter(str.isalpha, map(chr, range(0x110000))))
+    assert tokenize(letters, "en") == letters
