@@ -18,6 +18,7 @@ from normexp.config.departures import marked_budget
 from normexp.config.fairseq_config import trainer_config
 from normexp.config.identity import config_hash
 from normexp.config.settings import RunSettings
+from normexp.config.terminal import say
 from normexp.config.validation import Sites, ValidRun, validate
 from normexp.corpora import PreparedCorpus, prepare
 from normexp.corpora.prepared import recorded_corpus
@@ -83,7 +84,7 @@ def _train_as_worker(settings: RunSettings, ranks: Ranks) -> None:
 
 def _run_in_folder(settings: RunSettings, valid: ValidRun, ranks: Ranks) -> Record:
     if found := find_finished(settings):
-        _print(already(found[0]))
+        say(already(found[0]))
         return found[1]
     refuse_evidence(settings)
     own_record = records.path_of_run(
@@ -367,7 +368,7 @@ def _complete_record(folder: RunFolder, settings: RunSettings) -> Record | None:
     if not is_final(record) or record.config_hash != config_hash(settings):
         return None
     _publish(record, settings.results_dir)  # somebody removed it from among the results
-    _print(already(folder.record))
+    say(already(folder.record))
     return record
 
 
@@ -399,10 +400,6 @@ def _peak_memory() -> int:
         return torch.cuda.max_memory_allocated()
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def _print(line: str) -> None:
-    print(line, flush=True)
 
 
 @contextmanager

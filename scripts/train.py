@@ -14,6 +14,7 @@ from omegaconf import DictConfig
 from normexp.config import own_tasks
 from normexp.config.departures import settings_of
 from normexp.config.settings import RunSettings
+from normexp.config.terminal import say
 from normexp.errors import UserError
 from normexp.runs import records
 from normexp.runs.lookup import already, find_finished
@@ -46,7 +47,7 @@ def _run(cfg: DictConfig) -> Record | None:
         settings = _settings(cfg, process)
         if process.size == 1 and (found := find_finished(settings)):
             path, record = found
-            print(already(path))
+            say(already(path))
         else:
             from normexp import pipeline  # here, because torch and fairseq take seconds
 
@@ -60,7 +61,7 @@ def _run(cfg: DictConfig) -> Record | None:
         raise RunFailed(f"{type(error).__name__}: {error}") from None
     if record is None:
         return None
-    print(records.describe(record), flush=True)
+    say(records.describe(record))
     if record.status != "complete":
         raise RunFailed(record.reason)
     return record

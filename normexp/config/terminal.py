@@ -1,10 +1,29 @@
-"""The console that tables are printed on."""
+"""The console: tables as wide as it is, and lines whose reader may go away."""
 
+import os
 import sys
+from typing import TYPE_CHECKING
 
-from rich.console import Console
+if TYPE_CHECKING:
+    from rich.console import Console
 
 
-def console() -> Console:
+def say(line: str) -> None:
+    """Print a line on standard output, in one piece and at once.
+
+    What follows goes nowhere once nobody reads it, as behind `| head`: that ends no training.
+    """
+    try:
+        sys.stdout.write(f"{line}\n")  # in one piece, because several runs may share the output
+        sys.stdout.flush()
+    except OSError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())  # what is left in the buffer fails no more either
+        os.close(nowhere)
+
+
+def console() -> "Console":
     """Return one as wide as the terminal; a file or a pipe has no width that tables must fit."""
+    from rich.console import Console  # here, because a run without a table is in a hurry
+
     return Console() if sys.stdout.isatty() else Console(width=200)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from normexp.config.identity import config_hash, differences, is_same_training
 from normexp.config.settings import ExperimentSettings, RunSettings, validated
+from normexp.config.terminal import say
 from normexp.errors import UserError
 from normexp.runs.records import read_record
 
@@ -36,7 +37,7 @@ def archive(path: Path, results_dir: Path, task: str, why: str) -> Path:
         raise UserError(
             f"cannot archive {path} as {target} ({error.strerror}): {why}; move it away"
         ) from None
-    print(f"archived: {path} -> {target} ({why})", flush=True)
+    say(f"archived: {path} -> {target} ({why})")
     return target
 
 

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from normexp.config import terminal
 from normexp.fairseq_plugin import patches
 
 SILENCE_SECONDS = 15.0
@@ -61,9 +62,7 @@ class RunProgress:
     def say(self, line: str) -> None:
         """Print a line of the run."""
         self._said = time.monotonic()
-        # In one piece, because several runs may share the output.
-        sys.stdout.write(f"{self.name}: {line}\n")
-        sys.stdout.flush()
+        terminal.say(f"{self.name}: {line}")
 
     def begin(self, phase: str) -> None:
         """Say that something else than training begins, such as "evaluating"."""

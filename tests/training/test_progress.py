@@ -2,16 +2,20 @@
 
 import io
 import math
+import os
 import re
+import subprocess
+import sys
 import time
 from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.small_runs import composed
+from support.small_runs import REPOSITORY, composed, script_command
 
 from normexp import pipeline
+from normexp.runs.records import read_record
 from normexp.training import progress
 from normexp.training.progress import RunProgress, position
 
@@ -118,3 +122,23 @@ def test_a_terminal_gets_a_bar_with_the_time_left(small, monkeypatch) -> None:
 def test_a_loss_that_is_not_a_number_is_shown(capsys) -> None:
     RunProgress("x")("valid", 3, {"loss": math.nan})
     assert capsys.readouterr().out == "x: update 3, validation loss nan bits, perplexity nan\n"
+
+
+def test_a_reader_that_goes_away_ends_no_run(overrides, few_sentences_dir, tmp_path) -> None:
+    """As with `train.py ... | head -1`."""
+    command = overrides("toy_language_model", f"data.dir={few_sentences_dir}")
+    script = script_command("train.py", few_sentences_dir / "catalogue.yaml")
+    with subprocess.Popen(
+        [sys.executable, *script, *command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        cwd=REPOSITORY,
+    ) as process:
+        assert "LN seed 1: " in process.stdout.readline()
+        process.stdout.close()
+        said = process.stderr.read()
+    assert process.returncode == 0 and "Broken" not in said, said
+    (path,) = (tmp_path / "results/records/toy_language_model").iterdir()
+    assert read_record(path).status == "complete"
