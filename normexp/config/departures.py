@@ -139,11 +139,7 @@ def settings_of(
     settings = parse_resolved(content)  # first: what follows takes valid settings for granted
     _refuse_merged(choices)
     named, found = (usual or Usual()).of(choices)
-    if settings.norm.name != (usual_name := named.values["norm.name"]):
-        raise UserError(
-            f"norm.name={settings.norm.name}: with norm={choices['norm']} label and options are "
-            f"those of {usual_name}; choose the norm by norm=NAME"
-        )
+    _refuse_other_norm(settings.norm.name, named.values["norm.name"])
     if _take_the_form_of(named, own):
         content = resolved(own)
         settings = parse_resolved(content)
@@ -184,6 +180,18 @@ def _refuse_merged(choices: Mapping[str, str | None]) -> None:
                 f"{group}=[A,B] would be one run, of the settings of both; one run for each is a "
                 f"sweep: -m {group}=A,B"
             )
+
+
+def _refuse_other_norm(name: str, usual: str) -> None:
+    """Raise UserError for norm.name=NAME, by which a norm would have another's label and options.
+
+    A name that is none of a norm's is refused later, with those that are.
+    """
+    if name != usual and name in config_loader().get_group_options("norm"):
+        raise UserError(
+            f"norm.name={name}: label and options are those of {usual}; choose the norm by "
+            f"norm={name}"
+        )
 
 
 def marked_budget(settings: RunSettings) -> str | None:

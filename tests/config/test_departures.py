@@ -102,8 +102,8 @@ def test_what_shortens_or_shrinks_marks_itself(overrides, budget) -> None:
         ("norm=[layer,power]", r"norm=\[A,B\] would be one run.* sweep: -m norm=A,B"),
         ("model=[translation_tiny,translation_small_cpu]", "would be one run"),
         # A power norm under LN's label would be the baseline of the others.
-        ("norm.name=power", "norm.name=power: with norm=layer .*choose the norm by norm=NAME"),
-        ("norm={name: power}", "choose the norm by norm=NAME"),
+        ("norm.name=power", "norm.name=power: .* those of layer; choose the norm by norm=power"),
+        ("norm={name: power}", "choose the norm by norm=power"),
     ],
 )
 def test_a_label_is_of_one_norm(override: str, message: str) -> None:
