@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 from normexp.config import own_tasks
 from normexp.config.departures import settings_of
 from normexp.config.settings import RunSettings
-from normexp.config.terminal import say
+from normexp.config.terminal import drop_output, say
 from normexp.errors import UserError
 from normexp.runs import records
 from normexp.runs.lookup import already, find_finished
@@ -90,5 +90,7 @@ if __name__ == "__main__":
         from normexp.config.composition_errors import explained
 
         sys.exit(f"error: {explained(error, sys.argv)}")
+    except BrokenPipeError:  # of --help, whose reader has seen enough
+        drop_output()
     except KeyboardInterrupt:
         sys.exit("interrupted; the same command resumes from the last checkpoint")

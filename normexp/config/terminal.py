@@ -17,9 +17,14 @@ def say(line: str) -> None:
         sys.stdout.write(f"{line}\n")  # in one piece, because several runs may share the output
         sys.stdout.flush()
     except OSError:
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, sys.stdout.fileno())  # what is left in the buffer fails no more either
-        os.close(nowhere)
+        drop_output()
+
+
+def drop_output() -> None:
+    """Let standard output go nowhere, what is left in its buffer included."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)
 
 
 def console() -> "Console":
