@@ -129,7 +129,8 @@ def _download(url: str, path: Path, archive: Archive, limit: int, progress: bool
             except _TooMuch as error:
                 partial.unlink(missing_ok=True)
                 return str(error)
-            except requests.RequestException as error:
+            # Of a redirection to an impossible host requests raises what is urllib3's.
+            except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
                 came = _size(partial) - present
                 if isinstance(error, _TooSlow) or came <= 0:
                     return _reason(error)
@@ -194,7 +195,7 @@ def _receive(response: requests.Response, file: IO[bytes], most: int, bar: tqdm)
         raise requests.ConnectionError(error) from error
 
 
-def _reason(error: requests.RequestException) -> str:
+def _reason(error: Exception) -> str:
     if isinstance(error, requests.HTTPError):
         return f"HTTP {error.response.status_code}"
     if isinstance(error, _TooSlow):

@@ -119,6 +119,11 @@ def test_redirect(corpus, mirror, tmp_path) -> None:
     assert mirror.requests == ["/old", "/new"] * 2
 
 
+def test_a_redirection_to_an_impossible_host(corpus, mirror, tmp_path) -> None:
+    mirror.moved["/old"] = "http://a..b/"
+    assert "LocationParseError" in reason_of_failure(corpus, tmp_path, f"{mirror.url}/old")
+
+
 def test_truncated_transfer_is_resumed(corpus, mirror, tmp_path) -> None:
     mirror.files["/text.bin"] = CONTENT
     mirror.resumable = {"/text.bin"}
