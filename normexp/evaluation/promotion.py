@@ -7,6 +7,8 @@ code was committed, the corpus has the recorded hashes, the translations have th
 from collections.abc import Mapping
 from pathlib import Path
 
+from normexp.config.identity import config_hash
+from normexp.config.settings import ExperimentSettings, RunSettings, validated
 from normexp.corpora import prepare
 from normexp.corpora.prepared import recorded_corpus
 from normexp.errors import UserError
@@ -14,7 +16,7 @@ from normexp.evaluation import translations
 from normexp.files import read_json, whole_file
 from normexp.runs import records
 from normexp.runs.causality_record import read_causality_record
-from normexp.runs.folder import RunFolder
+from normexp.runs.folder import RunFolder, hold
 from normexp.runs.records import Record
 
 SMALL = 1e-9  # BLEU, 0 to 100: the same computation on the same text
@@ -74,9 +76,21 @@ def translations_of(record: Record, results: Path) -> Path:
 def _promote_run(folder: RunFolder, results: Path, replace: bool) -> list[Path]:
     if not folder.record.is_file():
         raise UserError(f"{folder.path} has no record.json: the run is not finished")
-    record, settings = records.read_record(folder.record), folder.read_settings()
+    with hold(folder) as settings:
+        return _promote_held_run(folder, settings, results, replace)
+
+
+def _promote_held_run(
+    folder: RunFolder, settings: RunSettings, results: Path, replace: bool
+) -> list[Path]:
+    record = records.read_record(folder.record)
     if record.status == "failed":
         raise UserError(f"{folder.path}: the run failed ({record.reason}); that is no evidence")
+    named = (record.task, record.label, record.seed)
+    hashes = {record.config_hash, config_hash(validated(ExperimentSettings, record.config))}
+    own_name = (settings.task.name, settings.label, settings.seed)
+    if named != own_name or hashes != {config_hash(settings)}:
+        raise UserError(f"{folder.record} is of another configuration than {folder.config}")
     _refuse_modified_code(folder.path, record.code_commit, record.code_dirty)
     targets = {}
     if record.kind == "translation" and record.status == "complete":

@@ -15,6 +15,7 @@ from normexp.evaluation import reevaluation
 from normexp.evaluation.promotion import promote
 from normexp.paths import OWN_RESULTS, RESULTS
 from normexp.runs import evidence, lookup, records
+from normexp.runs.folder import RunFolder, hold
 from normexp.runs.records import read_record, write_record
 
 STOCK = [
@@ -159,9 +160,20 @@ def test_what_is_no_evidence_is_refused(finished, little_text) -> None:
         r"dict\.en\.txt is not the file that the record was made with",
         replace(record, corpus=other),
     )
+    longer = json.loads(json.dumps(record.config))
+    longer["fairseq"]["optimization"]["max_epoch"] = 60
+    for claimed in (
+        {"config_hash": "0" * 12},
+        {"config": longer},
+        {"label": "PN"},
+        {"task": "../elsewhere"},
+    ):
+        refused("is of another configuration than", replace(record, **claimed))
     assert not committed.exists()
 
     write_record(folder / "record.json", record)
+    with hold(RunFolder(folder)), pytest.raises(UserError, match="in use by another process"):
+        promote(folder, committed, replace=False)
     promote(folder, committed, replace=False)
     promote(folder, committed, replace=False)  # the same again changes nothing
     refused("--replace puts", later := replace(record, finished_at="2030-01-01T00:00:00Z"))
