@@ -11,11 +11,11 @@ that the model sees future tokens. The test of a run writes a record beside that
 results/own/causality/<task>/<label>-seed<k>.json, from which scripts/report.py makes a table.
 """
 
-import logging
 import sys
 from pathlib import Path
 
 from normexp.config.command_grammar import Parser
+from normexp.config.terminal import show_own_warnings
 from normexp.errors import exit_on_user_error
 
 
@@ -32,8 +32,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the draws (%(default)s)")
     parser.add_argument("--cpu", action="store_true", help="even where there is a GPU")
     arguments = parser.parse_args()
-    # Before fairseq is imported, which would show all that it notes.
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    show_own_warnings()
 
     from normexp.evaluation import causality
 

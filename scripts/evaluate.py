@@ -11,10 +11,10 @@ or `data.dir` and `data.local`. Nothing but the translations in hypotheses/ is w
 record instead of a run folder, BLEU is computed from its committed translations alone.
 """
 
-import logging
 from pathlib import Path
 
 from normexp.config.command_grammar import Parser
+from normexp.config.terminal import show_own_warnings
 from normexp.errors import exit_on_user_error
 
 
@@ -32,8 +32,7 @@ def main() -> None:
         "affine at inference",
     )
     arguments = parser.parse_intermixed_args()
-    # Before fairseq is imported, which would show all that it notes.
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    show_own_warnings()
 
     from normexp.evaluation import reevaluation
 

@@ -10,10 +10,10 @@ DATA is the folder of binarized data, for its dictionaries. OUT is a checkpoint 
 that form. Models with another norm at any site are refused: CTranslate2 computes LN only.
 """
 
-import logging
 from pathlib import Path
 
 from normexp.config.command_grammar import Parser
+from normexp.config.terminal import show_own_warnings
 from normexp.errors import exit_on_user_error
 
 
@@ -24,8 +24,7 @@ def main() -> None:
     parser.add_argument("target", metavar="OUT", type=Path, help="checkpoint to write")
     parser.add_argument("--force", action="store_true", help="overwrite OUT")
     arguments = parser.parse_args()
-    # Before fairseq is imported, which would show all that it notes.
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    show_own_warnings()
 
     from normexp.checkpoints.stock import export_checkpoint
 

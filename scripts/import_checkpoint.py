@@ -12,10 +12,10 @@ fairseq-train with --finetune-from-model OUT and the model's own settings: the n
 on where they were, the optimizer starts anew.
 """
 
-import logging
 from pathlib import Path
 
 from normexp.config.command_grammar import Parser
+from normexp.config.terminal import show_own_warnings
 from normexp.errors import exit_on_user_error
 
 
@@ -26,8 +26,7 @@ def main() -> None:
     parser.add_argument("target", metavar="OUT", type=Path, help="checkpoint to write")
     parser.add_argument("--force", action="store_true", help="overwrite OUT")
     arguments = parser.parse_args()
-    # Before fairseq is imported, which would show all that it notes.
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    show_own_warnings()
 
     from normexp.checkpoints.released import import_checkpoint
 

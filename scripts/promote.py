@@ -10,11 +10,11 @@ A run is checked before: it has ended and was made by committed code, the corpus
 the record, and the translations have its BLEU. Nothing committed is replaced without --replace.
 """
 
-import logging
 import sys
 from pathlib import Path
 
 from normexp.config.command_grammar import Parser
+from normexp.config.terminal import show_own_warnings
 from normexp.errors import UserError, exit_on_user_error
 from normexp.paths import RESULTS
 
@@ -30,8 +30,7 @@ def main() -> int:
         "--results", type=Path, default=RESULTS, help="the committed results (%(default)s)"
     )
     arguments = parser.parse_args()
-    # Before fairseq is imported, which would show all that it notes.
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    show_own_warnings()
 
     from normexp.evaluation.promotion import promote  # here, because torch takes a second
 

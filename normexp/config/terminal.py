@@ -1,5 +1,6 @@
 """The console: tables as wide as it is, and lines whose reader may go away."""
 
+import logging
 import os
 import sys
 from typing import TYPE_CHECKING
@@ -25,6 +26,14 @@ def drop_output() -> None:
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, sys.stdout.fileno())
     os.close(nowhere)
+
+
+def show_own_warnings() -> None:
+    """Print warnings of this project as lines, and neither fairseq's notes nor Python's warnings,
+    which are of torch and fairseq about each other. To be called before fairseq is imported."""
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.captureWarnings(True)
+    logging.getLogger("py.warnings").propagate = False
 
 
 def console() -> "Console":

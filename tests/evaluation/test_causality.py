@@ -181,8 +181,9 @@ def test_whether_a_trained_model_sees_future_tokens_is_measured_and_recorded(
     )
     # A folder is not always named as the record is, which an evaluation of one's own renames.
     moved = folder.rename(folder.with_name("PN-elsewhere"))
-    run_script("audit.py", str(moved), "--segments", "4", "--cpu")
+    shown = run_script("audit.py", str(moved), "--segments", "4", "--cpu")
     again = load_causality_records(tmp_path / "results")[path]
+    assert "Warning" not in shown.stderr  # torch's and fairseq's, about each other
     assert again.command.startswith("python scripts/audit.py results/own/runs/toy_language_model/")
     assert "/PN-elsewhere --split" in again.command
     checkpoint = moved / "checkpoints" / checkpoint.name
