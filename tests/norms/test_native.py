@@ -96,7 +96,23 @@ def test_without_a_compiler_the_library_of_another_machine_does(tmp_path, monkey
 
 
 @needs_compiler
-@pytest.mark.parametrize("what", ["source", "header", "torch", "processor"])
+def test_another_environment_finds_the_library(tmp_path, monkeypatch) -> None:
+    """With the same PyTorch in another folder, and the source in another checkout."""
+    path = source(tmp_path)
+    library = native._compiled(path)
+    made = library.stat().st_mtime_ns
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    shutil.copytree(path.parent, elsewhere / "sources")
+    for paths in ("include_paths", "library_paths"):
+        monkeypatch.setattr(f"torch.utils.cpp_extension.{paths}", lambda *_: [str(elsewhere)])
+    monkeypatch.setenv("PATH", "")  # nothing can be compiled
+    assert native._compiled(elsewhere / "sources" / path.name) == library
+    assert libraries() == [library] and library.stat().st_mtime_ns == made
+
+
+@needs_compiler
+@pytest.mark.parametrize("what", ["source", "header", "torch", "commit", "options", "processor"])
 def test_what_it_depends_on_changes(tmp_path, monkeypatch, what: str) -> None:
     """A stale library is not found; a new one is made beside it."""
     path = source(tmp_path, f"of_{what}")
@@ -108,6 +124,10 @@ def test_what_it_depends_on_changes(tmp_path, monkeypatch, what: str) -> None:
         (path.parent / "rows.h").write_text("// new\n")
     elif what == "torch":
         monkeypatch.setattr(torch, "__version__", "9.9.9")
+    elif what == "commit":
+        monkeypatch.setattr(torch.version, "git_version", "0" * 40)
+    elif what == "options":
+        monkeypatch.setattr(native, "_FLAGS", (*native._FLAGS, "-DCHANGED"))
     else:
         monkeypatch.setattr(native, "_processor", lambda: "flags: fpu")
     assert native.load(path)

@@ -5,8 +5,9 @@
 A source file registers its operators with TORCH_LIBRARY_FRAGMENT(normexp, ...) and uses nothing of
 Python. What is compiled lies in $XDG_CACHE_HOME/normexp/kernels (else ~/.cache/...), one file per
 source, named by a hash of everything that it depends on: the source and the headers beside it,
-PyTorch, the processor, the compiler's options. So it never fits by accident, and a machine without
-a compiler can use what another one with the same processor has compiled in a shared home folder.
+PyTorch's version, the processor, the compiler's options. So it never fits by accident; every
+environment with the same PyTorch uses the same file, wherever it lies; and a machine without a
+compiler can use what another one with the same processor has compiled in a shared home folder.
 
 Loading a library runs its code, hence a folder or file that somebody else owns or may write to is
 not used, nor is a file whose content is not what was compiled.
@@ -113,19 +114,17 @@ def _refuse_if_others_may_write(path: Path) -> None:
 
 
 def _options() -> list[str]:
-    from torch.utils.cpp_extension import include_paths
-
+    """The compiler's options that decide what it makes; none names a path."""
     tuned = "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"
-    return [
-        *_FLAGS,
-        tuned,
-        f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}",
-        *(f"-isystem{path}" for path in include_paths()),
-    ]
+    abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}"
+    return [*_FLAGS, tuned, abi]
 
 
 def _key(source: Path) -> str:
-    """Hash of everything that the library depends on but the compiler, which may be missing."""
+    """Hash of everything that the library depends on but the compiler, which may be missing.
+
+    PyTorch's headers and libraries count by the version and the commit that they were built from.
+    """
     facts = [
         # This file's, too: the way in which libraries are made.
         *(p.read_text() for p in [source, *sorted(source.parent.glob("*.h")), Path(__file__)]),
@@ -149,7 +148,7 @@ def _processor() -> str:
 
 
 def _compile(source: Path, library: Path, digest: Path) -> None:
-    from torch.utils.cpp_extension import library_paths
+    from torch.utils.cpp_extension import include_paths, library_paths
 
     compiler = shlex.split(os.environ.get("CXX", "")) or [
         shutil.which("g++") or shutil.which("c++") or shutil.which("clang++") or ""
@@ -160,7 +159,9 @@ def _compile(source: Path, library: Path, digest: Path) -> None:
     # In a folder of its own, so that processes that compile the same do not meet.
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
         made = Path(folder) / "library.so"
-        _run([*compiler, *_options(), "-c", str(source), "-o", f"{folder}/object.o"])
+        torch_headers = [f"-isystem{path}" for path in include_paths()]
+        options = [*_options(), *torch_headers]
+        _run([*compiler, *options, "-c", str(source), "-o", f"{folder}/object.o"])
         # Without -fopenmp: OpenMP's functions are found in the runtime that torch has brought
         # along. A second runtime would have threads of its own, and both would wait by spinning.
         torch_libraries = [*(f"-L{path}" for path in library_paths()), "-ltorch_cpu", "-lc10"]
@@ -193,7 +194,10 @@ def sources() -> list[Path]:
 def main() -> None:
     """Compile all sources and print where the libraries are. A failure is no error: plain torch."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        made = list(pool.map(load, sources()))
-    ready = [source.stem for source, usable in zip(sources(), made, strict=True) if usable]
+    # The longest first, so that none is left alone at the end.
+    ordered = sorted(sources(), key=lambda source: -source.stat().st_size)
+    usable = getattr(os, "sched_getaffinity", None)
+    with ThreadPoolExecutor(len(usable(0)) if usable else os.cpu_count()) as pool:
+        made = list(pool.map(load, ordered))
+    ready = sorted(source.stem for source, works in zip(ordered, made, strict=True) if works)
     print(f"compiled kernels in {cache_folder()}: {', '.join(ready) or 'none'}")
