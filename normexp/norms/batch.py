@@ -37,6 +37,7 @@ class BatchNorm(RunningNorm):
     """
 
     native_source = NATIVE_SOURCES / "batch.cpp"
+    has_triton_kernel = True
     _regularized = False  # for the kernels: the two lines of RegularizedBatchNorm's formula
 
     def __init__(
@@ -58,6 +59,14 @@ class BatchNorm(RunningNorm):
             self.step += usable
         self._after_step(mean, var, n)
         return y
+
+    def _train_native(self, x: Tensor, padding_mask: Tensor | None) -> Tensor:
+        return torch.ops.normexp.batch(
+            x,
+            padding_mask,
+            *self._parameters_and("running_mean", "running_var", "step", "num_rejected"),
+            *(in_recomputation(), self.eps, self.momentum),
+        )
 
     def _train_kernel(self, operators: Any, x: Tensor, padding_mask: Tensor | None) -> Tensor:
         y, *statistics = operators.batch(

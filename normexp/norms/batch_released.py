@@ -7,6 +7,7 @@ from torch import Tensor
 from normexp.norms.core.masking import masked_mean, num_tokens
 from normexp.norms.core.option_checks import check_share
 from normexp.norms.core.replay_cache import in_recomputation
+from normexp.norms.kernels.native import NATIVE_SOURCES
 from normexp.norms.registry import register_norm
 from normexp.norms.running_norm import RunningNorm
 
@@ -30,6 +31,8 @@ class BatchNormReleased(RunningNorm):
     Number: no training run of it is recorded
     """
 
+    native_source = NATIVE_SOURCES / "batch_released.cpp"
+
     def __init__(self, num_features: int, eps: float = 1e-5, momentum: float = 0.05):
         super().__init__(num_features, eps)
         check_share(momentum=momentum)
@@ -46,6 +49,14 @@ class BatchNormReleased(RunningNorm):
             self.running_var.copy_(torch.where(usable, var, self.running_var))
             self.step += usable
         return y
+
+    def _train_native(self, x: Tensor, padding_mask: Tensor | None) -> Tensor:
+        return torch.ops.normexp.batch_released(
+            x,
+            padding_mask,
+            *self._parameters_and("running_mean", "running_var", "step", "num_rejected"),
+            *(in_recomputation(), self.eps, self.momentum),
+        )
 
     def _infer(self, tokens: Tensor, token_mask: Tensor | None) -> Tensor:
         return self._batch_norm(tokens, token_mask, *self._copied_statistics(tokens.dtype))

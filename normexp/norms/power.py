@@ -9,7 +9,7 @@ from torch import Tensor
 
 from normexp.norms.core.averaging import average_
 from normexp.norms.core.option_checks import check_count, check_decay, check_flag
-from normexp.norms.core.replay_cache import ReplayCache, in_recomputation
+from normexp.norms.core.replay_cache import ReplayCache, in_recomputation, may_be_repeated
 from normexp.norms.distributed.collectives import pooled_mean, sum_over_ranks
 from normexp.norms.distributed.deferred import DEFERRED
 from normexp.norms.kernels.native import NATIVE_SOURCES
@@ -57,6 +57,7 @@ class PowerNorm(QuadraticNorm):
     """
 
     native_source = NATIVE_SOURCES / "power.cpp"
+    has_triton_kernel = True
     averages_of_gradients = ("nu",)
 
     def __init__(
@@ -130,12 +131,22 @@ class PowerNorm(QuadraticNorm):
 
     # --- The same by a kernel
 
+    def _train_native(self, x: Tensor, padding_mask: Tensor | None) -> Tensor:
+        if may_be_repeated():
+            return self._train_kernel(torch.ops.normexp, x, padding_mask)
+        return torch.ops.normexp.power_once(
+            x,
+            padding_mask,
+            *self._parameters_and("running_psi2", "nu", "step", "num_rejected"),
+            *(self.eps, self.alpha_fwd, self.alpha_bwd, self.warmup_steps, self.bound_nu),
+        )
+
     def _train_kernel(self, operators: Any, x: Tensor, padding_mask: Tensor | None) -> Tensor:
         replayed = self._replayed(x, padding_mask)
         y, sum_sq, saved = operators.power(
             x,
             padding_mask,
-            *(self.weight, self.bias, self.running_psi2, self.nu, self.step, self.num_rejected),
+            *self._parameters_and("running_psi2", "nu", "step", "num_rejected"),
             replayed,
             *(self.eps, self.alpha_fwd, self.alpha_bwd, self.warmup_steps, self.bound_nu),
         )

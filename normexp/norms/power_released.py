@@ -9,7 +9,7 @@ from torch.autograd.function import once_differentiable
 from normexp.norms.core.averaging import average_
 from normexp.norms.core.masking import mask_padding_, num_tokens
 from normexp.norms.core.option_checks import check_count, check_decay, check_groups
-from normexp.norms.core.replay_cache import in_recomputation
+from normexp.norms.core.replay_cache import in_recomputation, may_be_repeated
 from normexp.norms.distributed.collectives import pooled_mean
 from normexp.norms.kernels.native import NATIVE_SOURCES
 from normexp.norms.registry import register_norm
@@ -44,6 +44,7 @@ class PowerNormReleased(RunningNorm):
     """
 
     native_source = NATIVE_SOURCES / "power_released.cpp"
+    has_triton_kernel = True
     averages_of_gradients = ("e",)
 
     def __init__(
@@ -69,12 +70,22 @@ class PowerNormReleased(RunningNorm):
         function = PowerNormReleasedFunction
         return function.apply(tokens, self.weight, self.bias, token_mask, self)
 
+    def _train_native(self, x: Tensor, padding_mask: Tensor | None) -> Tensor:
+        if may_be_repeated():
+            return self._train_kernel(torch.ops.normexp, x, padding_mask)
+        return torch.ops.normexp.power_released_once(
+            x,
+            padding_mask,
+            *self._parameters_and("running_psi2", "e", "step", "num_rejected"),
+            *(self.num_groups, self.eps, self.alpha_fwd, self.alpha_bwd, self.warmup_steps),
+        )
+
     def _train_kernel(self, operators: Any, x: Tensor, padding_mask: Tensor | None) -> Tensor:
         replayed = self._replayed(x, padding_mask)
         y, sum_sq, saved = operators.power_released(
             x,
             padding_mask,
-            *(self.weight, self.bias, self.running_psi2, self.e, self.step, self.num_rejected),
+            *self._parameters_and("running_psi2", "e", "step", "num_rejected"),
             replayed,
             *(self.num_groups, self.eps, self.alpha_fwd, self.alpha_bwd, self.warmup_steps),
         )

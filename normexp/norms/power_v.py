@@ -101,6 +101,7 @@ class PowerNormV(QuadraticNorm):
     """
 
     native_source = NATIVE_SOURCES / "power.cpp"
+    has_triton_kernel = True
 
     def __init__(
         self, num_features: int, eps: float = 1e-5, alpha: float = 0.9, sync: bool = False
@@ -113,11 +114,14 @@ class PowerNormV(QuadraticNorm):
     def _train_torch(self, tokens: Tensor, token_mask: Tensor | None) -> Tensor:
         return PowerNormVFunction.apply(tokens, self.weight, self.bias, token_mask, self)
 
+    def _train_native(self, x: Tensor, padding_mask: Tensor | None) -> Tensor:
+        return self._train_kernel(torch.ops.normexp, x, padding_mask)
+
     def _train_kernel(self, operators: Any, x: Tensor, padding_mask: Tensor | None) -> Tensor:
         return operators.power_v(
             x,
             padding_mask,
-            *(self.weight, self.bias, self.running_psi2, self.step, self.num_rejected),
+            *self._parameters_and("running_psi2", "step", "num_rejected"),
             *(in_recomputation(), self.eps, self.alpha),
         )
 

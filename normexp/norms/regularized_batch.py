@@ -7,8 +7,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from normexp.norms.batch import BatchNorm
+from normexp.norms.core.masking import flatten_tokens, masked_mean
 from normexp.norms.core.option_checks import check_not_negative
-from normexp.norms.core.replay_cache import in_recomputation
+from normexp.norms.core.replay_cache import in_recomputation, may_be_repeated
 from normexp.norms.distributed.collectives import several_ranks
 from normexp.norms.registry import register_norm
 
@@ -65,6 +66,23 @@ class RegularizedBatchNorm(BatchNorm):
                 "run activation checkpointing with use_reentrant=False, or not at all"
             )
         return penalty
+
+    def _train_native(self, x: Tensor, padding_mask: Tensor | None) -> Tensor:
+        is_replay = in_recomputation()
+        names = "running_mean", "running_var", "step", "num_rejected"
+        weight, bias, *running, step, num_rejected = self._parameters_and(*names)
+        if is_replay:
+            tokens, token_mask = flatten_tokens(x.detach(), padding_mask, self.num_features)
+            running = self._replay_cache.replay(masked_mean(tokens, token_mask))
+        y, penalty, mean = torch.ops.normexp.regularized_batch(
+            *(x, padding_mask, weight, bias, *running, step, num_rejected, is_replay),
+            *(self.eps, self.momentum, self.penalty_mean, self.penalty_var),
+        )
+        if not is_replay:
+            if may_be_repeated():
+                self._replay_cache.store(mean, *(buffer.clone() for buffer in running))
+            self._pending.put(penalty)
+        return y
 
     def _after_step(self, mean: Tensor, var: Tensor, n: Tensor) -> None:
         running_mean, running_var = self.running_mean.clone(), self.running_var.clone()

@@ -17,6 +17,7 @@ from normexp.norms.core.masking import (
     flatten_tokens,
     list_of_tokens,
     mask_padding_,
+    refusal,
 )
 from normexp.norms.core.option_checks import check_flag, check_positive
 from normexp.norms.core.replay_cache import ReplayCache, in_recomputation
@@ -102,8 +103,9 @@ class RunningNorm(nn.Module):
     A training step has up to three implementations, the same up to rounding:
 
     - `_train_torch`, in torch's operations; every layer has it.
-    - `_train_kernel`, by a kernel: C++ on a CPU or Triton on a GPU (kernels/), where the layer
-      names a `native_source` and the kernel is available. Not for statistics of several ranks.
+    - `_train_native` and `_train_kernel`, by a kernel, C++ on a CPU or Triton on a GPU (kernels/),
+      where the layer names a `native_source` or has a Triton kernel and it is available. Not for
+      statistics of several ranks.
     - `_train_deferred`, over several ranks without waiting for their sums: PN after its warm-up.
 
     `kernels` is the name of the one that ran last: plain, native or triton; None before the first
@@ -111,6 +113,7 @@ class RunningNorm(nn.Module):
     """
 
     native_source: ClassVar[Path | None] = None  # the C++ file with the layer's kernel
+    has_triton_kernel: ClassVar[bool] = False
     averages_of_gradients: ClassVar[tuple[str, ...]] = ()  # buffers in the unit of the loss
 
     def __init__(self, num_features: int, eps: float, sync: bool = False):
@@ -151,19 +154,27 @@ class RunningNorm(nn.Module):
 
     @_outside_graphs
     def _train_step(self, x: Tensor, padding_mask: Tensor | None) -> Tensor:
+        _refuse_transforms()
+        if self.is_frozen:
+            return self._thrown_away()._train_step(x, padding_mask)
+        among_ranks = several_ranks()
+        if among_ranks and not self.sync:
+            warn_of_private_statistics()
+        if not among_ranks and DEFERRED.in_flight():
+            DEFERRED.wait()  # of ranks that there were before
+        kernels, operators = operators_for(self, x)
+        if kernels == "native" and not (among_ranks and self.sync) and x.dim() in (2, 3):
+            try:
+                y = self._train_native(x.contiguous(), padding_mask)
+            except ValueError as error:
+                raise refusal(error, x, padding_mask, self.num_features) from None
+            self._record_kernels(kernels)
+            return y
         check_input(x, padding_mask, self.num_features)
         if x.dim() not in (2, 3):  # kernels know no other
             rows, mask = list_of_tokens(x, padding_mask)
             return self._train_step(rows, mask).reshape(x.shape)
-        _refuse_transforms()
-        if self.is_frozen:
-            return self._thrown_away()._train_step(x, padding_mask)
-        if not self.sync and several_ranks():
-            warn_of_private_statistics()
-        if DEFERRED.in_flight() and not several_ranks():
-            DEFERRED.wait()  # of ranks that there were before
-        kernels, operators = operators_for(self, x)
-        if self.sync and several_ranks():
+        if self.sync and among_ranks:
             y = self._train_deferred(operators, x, padding_mask)
             if y is not None:
                 self._record_kernels(kernels)
@@ -180,11 +191,15 @@ class RunningNorm(nn.Module):
         """Training in torch's operations: tokens (T*B, C), token_mask (T*B, 1) -> (T*B, C)."""
         raise NotImplementedError
 
-    def _train_kernel(self, operators: Any, x: Tensor, padding_mask: Tensor | None) -> Tensor:
-        """Training by operators of one signature in C++ and Triton; x as in `forward`, contiguous.
+    def _train_native(self, x: Tensor, padding_mask: Tensor | None) -> Tensor:
+        """Training by a C++ kernel; x (T, B, C) or (N, C), contiguous. Returns y like x.
 
-        Returns y like x.
+        Raises ValueError, before anything changes, where `check_input` would.
         """
+        raise NotImplementedError
+
+    def _train_kernel(self, operators: Any, x: Tensor, padding_mask: Tensor | None) -> Tensor:
+        """Training by Triton's operators; x as in `forward`, contiguous. Returns y like x."""
         raise NotImplementedError
 
     def _train_deferred(
@@ -216,6 +231,19 @@ class RunningNorm(nn.Module):
         other._buffers = {name: buffer.clone() for name, buffer in self._buffers.items()}
         other.is_frozen = False
         return other
+
+    def _parameters_and(self, *names: str) -> list[Tensor]:
+        """weight, bias and the buffers of these names.
+
+        Reading them as attributes of an nn.Module would take half a microsecond each.
+        """
+        parameters, buffers = self._parameters, self._buffers
+        if "weight" in parameters and "bias" in parameters:
+            given = [parameters["weight"], parameters["bias"]]
+        else:  # torch.nn.utils.parametrize makes properties of them
+            given = [self.weight, self.bias]
+        given += [buffers[name] for name in names]
+        return given
 
     def _record_kernels(self, kernels: str) -> None:
         if kernels != self.kernels:  # torch makes setting an attribute slow

@@ -9,8 +9,9 @@ from torch.autograd.function import once_differentiable
 from normexp.norms.core.averaging import average_
 from normexp.norms.core.masking import mask_padding_, num_tokens
 from normexp.norms.core.option_checks import check_count, check_decay, check_flag, check_positive
-from normexp.norms.core.replay_cache import in_recomputation
+from normexp.norms.core.replay_cache import in_recomputation, may_be_repeated
 from normexp.norms.distributed.collectives import pooled_mean
+from normexp.norms.kernels.native import NATIVE_SOURCES
 from normexp.norms.registry import register_norm
 from normexp.norms.running_norm import RunningNorm
 
@@ -50,6 +51,7 @@ class UnifiedNorm(RunningNorm):
     Number: no training run of it is recorded
     """
 
+    native_source = NATIVE_SOURCES / "unified.cpp"
     averages_of_gradients = ("e", "lambda_window")
 
     def __init__(
@@ -79,6 +81,27 @@ class UnifiedNorm(RunningNorm):
         sum_sq = mask_padding_(tokens.detach().square(), token_mask).sum(0)
         saved = self._step(sum_sq, num_tokens(tokens, token_mask))
         return UnifiedNormFunction.apply(tokens, self.weight, self.bias, *saved, self)
+
+    def _train_native(self, x: Tensor, padding_mask: Tensor | None) -> Tensor:
+        given = (
+            x,
+            padding_mask,
+            *self._parameters_and(
+                *("running_psi2", "e", "psi2_window", "lambda_window"),
+                *("step", "num_rejected", "skipped"),
+            ),
+        )
+        options = (
+            *(self.eps, self.momentum, self.warmup_steps, _STEPS_UNCORRECTED, _MOST_CORRECTION),
+            self.outlier_filtration,
+        )
+        if not may_be_repeated():
+            return torch.ops.normexp.unified_once(*given, *options)
+        replayed = self._replayed(x, padding_mask)
+        y, sum_sq, saved = torch.ops.normexp.unified(*given, replayed, *options)
+        if replayed is None:
+            self._replay_cache.store(sum_sq, saved)
+        return y
 
     @torch.no_grad()
     def _step(self, sum_sq: Tensor, n: Tensor) -> tuple[Tensor, ...]:

@@ -66,6 +66,20 @@ def check_input(x: Tensor, padding_mask: Tensor | None, num_features: int) -> No
         )
 
 
+def refusal(
+    error: ValueError, x: Tensor, padding_mask: Tensor | None, num_features: int
+) -> ValueError:
+    """A kernel's refusal of its arguments, in the words of `check_input` if that refuses them too.
+
+    Kernels check by themselves because checking takes longer here than a step on a small batch.
+    """
+    try:
+        check_input(x, padding_mask, num_features)
+    except ValueError as explained:
+        return explained
+    return error
+
+
 def num_tokens(tokens: Tensor, token_mask: Tensor | None) -> Tensor:
     """N, the number of real tokens, as a scalar tensor of the dtype of tokens (T*B, C)."""
     if token_mask is None:

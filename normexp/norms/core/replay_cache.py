@@ -17,6 +17,18 @@ def in_recomputation() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
+def may_be_repeated() -> bool:
+    """Whether this forward repeats another one, or may be repeated later.
+
+    What checkpointing repeats has run without recording, or with hooks on what autograd saves.
+    """
+    return not torch.is_grad_enabled() or in_recomputation() or _hooks_on_saved(False) is not None
+
+
+# Older versions of PyTorch do not tell; there any forward may be repeated.
+_hooks_on_saved = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda _: True)
+
+
 class ReplayCache:
     """What the last 64 training forwards of a layer read from its state.
 

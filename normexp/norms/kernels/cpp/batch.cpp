@@ -1,256 +1,223 @@
 // Masked BN, also regularized BN: one step of training, forward and backward. Equations and rules
 // of the state: normexp/norms/batch.py (also the plain implementation), regularized_batch.py,
 // running_norm.py.
-#include "rows.h"
+#include "moments.h"
 
 namespace normexp {
 namespace {
 
-using torch::autograd::AutogradContext;
-using torch::autograd::variable_list;
+// Of regularized BN: 1 / sqrt(max(var, eps)), running_var takes the biased variance, and the
+// distance of the batch's moments from the running ones is a penalty.
+struct Regularization {
+  double penalty_mean, penalty_var;
+};
 
 struct Options {
   double eps, momentum;
-  bool regularized;  // 1 / sqrt(max(var, eps)), and running_var takes the biased variance
-  bool is_replay;        // this forward repeats an earlier one and must not change the state
+  std::optional<Regularization> regularization;
 };
 
-struct ForBackward {
-  std::optional<Tensor> mask;
-  Vector mean, var;
-  double n;
-  Options options;
+struct State {
+  const Tensor &running_mean, &running_var, &step, &num_rejected;
 };
 
 // The factor of x - mean, from a variance.
-double inverse_std(double var, const Options& options) {
-  return 1 / std::sqrt(options.regularized ? std::max(var, options.eps) : var + options.eps);
+template <class A>
+A inverse_std(A var, const Options& options) {
+  const A eps = static_cast<A>(options.eps);
+  return 1 / std::sqrt(options.regularization ? std::max(var, eps) : var + eps);
 }
 
-// Derivative of inverse_std.
-double inverse_std_slope(double var, const Options& options) {
-  if (options.regularized && var < options.eps) return 0;
-  return -0.5 * std::pow(inverse_std(var, options), 3);
+// Derivative of inverse_std, which has the value `inverse` there.
+template <class A>
+A inverse_std_slope(A var, A inverse, const Options& options) {
+  if (options.regularization && var < static_cast<A>(options.eps)) return 0;
+  return A(-0.5) * inverse * inverse * inverse;
 }
 
-// Mean of the real tokens and sum of their squared distances from it, with their number. Each
-// block by itself in two passes, then combined (Chan, Golub, LeVeque 1979): a difference of sums
-// of squares would lose its digits where the mean is large.
-class Moments {
- public:
-  Moments(int64_t rows, int64_t channels)
-      : channels_(channels), threads_(num_threads(rows)), of_thread_(threads_) {
-    for (auto& one : of_thread_) one = {0, Vector(channels), Vector(channels)};
-  }
+// The backward of BN. Outputs: y, and with regularization the penalty.
+template <class T>
+struct Standardize {
+  using A = Accumulator<T>;
+  static constexpr const char* name = "BatchNormBackward";
 
-  // Adds the tokens of x.
-  template <class T>
-  void add(const Tensor& x, const Padding& padding) {
-    using A = Accumulator<T>;
-    const T* from = content<T>(x);
-    const auto token = [&](int64_t row) { return !padding(row); };
-    over_blocks(num_rows(x), [&](int thread, int64_t first, int64_t last) {
-      std::vector<A> sums(2 * channels_);
-      A *mean = sums.data(), *m2 = mean + channels_;
-      const int64_t count = in_groups(first, last, token, [&](auto at_once, const int64_t* rows) {
-        constexpr int kRows = decltype(at_once)::value;
-        const T* in[kRows];
-        for (int r = 0; r < kRows; ++r) in[r] = from + rows[r] * channels_;
-#pragma omp simd
-        for (int64_t c = 0; c < channels_; ++c) {
-          A sum = 0;
-#pragma GCC unroll 4
-          for (int r = 0; r < kRows; ++r) sum += load(in[r][c]);
-          mean[c] += sum;
-        }
-      });
-      if (count == 0) return;
-      for (int64_t c = 0; c < channels_; ++c) mean[c] /= static_cast<A>(count);
-      in_groups(first, last, token, [&](auto at_once, const int64_t* rows) {
-        constexpr int kRows = decltype(at_once)::value;
-        const T* in[kRows];
-        for (int r = 0; r < kRows; ++r) in[r] = from + rows[r] * channels_;
-#pragma omp simd
-        for (int64_t c = 0; c < channels_; ++c) {
-          A sum = 0;
-#pragma GCC unroll 4
-          for (int r = 0; r < kRows; ++r) {
-            const A centered = load(in[r][c]) - mean[c];
-            sum += centered * centered;
-          }
-          m2[c] += sum;
-        }
-      });
-      of_thread_[thread].combine(static_cast<double>(count), mean, m2);
-    });
-  }
+  Options options;
+  Padding padding;
+  Vectors<A> kept;  // mean, var; with regularization also running_mean, running_var
 
-  // n, mean, variance (biased)
-  std::tuple<double, Vector, Vector> result() const {
-    Part all{0, Vector(channels_), Vector(channels_)};
-    for (const Part& one : of_thread_) {
-      if (one.n > 0) all.combine(one.n, one.mean.data(), one.m2.data());
+  variable_list backward(const Tensor& of_x, const Tensor& weight, variable_list gradients) {
+    if (at::GradMode::is_enabled()) return differentiable(of_x, weight, gradients);
+    const Tensor gradient = dense(gradients[0], of_x), dx = allocate_like(of_x);
+    const Rows<T> x(of_x);
+    const Values<A> w(weight);
+    const int64_t channels = x.channels;
+    const A n = static_cast<A>(std::max<int64_t>(padding.num_tokens(), 1));
+    const Vectors<A> work(5, channels);
+    A *scale = work[0], *slope = work[1], *shift = work[2], *dw = work[3], *db = work[4];
+    const A *mean = kept[0], *var = kept[1];
+    Sums<A> sums(x.count, 2, channels);
+    const T* upstream = content<T>(gradient);
+    sum_products<true>(x, upstream, padding, mean, sums);
+    sums.total(0, dw);
+    sums.total(1, db);
+    for (int64_t c = 0; c < channels; ++c) {
+      const A inverse = inverse_std(var[c], options);
+      scale[c] = w[c] * inverse;
+      slope[c] = 2 * dw[c] * w[c] * inverse_std_slope(var[c], inverse, options) / n;
+      shift[c] = -db[c] * scale[c] / n;
+      dw[c] *= inverse;
     }
-    for (double& value : all.m2) value /= std::max(all.n, 1.0);
-    return {all.n, std::move(all.mean), std::move(all.m2)};
-  }
-
- private:
-  struct Part {
-    double n;
-    Vector mean, m2;
-
-    // Adds `count` tokens with this mean and sum of squared distances.
-    template <class A>
-    void combine(double count, const A* other_mean, const A* other_m2) {
-      const double share = count / (n + count);
-      for (size_t c = 0; c < mean.size(); ++c) {
-        const double apart = other_mean[c] - mean[c];
-        mean[c] += share * apart;
-        m2[c] += other_m2[c] + apart * apart * n * share;
-      }
-      n += count;
-    }
-  };
-
-  int64_t channels_;
-  int threads_;
-  std::vector<Part> of_thread_;
-};
-
-// x -> y, mean, variance, n of BN, and the gradient; advances the state.
-class Standardize : public torch::autograd::Function<Standardize> {
- public:
-  static variable_list forward(AutogradContext* ctx, const Tensor& x, const Tensor& weight,
-                               const Tensor& bias, const std::optional<Tensor>& mask,
-                               const Tensor& running_mean, const Tensor& running_var,
-                               const Tensor& step, const Tensor& num_rejected,
-                               const Options& options) {
-    check(x, mask, {&weight, &bias, &running_mean, &running_var}, {&step, &num_rejected});
-    const int64_t channels = x.size(-1), rows = num_rows(x);
-    const Padding padding(x, mask);
-    const Tensor y = at::empty_like(x);
-    const Vector w = read(weight), b = read(bias);
-    Vector mean, var, scale(channels);
-    double n = 0;
-    by_type(x, [&](auto* type) {
-      using T = std::remove_pointer_t<decltype(type)>;
-      Moments moments(rows, channels);
-      moments.add<T>(x, padding);
-      std::tie(n, mean, var) = moments.result();
-      for (int64_t c = 0; c < channels; ++c) scale[c] = inverse_std(var[c], options) * w[c];
-      scale_tokens<T, false, true>(x, padding, scale, b, &mean, y, nullptr);
-    });
-    if (!options.is_replay && is_finite_batch(n, running_mean, num_rejected, {&mean, &var})) {
-      Vector to_average = var;
-      if (!options.regularized) {
-        for (double& value : to_average) value *= n / std::max(n - 1, 1.0);
-      }
-      average(running_mean, mean, options.momentum);
-      average(running_var, to_average, options.momentum);
-      count_step(step);
-    }
-    ctx->save_for_backward({x, weight});
-    const auto type = x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-    const Tensor count = at::full({}, n, type);
-    ctx->mark_non_differentiable({count});
-    variable_list result{y, make(mean, type), make(var, type), count};
-    keep(ctx, ForBackward{copy_of(mask), std::move(mean), std::move(var), n, options});
-    return result;
-  }
-
-  static variable_list backward(AutogradContext* ctx, const variable_list& gradients) {
-    const auto saved = ctx->get_saved_variables();
-    const Tensor x = saved[0].contiguous(), weight = saved[1];  // hooks may have changed strides
-    const ForBackward& of = kept<ForBackward>(ctx);
-    if (at::GradMode::is_enabled()) {
-      return differentiable(x, weight, of.mask, gradients, of.options);
-    }
-    const double n = std::max(of.n, 1.0);
-    const Tensor gradient =
-        gradients[0].defined() ? gradients[0].contiguous() : at::zeros_like(x);
-    const int64_t channels = x.size(-1), rows = num_rows(x);
-    Vector d_mean = gradients[1].defined() ? read(gradients[1]) : Vector(channels);
-    const Vector d_var = gradients[2].defined() ? read(gradients[2]) : Vector(channels);
-    const Padding padding(x, of.mask);
-    const Tensor dx = at::empty_like(x);
-    const Vector w = read(weight);
-    Vector dw, db, scale(channels), slope(channels);
-    by_type(x, [&](auto* type) {
-      using T = std::remove_pointer_t<decltype(type)>;
-      Sums<Accumulator<T>> sums(rows, 2, channels);
-      sum_products<T, true>(x, gradient, padding, &of.mean, sums);
-      dw = sums.total(0, channels);
-      db = sums.total(1, channels);
+    if (options.regularization && gradients[1].defined() && padding.num_tokens() > 0) {
+      const A factor = gradients[1].item().to<A>() / n;
+      const A of_mean = factor * static_cast<A>(options.regularization->penalty_mean);
+      const A of_var = factor * static_cast<A>(options.regularization->penalty_var);
       for (int64_t c = 0; c < channels; ++c) {
-        const double inverse = inverse_std(of.var[c], of.options);
-        const double to_var =
-            d_var[c] + dw[c] * w[c] * inverse_std_slope(of.var[c], of.options);
-        scale[c] = w[c] * inverse;
-        slope[c] = 2 * to_var / n;
-        d_mean[c] = (d_mean[c] - db[c] * scale[c]) / n;
-        dw[c] *= inverse;
+        const A apart = kept[3][c] - var[c];
+        shift[c] -= 2 * of_mean * (kept[2][c] - mean[c]);
+        slope[c] -= 2 * of_var * static_cast<A>((apart > 0) - (apart < 0));
       }
-      propagate<T, false, true>(x, gradient, padding, scale, slope, &of.mean, &d_mean, dx,
-                                nullptr);
-    });
+    }
+    propagate<false, true>(x, upstream, padding, scale, slope, mean, shift, writable<T>(dx),
+                           nullptr);
     const auto type = weight.scalar_type();
-    variable_list result{dx, make(dw, type), make(db, type)};
-    result.resize(9);
-    return result;
+    return {dx, make(dw, channels, type), make(db, channels, type)};
   }
 
  private:
   // The same in operations that autograd knows, for second derivatives.
-  static variable_list differentiable(const Tensor& x, const Tensor& weight,
-                                      const std::optional<Tensor>& mask,
-                                      const variable_list& gradients, const Options& options) {
-    const Tensor tokens = x.scalar_type() == at::kDouble ? x : x.to(at::kFloat);
-    const Tensor token_mask =
-        mask ? mask->logical_not().t().unsqueeze(-1) : at::ones({}, x.options().dtype(at::kBool));
+  variable_list differentiable(const Tensor& x, const Tensor& weight,
+                               const variable_list& gradients) {
+    const int64_t channels = weight.size(0);
+    const Tensor token_mask = padding.token_mask(), zero = at::zeros({}, at::kFloat);
     const auto mask_padding = [&](const Tensor& values) {
-      return at::where(token_mask, values, at::zeros({}, values.options()));
+      const Tensor rows = values.reshape({-1, channels});
+      return at::where(token_mask, rows, zero.to(rows.scalar_type()));
     };
-    const Tensor n = (mask ? token_mask.sum() : at::full({}, num_rows(x))).clamp_min(1);
-    const Tensor mean = mask_padding(tokens).flatten(0, -2).sum(0) / n;
+    const Tensor tokens = mask_padding(x.to(scalar_type<A>()));
+    const double n = static_cast<double>(std::max<int64_t>(padding.num_tokens(), 1));
+    const Tensor mean = tokens.sum(0) / n;
     const Tensor centered = mask_padding(tokens - mean);
-    const Tensor var = centered.square().flatten(0, -2).sum(0) / n;
+    const Tensor var = centered.square().sum(0) / n;
     const Tensor inverse =
-        at::rsqrt(options.regularized ? var.clamp_min(options.eps) : var + options.eps);
+        at::rsqrt(options.regularization ? var.clamp_min(options.eps) : var + options.eps);
     const Tensor y = centered * (inverse * weight);
-    variable_list outputs{y};
-    variable_list upstream{gradients[0].defined() ? mask_padding(gradients[0]).to(y.dtype())
-                                                  : at::zeros_like(y)};
-    for (const auto& [output, gradient] : {std::pair(mean, gradients[1]), {var, gradients[2]}}) {
-      if (!gradient.defined()) continue;
-      outputs.push_back(output);
-      upstream.push_back(gradient);
+    const Tensor upstream = gradients[0].defined() ? mask_padding(gradients[0]).to(y.dtype())
+                                                   : at::zeros_like(y);
+    variable_list outputs{y}, upstreams{upstream};
+    if (options.regularization && gradients[1].defined() && padding.num_tokens() > 0) {
+      const Tensor running_mean = make(kept[2], channels, scalar_type<A>());
+      const Tensor running_var = make(kept[3], channels, scalar_type<A>());
+      outputs.push_back(options.regularization->penalty_mean *
+                            (running_mean - mean).square().sum() +
+                        options.regularization->penalty_var * (running_var - var).abs().sum());
+      upstreams.push_back(gradients[1]);
     }
-    auto result = torch::autograd::grad(outputs, {x, weight}, upstream, /*retain_graph=*/true,
+    auto result = torch::autograd::grad(outputs, {x, weight}, upstreams, /*retain_graph=*/true,
                                         /*create_graph=*/true);
-    result.push_back(upstream[0].flatten(0, -2).sum(0).to(weight.scalar_type()));
-    result.resize(9);
+    result.push_back(upstream.sum(0).to(weight.scalar_type()));
     return result;
   }
 };
 
-// One step of BN. Returns y, mean (C,), variance (C,), number of real tokens.
-std::tuple<Tensor, Tensor, Tensor, Tensor> batch(
+struct Outputs {
+  Tensor y, penalty, mean;  // penalty and mean with regularization only
+};
+
+// x -> y of BN; advances the state unless the forward repeats another one.
+template <class T>
+Outputs forward(const Tensor& of_x, const std::optional<Tensor>& mask, const Tensor& weight,
+                const Tensor& bias, const State& state, const Options& options, bool is_replay) {
+  using A = Accumulator<T>;
+  const Rows<T> x(of_x);
+  Padding padding(of_x, mask);
+  const int64_t channels = x.channels, n = padding.num_tokens();
+  Outputs out{allocate_like(of_x), {}, {}};
+  const Values<A> w(weight), b(bias);
+  Vectors<A> kept(options.regularization ? 4 : 2, channels);
+  const Vectors<A> work(1, channels);
+  A *mean = kept[0], *var = kept[1], *scale = work[0];
+  moments<false>(x, padding, nullptr, mean, var);
+  for (int64_t c = 0; c < channels; ++c) scale[c] = inverse_std(var[c], options) * w[c];
+  scale_tokens<false, true>(x, padding, scale, b.data(), mean, writable<T>(out.y), nullptr);
+  const auto finite = [&] {
+    return all_finite(mean, channels, state.running_mean) &&
+           all_finite(var, channels, state.running_mean);
+  };
+  if (!is_replay && is_usable(n, finite(), state.num_rejected)) {
+    const double count = static_cast<double>(n);
+    const double unbiased = options.regularization ? 1 : count / std::max(count - 1, 1.0);
+    average(state.running_mean, mean, options.momentum);
+    average(state.running_var, var, options.momentum, unbiased);
+    count_step(state.step);
+  }
+  if (options.regularization) {
+    const Values<A> running_mean(state.running_mean), running_var(state.running_var);
+    A of_mean = 0, of_var = 0;
+    for (int64_t c = 0; c < channels; ++c) {
+      kept[2][c] = running_mean[c];
+      kept[3][c] = running_var[c];
+      of_mean += (running_mean[c] - mean[c]) * (running_mean[c] - mean[c]);
+      of_var += std::abs(running_var[c] - var[c]);
+    }
+    const A penalty = static_cast<A>(options.regularization->penalty_mean) * of_mean +
+                      static_cast<A>(options.regularization->penalty_var) * of_var;
+    out.penalty = allocate({}, scalar_type<A>());
+    *writable<A>(out.penalty) = n > 0 ? penalty : 0;
+    out.mean = make(mean, channels, scalar_type<A>());
+    record(of_x, weight, bias, {&out.y, &out.penalty},
+           Standardize<T>{options, std::move(padding), std::move(kept)});
+  } else {
+    record(of_x, weight, bias, {&out.y},
+           Standardize<T>{options, std::move(padding), std::move(kept)});
+  }
+  return out;
+}
+
+Outputs dispatch(const Tensor& x, const std::optional<Tensor>& mask, const Tensor& weight,
+                 const Tensor& bias, const State& state, const Options& options, bool is_replay) {
+  check(x, {&weight, &bias, &state.running_mean, &state.running_var},
+        {&state.step, &state.num_rejected});
+  return by_type(x, [&](auto* null) {
+    return forward<std::remove_pointer_t<decltype(null)>>(x, mask, weight, bias, state, options,
+                                                          is_replay);
+  });
+}
+
+// One step of BN. Returns y.
+Tensor batch(const Tensor& x, const std::optional<Tensor>& mask, const Tensor& weight,
+             const Tensor& bias, const Tensor& running_mean, const Tensor& running_var,
+             const Tensor& step, const Tensor& num_rejected, bool is_replay, double eps,
+             double momentum) {
+  return dispatch(x, mask, weight, bias, {running_mean, running_var, step, num_rejected},
+                  {eps, momentum, std::nullopt}, is_replay)
+      .y;
+}
+
+// One step of regularized BN. Returns y; the penalty, a scalar, from the running values after this
+// step; the batch's mean (C,), by which a forward that repeats this one is recognised. A repeated
+// forward passes the running values that the first one had in the end.
+std::tuple<Tensor, Tensor, Tensor> regularized_batch(
     const Tensor& x, const std::optional<Tensor>& mask, const Tensor& weight, const Tensor& bias,
     const Tensor& running_mean, const Tensor& running_var, const Tensor& step,
-    const Tensor& num_rejected, bool is_replay, double eps, double momentum, bool regularized) {
-  const Options options{eps, momentum, regularized, is_replay};
-  const auto result = Standardize::apply(x, weight, bias, mask, running_mean, running_var, step,
-                                         num_rejected, options);
-  return {result[0], result[1], result[2], result[3]};
+    const Tensor& num_rejected, bool is_replay, double eps, double momentum, double penalty_mean,
+    double penalty_var) {
+  const auto out = dispatch(x, mask, weight, bias, {running_mean, running_var, step, num_rejected},
+                            {eps, momentum, Regularization{penalty_mean, penalty_var}}, is_replay);
+  return {out.y, out.penalty, out.mean};
 }
 
 TORCH_LIBRARY_FRAGMENT(normexp, library) {
   library.def(
       "batch(Tensor x, Tensor? mask, Tensor weight, Tensor bias, Tensor(a!) running_mean, "
       "Tensor(b!) running_var, Tensor(c!) step, Tensor(d!) num_rejected, bool is_replay, "
-      "float eps, float momentum, bool regularized) -> (Tensor, Tensor, Tensor, Tensor)",
+      "float eps, float momentum) -> Tensor",
       batch);
+  library.def(
+      "regularized_batch(Tensor x, Tensor? mask, Tensor weight, Tensor bias, "
+      "Tensor(a!) running_mean, Tensor(b!) running_var, Tensor(c!) step, Tensor(d!) num_rejected, "
+      "bool is_replay, float eps, float momentum, float penalty_mean, float penalty_var) -> "
+      "(Tensor, Tensor, Tensor)",
+      regularized_batch);
 }
 
 }  // namespace

@@ -5,347 +5,299 @@
 namespace normexp {
 namespace {
 
-using torch::autograd::AutogradContext;
-using torch::autograd::variable_list;
-
 struct Options {
   int64_t groups;
   double eps, alpha_fwd, alpha_bwd;
   int64_t warmup_steps;
-  bool is_replay;  // this forward repeats an earlier one and must not change the state
 };
 
-// What a forward returns besides y, and what its repetition gets.
-struct Saved {
-  Vector token_sum_sq, psi2, psi2_batch;
-  double n;
-  bool by_batch;  // psi2 is psi2_batch
+struct State {
+  const Tensor &running, &e, &step, &num_rejected;
 };
 
-struct ForBackward {
-  Tensor r, e, num_rejected;  // r (rows, groups)
-  Vector inverse, batch_inverse, sum_sq;  // sums of xg^2 over all positions
-  double n;
-  Options options;
+// What a forward returns for its repetition, which passes `saved` again: psi2, psi2_batch, whether
+// psi2 is psi2_batch, n.
+struct Memory {
+  Tensor sum_sq, saved;
 };
 
-// Calls body(at_once, rows) for all rows of a block, real tokens and padding apart, each with the
+// Calls body(group, sums) for all rows of all blocks, real tokens and padding apart, each with the
 // sums of its kind: quantity 0 for real tokens, 1 for padding.
-template <class A, class Body>
-void by_kind(const Tensor& x, const Padding& padding, Sums<A>& sums, const Body& body) {
-  const int64_t channels = x.size(-1);
-  over_blocks(num_rows(x), [&](int thread, int64_t first, int64_t last) {
-    A* block = sums.block(thread);
-    const auto with = [&](A* sum_sq) {
-      return [&body, sum_sq](auto at_once, const int64_t* rows) { body(at_once, rows, sum_sq); };
-    };
-    const int64_t count =
-        in_groups(first, last, [&](int64_t row) { return !padding(row); }, with(block));
-    in_groups(first, last, [&](int64_t row) { return padding(row); }, with(block + channels));
-    sums.end_block(thread, count);
+template <class T, class Body>
+void by_kind(const Rows<T>& x, const Padding& padding, Sums<Accumulator<T>>& sums,
+             const Body& body) {
+  over_blocks(x.count, x.channels, [&](int thread, int64_t first, int64_t last) {
+    Accumulator<T>* block = sums.block(thread);
+    in_groups(first, last, [&](int64_t row) { return !padding(row); },
+              [&](auto group) { body(group, block); });
+    in_groups(first, last, [&](int64_t row) { return padding(row); },
+              [&](auto group) { body(group, block + x.channels); });
+    sums.end_block(thread);
   });
 }
 
-// Sums of term(row, c) over c < size for each of kRows rows: four at once, because one after the
-// other each addition would have to wait for the one before. The order of the additions is the
-// compiler's choice here and nowhere else.
-template <int kRows, class A, class Term>
-std::array<A, kRows> sum_for_rows(int64_t size, const Term& term) {
-  if constexpr (kRows == 4) {
-    A s0 = 0, s1 = 0, s2 = 0, s3 = 0;
-#pragma omp simd reduction(+ : s0, s1, s2, s3)
-    for (int64_t c = 0; c < size; ++c) {
-      s0 += term(0, c);
-      s1 += term(1, c);
-      s2 += term(2, c);
-      s3 += term(3, c);
-    }
-    return {s0, s1, s2, s3};
-  } else {
-    static_assert(kRows == 1);
-    A sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t c = 0; c < size; ++c) sum += term(0, c);
-    return {sum};
-  }
-}
-
-// 1 / sqrt(mean of x^2 over a group + eps)
-template <int kRows, class T>
-void inverse_rms(const T* const* rows, int64_t size, double eps, Accumulator<T>* result) {
+// Sums of xg^2, xg = x r, real tokens and padding apart; writes r (rows, groups).
+template <class T>
+void sum_scaled_squares(const Rows<T>& x, const Padding& padding, const Options& options,
+                        Accumulator<T>* r, Sums<Accumulator<T>>& sums) {
   using A = Accumulator<T>;
-  const auto sums = sum_for_rows<kRows, A>(size, [&](int i, int64_t c) {
-    const A value = load(rows[i][c]);
-    return value * value;
+  const int64_t groups = options.groups, size = x.channels / groups;
+  by_kind(x, padding, sums, [&](auto rows, A* sum_sq) {
+    constexpr int kRows = decltype(rows)::size;
+    for (int64_t group = 0; group < groups; ++group) {
+      const auto in = rows_at<const T, kRows>(x.values + group * size, rows.rows, x.channels);
+      A factor[kRows];
+      inverse_rms<kRows>(in.data(), size, options.eps, factor);
+      for (int i = 0; i < kRows; ++i) r[rows.rows[i] * groups + group] = factor[i];
+      A* sums_of_group = sum_sq + group * size;
+#pragma omp simd
+      for (int64_t c = 0; c < size; ++c) {
+        A sum = 0;
+#pragma GCC unroll 4
+        for (int i = 0; i < kRows; ++i) {
+          const A value = load(in[i][c]) * factor[i];
+          sum += value * value;
+        }
+        sums_of_group[c] += sum;
+      }
+    }
   });
-  for (int i = 0; i < kRows; ++i) {
-    result[i] = 1 / std::sqrt(sums[i] / static_cast<A>(size) + static_cast<A>(eps));
-  }
 }
 
-// x -> y of PN as released, and its gradient; advances the state.
-class Released : public torch::autograd::Function<Released> {
- public:
-  static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& weight,
-                        const Tensor& bias, const std::optional<Tensor>& mask,
-                        const Tensor& running, const Tensor& e, const Tensor& step,
-                        const Tensor& num_rejected, const Options& options, Saved* saved) {
-    check(x, mask, {&weight, &bias, &running, &e}, {&step, &num_rejected});
-    const int64_t channels = x.size(-1), rows = num_rows(x), groups = options.groups;
-    const Padding padding(x, mask);
-    const Tensor y = at::empty_like(x);
-    const double s = static_cast<double>(*step.const_data_ptr<int64_t>() + 1);
-    const bool by_batch =
-        options.is_replay ? saved->by_batch : s <= static_cast<double>(options.warmup_steps);
-    const Vector w = read(weight), b = read(bias), before = read(running);
-    const auto inverse_of = [&](const Vector& psi2) {
-      Vector inverse(psi2);
-      for (double& value : inverse) value = 1 / std::sqrt(value + options.eps);
-      return inverse;
-    };
-    Vector psi2_batch, psi2 = options.is_replay ? saved->psi2 : before, sum_sq;
-    double n = 0;
-    Tensor r;  // (rows, groups), of the type in which x is summed
-    by_type(x, [&](auto* type) {
-      using T = std::remove_pointer_t<decltype(type)>;
-      using A = Accumulator<T>;
-      r = at::empty({rows, groups}, std::is_same_v<A, double> ? at::kDouble : at::kFloat);
-      Sums<A> sums(rows, 2, channels);
-      const auto finish = [&] {
-        sum_sq = sums.total(0, channels);
-        saved->token_sum_sq = psi2_batch = sum_sq;
-        n = sums.count();
-        for (double& value : psi2_batch) value /= std::max(n, 1.0);
-        // Of no token there is no statistic, and the running one stands in for it.
-        if (n == 0) psi2_batch = options.is_replay ? saved->psi2_batch : before;
-        const Vector of_padding = sums.total(1, channels);
-        for (int64_t c = 0; c < channels; ++c) sum_sq[c] += of_padding[c];
-      };
-      const auto scale = [&](auto with_statistics) {
-        const Vector inverse = inverse_of(psi2);
-        Vector scale(channels);
-        for (int64_t c = 0; c < channels; ++c) scale[c] = inverse[c] * w[c];
-        scale_groups<T, decltype(with_statistics)::value>(x, padding, groups, options.eps, scale,
-                                                          b, y, r, sums);
-      };
-      if (by_batch) {
-        sum_squares<T>(x, padding, groups, options.eps, r, sums);
-        finish();
-        psi2 = psi2_batch;
-        scale(std::false_type{});
+// y = x r scale + shift at all positions. With kSum writes r and sums xg^2, else reads r.
+template <bool kSum, class T>
+void scale_groups(const Rows<T>& x, const Padding& padding, const Options& options,
+                  const Accumulator<T>* scale_of, const Accumulator<T>* shift_of, T* y,
+                  Accumulator<T>* r, Sums<Accumulator<T>>& sums) {
+  using A = Accumulator<T>;
+  const int64_t groups = options.groups, size = x.channels / groups;
+  by_kind(x, padding, sums, [&](auto rows, A* sum_sq) {
+    constexpr int kRows = decltype(rows)::size;
+    for (int64_t group = 0; group < groups; ++group) {
+      const auto in = rows_at<const T, kRows>(x.values + group * size, rows.rows, x.channels);
+      const auto out = rows_at<T, kRows>(y + group * size, rows.rows, x.channels);
+      A factor[kRows];
+      if constexpr (kSum) {
+        inverse_rms<kRows>(in.data(), size, options.eps, factor);
+        for (int i = 0; i < kRows; ++i) r[rows.rows[i] * groups + group] = factor[i];
       } else {
-        scale(std::true_type{});
-        finish();
+        for (int i = 0; i < kRows; ++i) factor[i] = r[rows.rows[i] * groups + group];
       }
-    });
-    if (options.is_replay) {
-      psi2_batch = saved->psi2_batch;
-      n = saved->n;
-    } else if (is_finite_batch(n, running, num_rejected, {&psi2_batch})) {
-      Vector next = before;
-      for (int64_t c = 0; c < channels; ++c) {
-        if (s < static_cast<double>(options.warmup_steps)) {
-          next[c] = (next[c] * (s - 1) + psi2_batch[c]) / s;
-        }
-        next[c] = lerp(next[c], psi2_batch[c], 1 - options.alpha_fwd);
-      }
-      overwrite(running, next);
-      count_step(step);
-    }
-    ctx->save_for_backward({x, weight});
-    keep(ctx, ForBackward{r, e, num_rejected, inverse_of(psi2), inverse_of(psi2_batch),
-                          std::move(sum_sq), n, options});
-    saved->psi2 = std::move(psi2);
-    saved->psi2_batch = std::move(psi2_batch);
-    saved->n = n;
-    saved->by_batch = by_batch;
-    return y;
-  }
-
-  static variable_list backward(AutogradContext* ctx, const variable_list& gradients) {
-    const auto saved = ctx->get_saved_variables();
-    const Tensor x = saved[0].contiguous(), weight = saved[1];  // hooks may have changed strides
-    const ForBackward& of = kept<ForBackward>(ctx);
-    const Tensor gradient = gradients[0].contiguous(), dx = at::empty_like(x);
-    const Vector w = read(weight);
-    const int64_t channels = x.size(-1), rows = num_rows(x);
-    Vector next = read(of.e), factor(next), scale(channels), slope(channels), dw, db;
-    for (int64_t c = 0; c < channels; ++c) {
-      factor[c] *= of.n > 0 ? 1 - of.options.alpha_bwd : 0;
-      scale[c] = w[c] * of.batch_inverse[c];
-      slope[c] = -factor[c] * of.inverse[c] * of.batch_inverse[c];
-    }
-    by_type(x, [&](auto* type) {
-      using T = std::remove_pointer_t<decltype(type)>;
-      Sums<Accumulator<T>> sums(rows, 2, channels);
-      propagate_groups<T>(x, gradient, of.r, scale, slope, dx, sums);
-      dw = sums.total(0, channels);
-      db = sums.total(1, channels);
-    });
-    for (int64_t c = 0; c < channels; ++c) {
-      dw[c] *= of.inverse[c];
-      const double x_hat_squares = of.sum_sq[c] * of.inverse[c] * of.inverse[c];
-      next[c] += (dw[c] * w[c] - factor[c] * x_hat_squares) / std::max<double>(1, rows);
-    }
-    if (is_finite_batch(of.n, of.e, of.num_rejected, {&next})) overwrite(of.e, next);
-    const auto type = weight.scalar_type();
-    auto result = once_differentiable({dx, make(dw, type), make(db, type)});
-    result.resize(10);
-    return result;
-  }
-
- private:
-  // Sums of xg^2, xg = x r, real tokens and padding apart; writes r.
-  template <class T>
-  static void sum_squares(const Tensor& x, const Padding& padding, int64_t groups, double eps,
-                          const Tensor& r, Sums<Accumulator<T>>& sums) {
-    using A = Accumulator<T>;
-    const int64_t channels = x.size(-1), size = channels / groups;
-    const T* from = content<T>(x);
-    A* inverse = writable<A>(r);
-    by_kind(x, padding, sums, [&](auto at_once, const int64_t* rows, A* sum_sq) {
-      constexpr int kRows = decltype(at_once)::value;
-      for (int64_t group = 0; group < groups; ++group) {
-        const T* in[kRows];
-        A factor[kRows];
-        for (int i = 0; i < kRows; ++i) in[i] = from + rows[i] * channels + group * size;
-        inverse_rms<kRows>(in, size, eps, factor);
-        for (int i = 0; i < kRows; ++i) inverse[rows[i] * groups + group] = factor[i];
-        A* sums_of_group = sum_sq + group * size;
+      const A *scale = scale_of + group * size, *shift = shift_of + group * size;
+      A* sums_of_group = sum_sq + group * size;
 #pragma omp simd
-        for (int64_t c = 0; c < size; ++c) {
-          A sum = 0;
+      for (int64_t c = 0; c < size; ++c) {
+        A sum = 0;
 #pragma GCC unroll 4
-          for (int i = 0; i < kRows; ++i) {
-            const A value = load(in[i][c]) * factor[i];
-            sum += value * value;
-          }
-          sums_of_group[c] += sum;
-        }
-      }
-    });
-  }
-
-  // y = x r scale + shift at all positions. With kSum writes r and sums xg^2, else reads r.
-  template <class T, bool kSum>
-  static void scale_groups(const Tensor& x, const Padding& padding, int64_t groups, double eps,
-                           const Vector& scale_of, const Vector& shift_of, const Tensor& y,
-                           const Tensor& r, Sums<Accumulator<T>>& sums) {
-    using A = Accumulator<T>;
-    const int64_t channels = x.size(-1), size = channels / groups;
-    const auto scale_values = as<A>(scale_of), shift_values = as<A>(shift_of);
-    const T* from = content<T>(x);
-    T* to = writable<T>(y);
-    A* inverse = writable<A>(r);
-    by_kind(x, padding, sums, [&](auto at_once, const int64_t* rows, A* sum_sq) {
-      constexpr int kRows = decltype(at_once)::value;
-      for (int64_t group = 0; group < groups; ++group) {
-        const T* in[kRows];
-        T* out[kRows];
-        A factor[kRows];
         for (int i = 0; i < kRows; ++i) {
-          in[i] = from + rows[i] * channels + group * size;
-          out[i] = to + rows[i] * channels + group * size;
-          if constexpr (!kSum) factor[i] = inverse[rows[i] * groups + group];
+          const A value = load(in[i][c]) * factor[i];
+          if constexpr (kSum) sum += value * value;
+          store(out[i][c], value * scale[c] + shift[c]);
         }
-        if constexpr (kSum) {
-          inverse_rms<kRows>(in, size, eps, factor);
-          for (int i = 0; i < kRows; ++i) inverse[rows[i] * groups + group] = factor[i];
-        }
-        const A* scale = scale_values.data() + group * size;
-        const A* shift = shift_values.data() + group * size;
-        A* sums_of_group = sum_sq + group * size;
+        if constexpr (kSum) sums_of_group[c] += sum;
+      }
+    }
+  });
+}
+
+// With xg = x r and d = gradient scale + xg slope: dx = r (d - xg mean_group(d xg)), at padding
+// too. Sums: quantity 0 of gradient xg, 1 of gradient.
+template <class T>
+void propagate_groups(const Rows<T>& x, const T* gradient, int64_t groups,
+                      const Accumulator<T>* r, const Accumulator<T>* scale_of,
+                      const Accumulator<T>* slope_of, T* dx, Sums<Accumulator<T>>& sums) {
+  using A = Accumulator<T>;
+  const int64_t size = x.channels / groups;
+  over_blocks(x.count, x.channels, [&](int thread, int64_t first, int64_t last) {
+    A* block = sums.block(thread);
+    const auto all = [](int64_t) { return true; };
+    in_groups(first, last, all, [&](auto rows) {
+      constexpr int kRows = decltype(rows)::size;
+      for (int64_t group = 0; group < groups; ++group) {
+        const auto in = rows_at<const T, kRows>(x.values + group * size, rows.rows, x.channels);
+        const auto up = rows_at<const T, kRows>(gradient + group * size, rows.rows, x.channels);
+        const auto out = rows_at<T, kRows>(dx + group * size, rows.rows, x.channels);
+        A factor[kRows], mean[kRows];
+        for (int i = 0; i < kRows; ++i) factor[i] = r[rows.rows[i] * groups + group];
+        const A *scale = scale_of + group * size, *slope = slope_of + group * size;
+        const auto dots = sum_for_rows<kRows, A>(size, [&](int i, int64_t c) {
+          const A value = load(in[i][c]) * factor[i];
+          return (load(up[i][c]) * scale[c] + value * slope[c]) * value;
+        });
+        for (int i = 0; i < kRows; ++i) mean[i] = dots[i] / static_cast<A>(size);
+        A *products = block + group * size, *plain = products + x.channels;
 #pragma omp simd
         for (int64_t c = 0; c < size; ++c) {
-          A sum = 0;
+          A product = 0, sum = 0;
 #pragma GCC unroll 4
           for (int i = 0; i < kRows; ++i) {
-            const A value = load(in[i][c]) * factor[i];
-            if constexpr (kSum) sum += value * value;
-            store(out[i][c], value * scale[c] + shift[c]);
+            const A g = load(up[i][c]), value = load(in[i][c]) * factor[i];
+            product += g * value;
+            sum += g;
+            const A d = g * scale[c] + value * slope[c];
+            store(out[i][c], (d - value * mean[i]) * factor[i]);
           }
-          if constexpr (kSum) sums_of_group[c] += sum;
+          products[c] += product;
+          plain[c] += sum;
         }
       }
     });
-  }
+    sums.end_block(thread);
+  });
+}
 
-  // With xg = x r and d = gradient scale + xg slope: dx = r (d - xg mean_group(d xg)), at padding
-  // too. Sums: quantity 0 of gradient xg, 1 of gradient.
-  template <class T>
-  static void propagate_groups(const Tensor& x, const Tensor& gradient, const Tensor& r,
-                               const Vector& scale_of, const Vector& slope_of, const Tensor& dx,
-                               Sums<Accumulator<T>>& sums) {
-    using A = Accumulator<T>;
-    const int64_t channels = x.size(-1), groups = r.size(1), size = channels / groups;
-    const auto scale_values = as<A>(scale_of), slope_values = as<A>(slope_of);
-    const T *from = content<T>(x), *upstream = content<T>(gradient);
-    const A* inverse = content<A>(r);
-    T* to = writable<T>(dx);
-    over_blocks(num_rows(x), [&](int thread, int64_t first, int64_t last) {
-      A* block = sums.block(thread);
-      const auto all = [](int64_t) { return true; };
-      in_groups(first, last, all, [&](auto at_once, const int64_t* rows) {
-        constexpr int kRows = decltype(at_once)::value;
-        for (int64_t group = 0; group < groups; ++group) {
-          const T *in[kRows], *up[kRows];
-          T* out[kRows];
-          A factor[kRows], mean[kRows];
-          const A* scale = scale_values.data() + group * size;
-          const A* slope = slope_values.data() + group * size;
-          for (int i = 0; i < kRows; ++i) {
-            const int64_t offset = rows[i] * channels + group * size;
-            in[i] = from + offset;
-            up[i] = upstream + offset;
-            out[i] = to + offset;
-            factor[i] = inverse[rows[i] * groups + group];
-          }
-          const auto dots = sum_for_rows<kRows, A>(size, [&](int i, int64_t c) {
-            const A value = load(in[i][c]) * factor[i];
-            return (load(up[i][c]) * scale[c] + value * slope[c]) * value;
-          });
-          for (int i = 0; i < kRows; ++i) mean[i] = dots[i] / static_cast<A>(size);
-          A *products = block + group * size, *plain = products + channels;
-#pragma omp simd
-          for (int64_t c = 0; c < size; ++c) {
-            A product = 0, sum = 0;
-#pragma GCC unroll 4
-            for (int i = 0; i < kRows; ++i) {
-              const A g = load(up[i][c]), value = load(in[i][c]) * factor[i];
-              product += g * value;
-              sum += g;
-              const A d = g * scale[c] + value * slope[c];
-              store(out[i][c], (d - value * mean[i]) * factor[i]);
-            }
-            products[c] += product;
-            plain[c] += sum;
-          }
-        }
-      });
-      sums.end_block(thread, last - first);
+// The backward of PN as released.
+template <class T>
+struct Released {
+  using A = Accumulator<T>;
+  static constexpr const char* name = "PowerNormReleasedBackward";
+
+  Options options;
+  int64_t n;
+  std::unique_ptr<A[]> r;  // (rows, groups)
+  Vectors<A> kept;         // inverse, batch_inverse, sums of xg^2 over all positions
+  Tensor e, num_rejected;
+
+  variable_list backward(const Tensor& of_x, const Tensor& weight, variable_list gradients) {
+    const Tensor gradient = dense(gradients[0], of_x), dx = allocate_like(of_x);
+    const Rows<T> x(of_x);
+    const Values<A> w(weight), e_before(e);
+    const int64_t channels = x.channels;
+    const Vectors<A> work(5, channels);
+    A *scale = work[0], *slope = work[1], *factor = work[2], *dw = work[3], *db = work[4];
+    const A *inverse = kept[0], *batch_inverse = kept[1], *sum_sq = kept[2];
+    const A share = static_cast<A>(n > 0 ? 1 - options.alpha_bwd : 0);
+    for (int64_t c = 0; c < channels; ++c) {
+      factor[c] = e_before[c] * share;
+      scale[c] = w[c] * batch_inverse[c];
+      slope[c] = -factor[c] * inverse[c] * batch_inverse[c];
+    }
+    Sums<A> sums(x.count, 2, channels);
+    propagate_groups(x, content<T>(gradient), options.groups, r.get(), scale, slope,
+                     writable<T>(dx), sums);
+    sums.total(0, dw);
+    sums.total(1, db);
+    for (int64_t c = 0; c < channels; ++c) dw[c] *= inverse[c];
+    const A positions = static_cast<A>(std::max<int64_t>(x.count, 1));
+    advance(e, n, num_rejected, [&](int64_t c, auto before) {
+      const A x_hat_squares = sum_sq[c] * inverse[c] * inverse[c];
+      return before + (dw[c] * w[c] - factor[c] * x_hat_squares) / positions;
     });
+    const auto type = weight.scalar_type();
+    return once_differentiable({dx, make(dw, channels, type), make(db, channels, type)});
   }
 };
+
+// x -> y of PN as released; advances the state unless the forward repeats another one, which it
+// knows by what that one saved.
+template <class T>
+Tensor forward(const Tensor& of_x, const std::optional<Tensor>& mask, const Tensor& weight,
+               const Tensor& bias, const State& state, const Options& options,
+               const std::optional<Tensor>& replayed, Memory* memory) {
+  using A = Accumulator<T>;
+  const Rows<T> x(of_x);
+  const Padding padding(of_x, mask);
+  const int64_t channels = x.channels, n = padding.num_tokens();
+  Tensor y = allocate_like(of_x);
+  const Values<A> w(weight), b(bias), running(state.running);
+  std::unique_ptr<A[]> r(new A[static_cast<size_t>(x.count * options.groups)]);
+  Vectors<A> kept(3, channels);
+  const Vectors<A> work(3, channels);
+  A *inverse = kept[0], *batch_inverse = kept[1], *sum_sq = kept[2];
+  A *scale = work[0], *psi2 = work[1], *psi2_batch = work[2];
+  const int64_t s = *content<int64_t>(state.step) + 1;
+  bool by_batch = s <= options.warmup_steps;
+  if (replayed) {
+    by_batch = unpack(*replayed, channels, psi2, psi2_batch, 2)[0] != 0;
+  } else {
+    std::copy_n(running.data(), channels, psi2);
+    std::copy_n(running.data(), channels, psi2_batch);  // where there is no token
+  }
+  const auto invert = [&](const A* values, A* result) {
+    const A eps = static_cast<A>(options.eps);
+    for (int64_t c = 0; c < channels; ++c) result[c] = 1 / std::sqrt(values[c] + eps);
+  };
+  Sums<A> sums(x.count, 2, channels);
+  const auto finish = [&] {
+    sums.total(0, sum_sq);
+    if (memory) memory->sum_sq = make(sum_sq, channels, scalar_type<A>());
+    if (n > 0 && !replayed) {
+      for (int64_t c = 0; c < channels; ++c) psi2_batch[c] = sum_sq[c] / static_cast<A>(n);
+    }
+    sums.total(1, scale);  // of padding
+    for (int64_t c = 0; c < channels; ++c) sum_sq[c] += scale[c];
+  };
+  const auto prepare = [&] {
+    invert(psi2, inverse);
+    for (int64_t c = 0; c < channels; ++c) scale[c] = inverse[c] * w[c];
+  };
+  T* to = writable<T>(y);
+  if (by_batch) {
+    sum_scaled_squares(x, padding, options, r.get(), sums);
+    finish();
+    if (!replayed) std::copy_n(psi2_batch, channels, psi2);
+    prepare();
+    scale_groups<false>(x, padding, options, scale, b.data(), to, r.get(), sums);
+  } else {
+    prepare();
+    scale_groups<true>(x, padding, options, scale, b.data(), to, r.get(), sums);
+    finish();
+  }
+  invert(psi2_batch, batch_inverse);
+  if (memory) memory->saved = pack(psi2, psi2_batch, channels, {double(by_batch), double(n)});
+  if (!replayed &&
+      is_usable(n, all_finite(psi2_batch, channels, state.running), state.num_rejected)) {
+    with_buffer(state.running, [&](auto* values) {
+      using B = std::remove_pointer_t<decltype(values)>;
+      const B step = static_cast<B>(s), update_rate = static_cast<B>(1 - options.alpha_fwd);
+      for (int64_t c = 0; c < channels; ++c) {
+        const B value = static_cast<B>(psi2_batch[c]);
+        B next = values[c];
+        if (s < options.warmup_steps) next = (next * (step - 1) + value) / step;
+        values[c] = lerp(next, value, update_rate);
+      }
+    });
+    count_version(state.running);
+    count_step(state.step);
+  }
+  record(of_x, weight, bias, {&y},
+         Released<T>{options, n, std::move(r), std::move(kept), state.e, state.num_rejected});
+  return y;
+}
+
+Tensor dispatch(const Tensor& x, const std::optional<Tensor>& mask, const Tensor& weight,
+                const Tensor& bias, const State& state, const Options& options,
+                const std::optional<Tensor>& replayed, Memory* memory) {
+  check(x, {&weight, &bias, &state.running, &state.e}, {&state.step, &state.num_rejected});
+  return by_type(x, [&](auto* null) {
+    return forward<std::remove_pointer_t<decltype(null)>>(x, mask, weight, bias, state, options,
+                                                          replayed, memory);
+  });
+}
 
 // One iteration of PN as released. Returns y; the sums of xg^2 (C,) over the real tokens, by which
 // a forward that repeats this one is recognised; and what this one saved, which the repeated one
-// passes as `replayed`: psi2, psi2_batch, by_batch, n.
+// passes as `replayed`.
 std::tuple<Tensor, Tensor, Tensor> power_released(
     const Tensor& x, const std::optional<Tensor>& mask, const Tensor& weight, const Tensor& bias,
     const Tensor& running_psi2, const Tensor& e, const Tensor& step, const Tensor& num_rejected,
     const std::optional<Tensor>& replayed, int64_t groups, double eps, double alpha_fwd,
     double alpha_bwd, int64_t warmup_steps) {
-  Saved saved{};
-  if (replayed) {
-    auto [psi2, psi2_batch, by_batch, n] = unpack(*replayed, x.size(-1));
-    saved = {{}, std::move(psi2), std::move(psi2_batch), n, by_batch};
-  }
-  const Options options{groups, eps, alpha_fwd, alpha_bwd, warmup_steps, replayed.has_value()};
-  const Tensor y = Released::apply(x, weight, bias, mask, running_psi2, e, step, num_rejected,
-                                   options, &saved);
-  const auto type = x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-  return {y, make(saved.token_sum_sq, type),
-          pack({saved.psi2, saved.psi2_batch, saved.by_batch, saved.n})};
+  Memory memory;
+  const Tensor y =
+      dispatch(x, mask, weight, bias, {running_psi2, e, step, num_rejected},
+               {groups, eps, alpha_fwd, alpha_bwd, warmup_steps}, replayed, &memory);
+  return {y, memory.sum_sq, memory.saved};
+}
+
+// The same for a forward that is not repeated and repeats none. Returns y.
+Tensor power_released_once(const Tensor& x, const std::optional<Tensor>& mask,
+                           const Tensor& weight, const Tensor& bias, const Tensor& running_psi2,
+                           const Tensor& e, const Tensor& step, const Tensor& num_rejected,
+                           int64_t groups, double eps, double alpha_fwd, double alpha_bwd,
+                           int64_t warmup_steps) {
+  return dispatch(x, mask, weight, bias, {running_psi2, e, step, num_rejected},
+                  {groups, eps, alpha_fwd, alpha_bwd, warmup_steps}, std::nullopt, nullptr);
 }
 
 TORCH_LIBRARY_FRAGMENT(normexp, library) {
@@ -355,6 +307,11 @@ TORCH_LIBRARY_FRAGMENT(normexp, library) {
       "Tensor? replayed, int groups, float eps, float alpha_fwd, float alpha_bwd, "
       "int warmup_steps) -> (Tensor, Tensor, Tensor)",
       power_released);
+  library.def(
+      "power_released_once(Tensor x, Tensor? mask, Tensor weight, Tensor bias, "
+      "Tensor(a!) running_psi2, Tensor(b!) e, Tensor(c!) step, Tensor(d!) num_rejected, "
+      "int groups, float eps, float alpha_fwd, float alpha_bwd, int warmup_steps) -> Tensor",
+      power_released_once);
 }
 
 }  // namespace
