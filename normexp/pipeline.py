@@ -3,14 +3,12 @@
 import json
 import logging
 import math
-import resource
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from pydantic import TypeAdapter
 
 from normexp.checkpoints import recovery, store
@@ -33,6 +31,7 @@ from normexp.runs.lookup import already, find_finished, is_final
 from normexp.runs.metric_values import unknown_values
 from normexp.runs.records import Asked, Outcome, Record
 from normexp.training import preemption, process_group, warmups
+from normexp.training.peak_memory import PeakMemory, larger
 from normexp.training.process_group import Ranks
 
 if TYPE_CHECKING:  # it imports fairseq, which takes seconds
@@ -207,6 +206,7 @@ def _train_and_evaluate(
         write_json(folder.finished, vars(trained))
         preemption.raise_if_signalled()
     progress.begin("evaluating")
+    of_evaluation = PeakMemory()
     try:
         evaluated = evaluate_run(settings, folder, corpus)
     except store.Lost as lost:
@@ -224,8 +224,8 @@ def _train_and_evaluate(
         metrics=evaluated.metrics,
         curve=_curve(folder),
         sees_future_tokens=evaluated.sees_future_tokens,
-        peak_memory_bytes=_peak_memory(),
-        **vars(trained),
+        **vars(trained)
+        | {"peak_memory_bytes": larger(trained.peak_memory_bytes, of_evaluation.read())},
     )
 
 
@@ -392,14 +392,6 @@ def _flat(record: Record) -> dict[str, Any]:
     course = ("status", "reason", "diverged_at_update", "num_updates", "num_epochs")
     cost = ("num_parameters", "tokens_per_second", "peak_memory_bytes", "wall_time_seconds")
     return flat | {name: getattr(record, name) for name in (*course, *cost)}
-
-
-def _peak_memory() -> int:
-    """Return the peak in bytes: of tensors on the GPU, or of the process on the CPU."""
-    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
-        return torch.cuda.max_memory_allocated()
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 @contextmanager

@@ -22,6 +22,7 @@ from normexp.runs.records import Record
 from normexp.sweeps import slurm
 from normexp.sweeps.objective import RunFailed, objective
 from normexp.sweeps.unswept import refuse_unswept
+from normexp.training import heap
 from normexp.training.process_group import FailedOnMain, Process, this_process
 
 
@@ -51,6 +52,7 @@ def _run(cfg: DictConfig) -> Record | None:
         else:
             from normexp import pipeline  # here, because torch and fairseq take seconds
 
+            heap.keep_freed()
             record = pipeline.run(settings)
     except UserError as error:
         if not isinstance(error, FailedOnMain):

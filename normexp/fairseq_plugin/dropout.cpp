@@ -7,73 +7,11 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <cstring>
 
 #include "bfloat16.h"
+#include "draws.h"
 
 namespace {
-
-constexpr int kLanes = 16;                        // generators that run side by side
-constexpr int kDraws = 2 * kLanes;                // draws of 16 bits that one step of them gives
-constexpr int kSteps = 32;
-constexpr int64_t kSegment = kSteps * kDraws;     // elements that one seeding serves
-
-using Words = uint32_t __attribute__((vector_size(kLanes * sizeof(uint32_t))));
-
-inline Words rotated(Words x, int by) { return (x << by) | (x >> (32 - by)); }
-
-// Philox4x32-10 (Salmon et al., SC'11) of the counters (first + lane, stream) under `key`.
-inline void philox(uint64_t key, uint64_t stream, uint64_t first, uint32_t (*words)[kLanes]) {
-  uint32_t *a = words[0], *b = words[1], *c = words[2], *d = words[3];
-  for (int i = 0; i < kLanes; ++i) {
-    uint64_t counter = first + i;
-    a[i] = static_cast<uint32_t>(counter);
-    b[i] = static_cast<uint32_t>(counter >> 32);
-    c[i] = static_cast<uint32_t>(stream);
-    d[i] = static_cast<uint32_t>(stream >> 32);
-  }
-  uint32_t k0 = static_cast<uint32_t>(key), k1 = static_cast<uint32_t>(key >> 32);
-  for (int round = 0; round < 10; ++round) {
-#pragma GCC unroll 1  // unrolled, g++ 12 does not vectorize it
-    for (int i = 0; i < kLanes; ++i) {
-      uint64_t p = static_cast<uint64_t>(a[i]) * 0xD2511F53u;
-      uint64_t q = static_cast<uint64_t>(c[i]) * 0xCD9E8D57u;
-      a[i] = static_cast<uint32_t>(q >> 32) ^ b[i] ^ k0;
-      c[i] = static_cast<uint32_t>(p >> 32) ^ d[i] ^ k1;
-      b[i] = static_cast<uint32_t>(q);
-      d[i] = static_cast<uint32_t>(p);
-    }
-    k0 += 0x9E3779B9u;
-    k1 += 0xBB67AE85u;
-  }
-}
-
-// Sixteen xoshiro128++ (Blackman and Vigna, 2021), seeded by Philox for every segment of a tensor,
-// so that the draw of an element depends on key, stream and its place, not on threads.
-struct Generators {
-  Words s0, s1, s2, s3;
-
-  Generators(uint64_t key, uint64_t stream, int64_t segment) {
-    alignas(64) uint32_t words[4][kLanes];
-    philox(key, stream, static_cast<uint64_t>(segment) * kLanes, words);
-    std::memcpy(&s0, words[0], sizeof s0);
-    std::memcpy(&s1, words[1], sizeof s1);
-    std::memcpy(&s2, words[2], sizeof s2);
-    std::memcpy(&s3, words[3], sizeof s3);
-  }
-
-  void next(uint16_t* draws) {
-    Words result = rotated(s0 + s3, 7) + s0;
-    Words t = s1 << 9;
-    s2 ^= s0;
-    s3 ^= s1;
-    s1 ^= s2;
-    s0 ^= s3;
-    s2 ^= t;
-    s3 = rotated(s3, 11);
-    std::memcpy(draws, &result, sizeof result);
-  }
-};
 
 // y = x * scale where a draw of 16 bits is at least the threshold, else 0; segments in parallel.
 template <typename T, typename Math>

@@ -7,7 +7,7 @@ seeding it makes training repeatable, as with torch's dropout; the masks differ 
 """
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,22 @@ from normexp.norms.kernels import native
 
 _SOURCE = Path(__file__).with_suffix(".cpp")
 _COMPILED_TYPES = (torch.float32, torch.float64, torch.bfloat16)
+
+
+class Draws(NamedTuple):
+    """Which elements of one tensor the compiled kernels drop: a function of their places."""
+
+    threshold: int  # of 2^16: the probability of being dropped
+    key: int
+    stream: int
+
+    @classmethod
+    def new(cls, p: float) -> "Draws":
+        """Draw key and stream from torch's generator, except for p = 0, which drops nothing."""
+        if p == 0:
+            return cls(0, 0, 0)
+        key, stream = torch.empty(2, dtype=torch.int64).random_().tolist()
+        return cls(min(round(p * 2**16), 2**16 - 1), key, stream)
 
 
 def compiled_for(x: Tensor) -> bool:
@@ -87,8 +103,7 @@ class _CompiledDropoutFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, p: float) -> Tensor:
-        key, stream = torch.empty(2, dtype=torch.int64).random_().tolist()
-        ctx.draws = (min(round(p * 2**16), 2**16 - 1), key, stream)
+        ctx.draws = Draws.new(p)
         return torch.ops.normexp.dropout(x, *ctx.draws)
 
     @staticmethod

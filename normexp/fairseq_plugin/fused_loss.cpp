@@ -10,35 +10,14 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <cstring>
 #include <memory>
 
 #include "bfloat16.h"
+#include "exponential.h"
 
 namespace {
 
 constexpr int kWide = 64;  // lanes that keep a maximum or a sum of their own
-
-// exp for x <= 0, relative error below 2e-7; 0 below -87. Fused operations are explicit, so that
-// rounding does not depend on which ones a compiler fuses.
-inline float exp_nonpositive(float x) {
-  float clamped = x < -87.0f ? -87.0f : x;
-  float n = __builtin_floorf(clamped * 1.44269504f + 0.5f);
-  float r = __builtin_fmaf(n, -0.693359375f, clamped);
-  r = __builtin_fmaf(n, 2.12194440e-4f, r);
-  float p = 1.98756915e-4f;
-  p = __builtin_fmaf(p, r, 1.39819995e-3f);
-  p = __builtin_fmaf(p, r, 8.33345190e-3f);
-  p = __builtin_fmaf(p, r, 4.16657949e-2f);
-  p = __builtin_fmaf(p, r, 1.66666672e-1f);
-  p = __builtin_fmaf(p, r, 0.5f);
-  p = __builtin_fmaf(p * r, r, r + 1.0f);
-  uint32_t exponent = static_cast<uint32_t>(static_cast<int32_t>(n) + 127) << 23;
-  float power;
-  std::memcpy(&power, &exponent, sizeof power);
-  float value = x < -87.0f ? 0.0f : p * power;
-  return x == x ? value : x;
-}
 
 // The largest element of a row.
 template <typename T>
@@ -113,10 +92,24 @@ at::Tensor loss_rows_(at::Tensor& logits, const at::Tensor& targets, double corr
   return nll;
 }
 
+// sum += part, element by element, without the float32 copy of `part` that torch makes.
+void accumulate_(at::Tensor& sum, const at::Tensor& part) {
+  TORCH_CHECK(sum.is_cpu() && sum.scalar_type() == at::kFloat && sum.is_contiguous() &&
+                  part.scalar_type() == at::kBFloat16 && part.is_contiguous() &&
+                  part.sizes() == sum.sizes(),
+              "accumulate_: contiguous float32 and bfloat16 of one shape");
+  float* to = sum.data_ptr<float>();
+  const Bf16* from = static_cast<const Bf16*>(part.data_ptr());
+  at::parallel_for(0, sum.numel(), 1 << 15, [=](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) to[i] += load(from[i]);
+  });
+}
+
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(normexp, m) {
   m.def(
       "loss_rows_(Tensor(a!) logits, Tensor targets, float correct, bool gradient) -> Tensor",
       &loss_rows_);
+  m.def("accumulate_(Tensor(a!) sum, Tensor part) -> ()", &accumulate_);
 }

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from normexp.fairseq_plugin.row_counts import rounded_up
 from normexp.norms.kernels import native
 
 CHUNK = 512  # rows
@@ -97,19 +98,22 @@ class _FusedLossFunction(torch.autograd.Function):
             for start in range(0, len(targets), chunk):
                 rows = slice(start, start + chunk)
                 narrow, chunk_targets = features[rows].to(product), targets[rows]
+                size = len(narrow)
+                if (added := rounded_up(size) - size) and product == torch.bfloat16:
+                    narrow = F.pad(narrow, (0, 0, 0, added))
+                    chunk_targets = F.pad(chunk_targets, (0, added))
                 logits = F.linear(narrow, narrow_weight, narrow_bias)
                 if count_correct:
-                    num_correct += logits.argmax(1).eq(chunk_targets).sum()
-                of_targets += logits.gather(1, chunk_targets[:, None]).sum(dtype=torch.float64)
+                    num_correct += logits.argmax(1).eq(chunk_targets)[:size].sum()
+                logits_of_targets = logits.gather(1, chunk_targets[:, None])[:size]
+                of_targets += logits_of_targets.sum(dtype=torch.float64)
                 chunk_nll, by_logits = _rows(logits, chunk_targets, 1 - eps - each, with_gradients)
-                nll += chunk_nll.sum(dtype=torch.float64)
+                nll += chunk_nll[:size].sum(dtype=torch.float64)
                 if not with_gradients:
                     continue
-                by_features[rows] = by_logits @ narrow_weight - each * weight_sum
-                if by_weight.dtype == product:
-                    by_weight.addmm_(by_logits.t(), narrow)
-                else:
-                    by_weight += by_logits.t() @ narrow
+                by_logits[size:] = 0
+                by_features[rows] = (by_logits @ narrow_weight)[:size] - each * weight_sum
+                _add_product(by_weight, by_logits.t(), narrow)
                 if by_bias is not None:
                     by_bias += by_logits.sum(0, dtype=by_bias.dtype)
             feature_sum = features.sum(0, dtype=weight_sum.dtype)
@@ -136,6 +140,16 @@ class _FusedLossFunction(torch.autograd.Function):
             if tensor is not None:
                 tensor.mul_(gradient)
         return *gradients, None, None, None, None, None
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add left @ right, which may be of a narrower type, to `total`, in place."""
+    if total.dtype == right.dtype:
+        total.addmm_(left, right)
+    elif total.dtype == torch.float32 and compiled_for(right):
+        torch.ops.normexp.accumulate_(total, left @ right)
+    else:
+        total += left @ right
 
 
 def _rows(

@@ -85,7 +85,9 @@ class Outcome:
             None for translation.
         num_epochs: Epochs begun.
         tokens_per_second: Real target tokens of all ranks, over all updates.
-        peak_memory_bytes: Of the GPU's memory allocated to tensors, or of the process on the CPU.
+        peak_memory_bytes: Of this run, training and evaluation: the GPU's memory allocated to
+            tensors, or the process's on the CPU; None where the system cannot tell it from that
+            of earlier runs in the process. Records older than this hold the process's.
         kernels: How many layers with running statistics were trained by "native" (compiled),
             "triton" or "plain" kernels; None where the run ended before, or is older than they are.
         notes: What a reader of the result has to know, in sentences: a warm-up that outlasted it.

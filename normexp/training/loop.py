@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from omegaconf import DictConfig
 from torch import nn
 
@@ -35,6 +34,7 @@ from normexp.training import (
 )
 from normexp.training.diagnostics import norm_diagnostics, update_diagnostics
 from normexp.training.divergence import StatisticsWatch
+from normexp.training.peak_memory import PeakMemory
 from normexp.training.process_group import Ranks
 
 logger = logging.getLogger(__name__)
@@ -84,6 +84,7 @@ class TrainingResult:
     wall_time_seconds: float  # summed over the processes that resumed one another
     kernels: dict[str, int]  # layers with running statistics by what computed their last step
     notes: list[str] = field(default_factory=list)  # what a reader of the result has to know
+    peak_memory_bytes: int | None = None  # of the process that ended the training
 
 
 def train(
@@ -151,8 +152,7 @@ def train(
             raise resume.AlreadyTrained
 
     patches.forget_earlier_trainings(fairseq_train)
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
+    peak_memory = PeakMemory()
     trainer_class = _observed_trainer(
         randomness.seeded_trainer(
             seeds, ranks.rank, data_parallel.data_parallel_trainer(ranks, fairseq_train.Trainer)
@@ -198,6 +198,7 @@ def train(
         wall_time_seconds=float(trainer.cumulative_training_time()),
         kernels=_kernels(trainer.get_model()) or observed.kernels,
         notes=warmups.notes(trainer.get_model()),
+        peak_memory_bytes=peak_memory.read(),
     )
 
 

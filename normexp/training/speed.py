@@ -20,9 +20,11 @@ def apply_to_model(speed: SpeedSettings, model: nn.Module, criterion: nn.Module)
     """
     from normexp.fairseq_plugin.dropout import use_fast_dropout
     from normexp.fairseq_plugin.fast_attention import use_fast_attention
+    from normexp.fairseq_plugin.fast_layers import use_fast_layers
 
     if speed.fast_dropout:
         use_fast_dropout(model)
+        use_fast_layers(model)
     if speed.precision == "bfloat16":
         _train_in_bfloat16(criterion)
     if speed.fast_dropout or speed.precision == "bfloat16":
