@@ -20,11 +20,11 @@ logger = logging.getLogger(__name__)
 _PACKAGE = "normexp.benchmarks.gpu"
 # In the order of what is most wanted, should something end the run. Together eight minutes.
 SECTIONS = {
-    "copy": Section("Copying within the device's memory", f"{_PACKAGE}.layers:copy_rows", 20),
+    "copy": Section("Copying within the device's memory", f"{_PACKAGE}.layer_times:copy_rows", 20),
     "kernels": Section(
         "Triton kernels against plain torch in float64", f"{_PACKAGE}.kernels:rows", 60
     ),
-    "layers": Section("Layers against nn.LayerNorm", f"{_PACKAGE}.layers:rows", 75),
+    "layers": Section("Layers against nn.LayerNorm", f"{_PACKAGE}.layer_times:rows", 75),
     "translation": Section(
         "Updates of the translation models",
         f"{_PACKAGE}.updates:translation_rows",
@@ -38,10 +38,12 @@ SECTIONS = {
         ("fairseq",),
     ),
     "beam_search": Section(
-        "Beam search of the IWSLT14 model", f"{_PACKAGE}.beam_search:rows", 45, ("fairseq",)
+        "Beam search of the IWSLT14 model", f"{_PACKAGE}.decoding:rows", 45, ("fairseq",)
     ),
     "graphs": Section("Training steps replayed from CUDA graphs", f"{_PACKAGE}.graphs:rows", 40),
-    "compiled": Section("Kernels against torch.compile", f"{_PACKAGE}.layers:compiled_rows", 100),
+    "compiled": Section(
+        "Kernels against torch.compile", f"{_PACKAGE}.layer_times:compiled_rows", 100
+    ),
 }
 
 
