@@ -19,7 +19,7 @@ from normexp.checkpoints import store
 from normexp.config.settings import EvaluationSettings, RunSettings, window_stride
 from normexp.corpora import PreparedCorpus
 from normexp.errors import UserError
-from normexp.evaluation import sliding_window, translations
+from normexp.evaluation import beam_search, fairseq_search, sliding_window, translations
 from normexp.runs.folder import RunFolder
 from normexp.runs.perplexity import perplexity
 
@@ -196,19 +196,26 @@ def translate(
     Returns one tensor of target token ids per sentence, end of sentence included. Raises UserError
     when a sentence is missing.
     """
-    from fairseq.dataclass.configs import GenerationConfig
-
-    from normexp.evaluation.beam_search import LeanEnsemble, beams_share_encoder_states
-
-    generator = loaded.task.build_generator(
-        LeanEnsemble([loaded.model]), GenerationConfig(beam=beam, lenpen=length_penalty)
-    )
+    described = f"{split}: beam search", progress
+    reason = beam_search.why_not(loaded.model, loaded.task)
+    if reason is None:
+        most_sentences, num_threads = beam_search.division(loaded.device)
+        searches = beam_search.searched(
+            loaded.model,
+            loaded.task.target_dictionary,
+            _batches(loaded, split, max_tokens, *described, most_sentences),
+            beam,
+            length_penalty,
+            num_threads,
+        )
+    else:
+        fairseq_search.notice_once(reason)
+        batches = _batches(loaded, split, max_tokens, *described)
+        searches = fairseq_search.searched(loaded.model, loaded.task, batches, beam, length_penalty)
     hypotheses: dict[int, torch.Tensor] = {}
-    with beams_share_encoder_states(loaded.model, generator.beam_size):
-        for sample in _batches(loaded, split, max_tokens, f"{split}: beam search", progress):
-            found = loaded.task.inference_step(generator, [loaded.model], sample)
-            for sentence, beams in zip(sample["id"].tolist(), found, strict=True):
-                hypotheses[sentence] = beams[0]["tokens"].int().cpu()
+    for sample, found in searches:
+        for sentence, tokens in zip(sample["id"].tolist(), found, strict=True):
+            hypotheses[sentence] = tokens
     expected = len(loaded.task.dataset(split))
     if sorted(hypotheses) != list(range(expected)):
         raise UserError(f"translated {len(hypotheses)} sentences of {split}, which has {expected}")
@@ -300,7 +307,12 @@ def evaluate_language_model(
 
 
 def _batches(
-    loaded: LoadedModel, split: str, max_tokens: int, description: str, progress: bool
+    loaded: LoadedModel,
+    split: str,
+    max_tokens: int,
+    description: str,
+    progress: bool,
+    max_sentences: int | None = None,
 ) -> Iterator[Any]:
     from fairseq import utils
 
@@ -310,6 +322,7 @@ def _batches(
     iterator = task.get_batch_iterator(
         dataset=task.dataset(split),
         max_tokens=max_tokens,
+        max_sentences=max_sentences,
         max_positions=utils.resolve_max_positions(
             task.max_positions(), loaded.model.max_positions()
         ),

@@ -4,6 +4,7 @@ import math
 import re
 import subprocess
 import sys
+import threading
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from normexp.corpora import PreparedCorpus, prepare
 from normexp.corpora.catalogue import CATALOGUE
 from normexp.corpora.tokenization import tokenize_aggressive
 from normexp.errors import UserError
-from normexp.evaluation import bleu, reevaluation, scores, translations
+from normexp.evaluation import beam_search, bleu, reevaluation, scores, translations
 from normexp.runs.records import Record
 
 
@@ -179,6 +180,40 @@ def test_evaluation_refuses_to_leave_anything_out(task, on_little_text, monkeypa
     if task == "toy_translation":
         with pytest.raises(UserError, match=r"translated [1-9]\d* sentences of test, which has 12"):
             scores.translate(loaded, "test", 1, 1.0, 100, progress=False)
+
+
+def test_translations_do_not_depend_on_the_search(on_little_text, monkeypatch, caplog) -> None:
+    """Side by side in two threads, in one, or by fairseq, which the log says once."""
+    run = on_little_text("toy_translation", "batch")
+    loaded = scores.load_model(run.folder / store.LAST, run.corpus.data_bin)
+    monkeypatch.setattr(beam_search, "_SENTENCES_AT_ONCE", 3)
+    searching, search = [], beam_search.BeamSearch.__call__
+
+    def spied(*arguments):
+        searching.append(threading.get_ident())
+        return search(*arguments)
+
+    monkeypatch.setattr(beam_search.BeamSearch, "__call__", spied)
+
+    def translated(num_threads: int) -> list[list[int]]:
+        before = torch.get_num_threads()
+        torch.set_num_threads(num_threads)
+        try:
+            found = scores.translate(loaded, "test", 4, 0.8, 4000, progress=False)
+        finally:
+            torch.set_num_threads(before)
+        return [one.tolist() for one in found]
+
+    alone = translated(1)
+    assert searching == 4 * [threading.get_ident()]
+    searching.clear()
+    assert translated(2) == alone
+    assert len(searching) == 4 and threading.get_ident() not in searching
+    searching.clear()
+    monkeypatch.setattr(beam_search, "why_not", lambda *_: "a reason of this test")
+    assert translated(1) == alone == translated(1)
+    assert searching == []
+    assert caplog.text.count("a reason of this test") == 1
 
 
 @pytest.mark.parametrize("max_tokens", [100, 4000])

@@ -9,7 +9,7 @@ import torch
 from fairseq.sequence_generator import SequenceGenerator
 from torch import nn
 
-from normexp.evaluation.beam_search import LeanEnsemble, beams_share_encoder_states
+from normexp.evaluation.fairseq_search import LeanEnsemble, beams_share_encoder_states
 
 
 def _sample(sentences: argparse.Namespace) -> dict[str, Any]:
