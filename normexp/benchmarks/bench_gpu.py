@@ -20,9 +20,9 @@ logger = logging.getLogger(__name__)
 _PACKAGE = "normexp.benchmarks.gpu"
 # In the order of what is most wanted, should something end the run. Together eight minutes.
 SECTIONS = {
-    "copy": Section("Copying within the device's memory", f"{_PACKAGE}.layer_times:copy_rows", 20),
+    "copy": Section("Copying within the device's memory", f"{_PACKAGE}.layer_times:copy_rows", 15),
     "kernels": Section(
-        "Triton kernels against plain torch in float64", f"{_PACKAGE}.kernels:rows", 60
+        "Triton kernels against plain torch in float64", f"{_PACKAGE}.kernels:rows", 45
     ),
     "layers": Section("Layers against nn.LayerNorm", f"{_PACKAGE}.layer_times:rows", 75),
     "translation": Section(
@@ -34,7 +34,7 @@ SECTIONS = {
     "language_model": Section(
         "Updates of PTB's Tensorized Transformer",
         f"{_PACKAGE}.updates:language_rows",
-        40,
+        35,
         ("fairseq",),
     ),
     "beam_search": Section(
@@ -42,7 +42,7 @@ SECTIONS = {
     ),
     "graphs": Section("Training steps replayed from CUDA graphs", f"{_PACKAGE}.graphs:rows", 40),
     "compiled": Section(
-        "Kernels against torch.compile", f"{_PACKAGE}.layer_times:compiled_rows", 100
+        "Kernels against torch.compile", f"{_PACKAGE}.layer_times:compiled_rows", 125
     ),
 }
 

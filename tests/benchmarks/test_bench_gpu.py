@@ -152,20 +152,50 @@ def test_a_wrong_kernel_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(kernels, "device", lambda: torch.device("cpu"))
     monkeypatch.setattr(kernels, "_step", wrong)
-    found = [row for row in kernels.rows(rehearsal=True) if row["dtype"] == "float32"]
-    assert len(found) == len(kernels.CASES)
-    for row in found:
-        assert not row["passed"] and row["repeats"]
+    for case in kernels.CASES:
+        row = kernels.check(case, "float32", rehearsal=True)
+        assert not row["passed"] and row["repeats"] and not row["failure"]
         assert row["errors"]["dL/dx"] == pytest.approx(1e-3, rel=0.05)
         assert max(error for name, error in row["errors"].items() if name != "dL/dx") < 1e-5
 
 
-def test_a_kernel_that_did_not_run_is_no_pass() -> None:
+def test_a_kernel_that_did_not_run_is_no_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a layer would compute in plain torch after all, nothing has been shown."""
     from normexp.benchmarks.gpu import kernels
 
-    use_kernels("plain")
-    norm = kernels.build_norm("power", 8)
-    x = torch.randn(3, 2, 8)
-    with pytest.raises(RuntimeError, match="plain kernels computed, not native"):
-        norm.native_source = None
-        kernels._step(norm, x, x, None, "native")
+    monkeypatch.setattr(kernels, "device", lambda: torch.device("cpu"))
+    monkeypatch.setattr(kernels, "use_kernels", lambda choice: use_kernels("plain"))
+    row = kernels.check("power", "float32", rehearsal=True)
+    assert not row["passed"]
+    assert row["failure"] == "RuntimeError: plain kernels computed, not triton"
+    ((_, table),) = tables("gpu", _record_of("kernels", [row]))
+    assert table.rows[0][-1] == f"NO {row['failure']}"
+
+
+def test_what_a_section_has_started_ends_with_it(tmp_path: Path) -> None:
+    """A section that takes too long is compiling, by processes of the compiler's."""
+    left = tmp_path / "process"
+    os.environ["NORMEXP_TEST_FILE"] = str(left)
+    try:
+        running = section.run(Section("", f"{__name__}:with_a_process_of_its_own", 6), False)
+        with pytest.raises(TimeoutError):
+            list(running)
+    finally:
+        del os.environ["NORMEXP_TEST_FILE"]
+    status = Path("/proc") / left.read_text() / "stat"
+    for _ in range(100):
+        if not status.exists() or status.read_text().split()[2] == "Z":
+            return
+        time.sleep(0.1)
+    raise AssertionError("it goes on")
+
+
+def with_a_process_of_its_own(rehearsal: bool) -> Iterator[section.Row]:
+    started = subprocess.Popen(["sleep", "3600"])
+    Path(os.environ["NORMEXP_TEST_FILE"]).write_text(str(started.pid))
+    time.sleep(3600)
+    yield {}
+
+
+def _record_of(name: str, rows: list[section.Row]) -> dict:
+    return {"sections": {name: {"title": name, "rows": rows, "skipped": {}, "error": ""}}}

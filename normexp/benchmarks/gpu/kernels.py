@@ -1,14 +1,18 @@
 """Every Triton kernel against the plain layer in float64, both on the device."""
 
 import copy
+import multiprocessing
+import os
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from itertools import repeat
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from normexp.benchmarks.bench_norms import DTYPES
-from normexp.benchmarks.gpu.section import Row, device
+from normexp.benchmarks.gpu.section import Row, device, one_line
 from normexp.norms import build_norm
 from normexp.norms.kernels.choice import use_kernels
 
@@ -39,29 +43,37 @@ def rows(rehearsal: bool) -> Iterator[Row]:
     `errors` are relative in the L2 norm, the largest over shapes, with padding (whose content is
     NaN where it must not matter) and without, and over steps. `repeats`: whether the same step
     twice gave the same bits. `passed`: all errors are within their tolerance, and `repeats`.
+    `failure`: the error that a kernel raised, if it did.
     """
-    for case in CASES:
-        for dtype in DTYPES:
-            errors: dict[str, float] = {}
-            repeats = True
-            for shape in REHEARSED_SHAPES if rehearsal else SHAPES:
-                for masked in (True,) if rehearsal else (True, False):
-                    found, same = compare(case, DTYPES[dtype], shape, masked)
-                    errors = {name: max(found[name], errors.get(name, 0.0)) for name in found}
-                    repeats = repeats and same
-            bounds = TOLERANCES[dtype]
-            tolerances = {
-                name: bounds["rounded" if name in ROUNDED else "summed"] for name in errors
-            }
-            within = all(errors[name] <= tolerances[name] for name in errors)
-            yield {
-                "kernel": case,
-                "dtype": dtype,
-                "errors": {name: float(f"{error:.2g}") for name, error in errors.items()},
-                "tolerances": tolerances,
-                "repeats": repeats,
-                "passed": within and repeats,
-            }
+    cases = [(case, dtype) for dtype in DTYPES for case in CASES]
+    # Nearly all of the time kernels are being compiled, some hundred of them.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(len(cases), os.cpu_count() or 1), mp_context=context) as pool:
+        yield from pool.map(check, *zip(*cases, strict=True), repeat(rehearsal))
+
+
+def check(case: str, dtype: str, rehearsal: bool) -> Row:
+    """One of `rows`."""
+    row: Row = {"kernel": case, "dtype": dtype, "failure": ""}
+    errors: dict[str, float] = {}
+    repeats = True
+    try:
+        for shape in REHEARSED_SHAPES if rehearsal else SHAPES:
+            for masked in (True,) if rehearsal else (True, False):
+                found, same = compare(case, DTYPES[dtype], shape, masked)
+                errors = {name: max(found[name], errors.get(name, 0.0)) for name in found}
+                repeats = repeats and same
+    except Exception as error:  # whatever triton raises
+        row["failure"] = one_line(error)
+    bounds = TOLERANCES[dtype]
+    tolerances = {name: bounds["rounded" if name in ROUNDED else "summed"] for name in errors}
+    within = all(errors[name] <= tolerances[name] for name in errors)
+    return row | {
+        "errors": {name: float(f"{error:.2g}") for name, error in errors.items()},
+        "tolerances": tolerances,
+        "repeats": repeats,
+        "passed": within and repeats and not row["failure"],
+    }
 
 
 def compare(

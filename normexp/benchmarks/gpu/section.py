@@ -4,10 +4,12 @@ A section runs in a process of its own. An error on a GPU can leave it useless t
 a section that takes too long has to be ended; either must not cost the others.
 """
 
+import contextlib
 import logging
 import multiprocessing
 import os
 import pkgutil
+import signal
 import time
 import traceback
 import warnings
@@ -89,11 +91,14 @@ def run(section: Section, rehearsal: bool) -> Iterator[Row]:
         process.join()
         raise RuntimeError(f"its process ended with {process.exitcode}") from None
     finally:
+        with contextlib.suppress(ProcessLookupError):  # it has none, or they have ended
+            os.killpg(process.pid, signal.SIGKILL)
         process.kill()
         process.join()
 
 
 def _send_rows(rows: str, rehearsal: bool, sender: Connection) -> None:
+    os.setsid()  # with what it starts itself: compilers' processes, which would outlive it
     os.environ.update(_ENVIRONMENT | (_REHEARSAL if rehearsal else {}))
     warnings.filterwarnings("ignore", module=r"(fairseq|torch)\.")  # one for every trainer
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
