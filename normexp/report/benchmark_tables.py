@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -11,6 +11,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from normexp.errors import UserError, invalid_fields
 from normexp.files import Unreadable, read_json, read_yaml
 from normexp.report import formatting
+from normexp.report.goals import Goal, load_goals
 from normexp.report.table import Cell, Note, Table
 
 Content = dict[str, Any]  # of a record
@@ -48,12 +49,15 @@ class Benchmarks:
     """The records of all benchmarks.
 
     Attributes:
-        records: By the name of the benchmark, in the order of the page.
+        records: In the order of the page, by the file's name without ".json": the benchmark's, or
+            that of the same benchmark under another condition, as in norms-tuned.
         authors: Quoted times of the authors' layers; None if there is no file of them.
+        goals: What is wanted of the numbers.
     """
 
     records: dict[str, Content]
     authors: Authors | None = None
+    goals: list[Goal] = field(default_factory=list)
 
 
 def load_benchmarks(results: Path) -> Benchmarks:
@@ -61,11 +65,11 @@ def load_benchmarks(results: Path) -> Benchmarks:
     folder = results / "benchmarks"
     records = {}
     for path in sorted(folder.glob("*.json")):
-        if path.stem not in TITLES:
+        if benchmark_of(path.stem) not in TITLES:
             raise UserError(f"{path}: no such benchmark; known: {', '.join(TITLES)}")
         try:
             records[path.stem] = read_json(path)
-            tables(path.stem, records[path.stem])
+            tables(benchmark_of(path.stem), records[path.stem])
             environment(records[path.stem])
         except KeyError as error:
             raise UserError(f"{path}: {error} is missing; measure again") from None
@@ -82,7 +86,21 @@ def load_benchmarks(results: Path) -> Benchmarks:
             raise UserError(str(error)) from None
         except ValidationError as error:
             raise UserError(f"{path}: {invalid_fields(error)}") from None
-    return Benchmarks({name: records[name] for name in TITLES if name in records}, authors)
+    ordered = sorted(records, key=lambda name: ([*TITLES].index(benchmark_of(name)), name))
+    return Benchmarks(
+        {name: records[name] for name in ordered}, authors, load_goals(folder / "goals.yaml")
+    )
+
+
+def benchmark_of(name: str) -> str:
+    """Give the benchmark of a record, from its file's name without ".json"."""
+    return name.partition("-")[0]
+
+
+def title_of(name: str) -> str:
+    """Give the heading of a record, from its file's name without ".json"."""
+    benchmark, _, condition = name.partition("-")
+    return f"{TITLES[benchmark]}, {condition}" if condition else TITLES[benchmark]
 
 
 def tables(benchmark: str, record: Content) -> list[tuple[str, Table]]:

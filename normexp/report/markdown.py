@@ -6,9 +6,17 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from normexp.report.aggregate import Row
-from normexp.report.benchmark_tables import TITLES, Benchmarks, authors_table, environment, tables
+from normexp.report.benchmark_tables import (
+    Benchmarks,
+    authors_table,
+    benchmark_of,
+    environment,
+    tables,
+    title_of,
+)
 from normexp.report.causality_table import CAUSALITY_TITLE, causality_table
 from normexp.report.formatting import ABOUT_THE_NUMBERS, MARKS
+from normexp.report.goals import goals_table
 from normexp.report.paper import Paper
 from normexp.report.result_tables import (
     differences_table,
@@ -95,16 +103,19 @@ def benchmarks_page(
     """
     folder = page.parent
     parts = [BENCHMARKS_HEAD]
+    if benchmarks.goals:
+        parts.append("## Goals\n")
+        parts.append(table(goals_table(benchmarks.goals, benchmarks.records, home), folder))
     for name, record in benchmarks.records.items():
-        parts.append(f"## {TITLES[name]}\n")
+        parts.append(f"## {title_of(name)}\n")
         if "what" in record:
             parts.append(f"{_escape(record['what'])}:\n")
         parts.append(f"```sh\n{record['command']}\n```\n")
         link = _link(Link("record", home / f"{name}.json"), folder)
         parts.append(f"{_escape(environment(record))}; {link}\n")
         if name in figures:
-            parts.append(f"![{TITLES[name]}]({_relative(figures[name], folder)})\n")
-        for title, content in tables(name, record):
+            parts.append(f"![{title_of(name)}]({_relative(figures[name], folder)})\n")
+        for title, content in tables(benchmark_of(name), record):
             parts.append((f"{_escape(title)}:\n\n" if title else "") + table(content, folder))
         if name == "norms" and benchmarks.authors is not None:
             authors = benchmarks.authors

@@ -258,3 +258,56 @@ def test_figures_follow_every_ratio_and_show_every_layer() -> None:
     assert ">power</text>" in first and ">tokens</text>" in first and ">groups</text>" in first
     rows[5]["groups"] = 8
     assert digest_of(first) != digest_of(scaling_svg(rows))
+
+
+GOALS = """
+- what: PN / LN
+  before: "2.1"
+  goal: 0.75
+  record: norms
+  where: {layer: power, shape: "(4, 5, 6)", dtype: float32}
+  value: ratio_to_layer_norm
+  floor: calls
+- {what: an update, before: "1", goal: 0.3, record: training,
+   where: {configuration: "all, compiled"}, value: speedup_over_stock, inverse: true}
+- {what: installing, before: 4.4 min, goal: null, now: 2 min, floor: ""}
+"""
+
+
+def test_goals_stand_beside_what_the_records_say(results: Path) -> None:
+    (results / "benchmarks" / "goals.yaml").write_text(GOALS, "utf-8")
+    lines = _files(results)[results / "benchmarks" / "README.md"].splitlines()
+    assert "| PN / LN | 2.1 | [0.75](norms.json) | ≤ 0.75 ✓ | calls |" in lines
+    assert "| an update | 1 | [0.32](training.json) | ≤ 0.3 |  |" in lines
+    assert "| installing | 4.4 min | 2 min |  |  |" in lines
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "message"),
+    [
+        ("layer: power,", "layer: powder,", "PN / LN: 0 rows of norms.json"),
+        ("value: ratio_to_layer_norm", "value: ratio", "PN / LN: 1 rows of norms.json"),
+        ("record: training", "record: trainings", "an update: 0 rows of trainings.json"),
+    ],
+)
+def test_a_goal_without_its_number_is_an_error(
+    results: Path, before: str, after: str, message: str
+) -> None:
+    (results / "benchmarks" / "goals.yaml").write_text(GOALS.replace(before, after), "utf-8")
+    with pytest.raises(UserError, match=re.escape(message)):
+        _files(results)
+
+
+def test_a_misspelt_goal_is_an_error(results: Path) -> None:
+    path = results / "benchmarks" / "goals.yaml"
+    path.write_text(GOALS.replace("before:", "befor:"), "utf-8")
+    with pytest.raises(UserError, match=r"goals\.yaml"):
+        load_benchmarks(results)
+
+
+def test_a_record_under_another_condition_has_a_heading_of_its_own(results: Path) -> None:
+    folder = results / "benchmarks"
+    (folder / "norms-tuned.json").write_text((folder / "norms.json").read_text("utf-8"), "utf-8")
+    text = _files(results)[folder / "README.md"]
+    headings = re.findall("^## (.*)$", text, re.MULTILINE)
+    assert headings[:2] == ["Normalization layers", "Normalization layers, tuned"]
