@@ -44,7 +44,7 @@ def test_tests_get_what_they_need_and_say_why_they_skip(target: str, tmp_path: P
     assert " -rs" in shown
 
 
-@pytest.mark.parametrize(("extra", "needed"), [([], "1500 MB"), (["dev"], "1400 MB")])
+@pytest.mark.parametrize(("extra", "needed"), [([], "1300 MB"), (["dev"], "1400 MB")])
 def test_a_disk_that_is_too_small_is_noticed_first(extra, needed, tmp_path: Path) -> None:
     df = tmp_path / "df"
     df.write_text("#!/bin/sh\necho header\necho /dev/disk 99999 90000 700 99% /\n")

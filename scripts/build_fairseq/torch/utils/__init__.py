@@ -1,0 +1,1 @@
+"""Stands for PyTorch while fairseq is built: see cpp_extension.py."""
