@@ -104,7 +104,9 @@ class FastDecoderLayer(_FastLayer, NormDecoderLayer):
         rows = Rows.of(x, self_attn_padding_mask, with_padding=self.computes_padding)
         norms = (self.self_attn_layer_norm, self.encoder_attn_layer_norm, self.final_layer_norm)
         with padding_mask_for(*norms, padding_mask=self_attn_padding_mask):
-            x = self._self_attention(x, rows, self_attn_mask)
+            # fairseq cuts it out of the largest mask so far.
+            mask = None if self_attn_mask is None else self_attn_mask.contiguous()
+            x = self._self_attention(x, rows, mask)
             if self.encoder_attn is not None and encoder_out is not None:
                 memory_rows = Rows.of(
                     encoder_out, encoder_padding_mask, with_padding=self.computes_padding
