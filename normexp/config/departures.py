@@ -23,6 +23,7 @@ from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.utils import create_config_search_path
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
@@ -120,9 +121,20 @@ class _Composed:
     def __init__(self, cfg: DictConfig, choices: Mapping[str, str | None]) -> None:
         own = without_hydra(cfg)
         self.choices = choices
+        self._swept = {**(cfg.hydra.sweeper.get("params") or {})}
         self.raw = OmegaConf.to_container(own, resolve=False)
         self.raw_values = _leaves(self.raw, raw=True)
         self.values = _leaves(OmegaConf.to_container(own, resolve=True)) | _BY_ENVIRONMENT
+
+    def has_arm(self, departure: Departure) -> bool:
+        """Whether the experiment itself sweeps over this setting, this value among others."""
+        if departure.key not in self._swept:
+            return False
+        arms = OverridesParser.create().parse_override(
+            f"{departure.key}={self._swept[departure.key]}"
+        )
+        values = list(arms.sweep_iterator()) if arms.is_sweep_override() else [arms.value()]
+        return departure.value in values
 
 
 def settings_of(
@@ -158,7 +170,7 @@ def settings_of(
             trained = [one for one in items if not one.key.startswith("evaluation.")]
             name = f"{stem}{_suffix(trained)}-seed{settings.seed}"
             names["run_dir"] = str(settings.run_dir.parent / name)
-    departures = [str(one) for one in found]
+    departures = [str(one) for one in found if not named.has_arm(one)]
     if all(str(getattr(settings, key)) == value for key, value in names.items()):
         return settings.model_copy(update={"departures": departures})
     with open_dict(own):  # other settings may refer to the names

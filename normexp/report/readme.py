@@ -127,7 +127,9 @@ def _cell(
     of_task = [
         row
         for row in rows_by_task.get(column.task, [])
-        if (row.first.budget is not None) == column.small and row.label.endswith(column.suffix)
+        if (row.first.budget is not None) == column.small
+        and row.label.endswith(column.suffix)
+        and not row.first.departures  # whatever its label says
     ]
     # A column has one budget: that of the most runs.
     rows = [row for row in by_budget(of_task)[0][1] if row.label in own] if of_task else []

@@ -167,3 +167,18 @@ def test_a_long_name_follows_what_it_cannot_show() -> None:
 def test_each_label_has_a_path_of_its_own(tmp_path) -> None:
     labels = ["PN", "PN-", "PN--", "PN+a=1", "PN+a=1-seed1", "PN_", "PN."]
     assert len({path_of_run(tmp_path, "t", label, 1) for label in labels}) == len(labels)
+
+
+def test_the_arms_of_an_experiment_depart_from_nothing() -> None:
+    experiment = ["+experiment=table2_ptb_tensorized", "norm=power_released", "seed=2"]
+    for arm in ("published", "causal"):
+        settings = composed(*experiment, f"fairseq.model.attention={arm}")
+        assert (settings.label, settings.departures) == (f"PN-released-{arm}", [])
+        assert marked_budget(settings) is None
+    other = composed(
+        *experiment, "fairseq.model.attention=published", "fairseq.model.decoder_layers=1"
+    )
+    assert other.departures == ["fairseq.model.decoder_layers=1 instead of 3"]
+    precise = composed("+experiment=precision_toy", "norm=power", "speed.precision=bfloat16")
+    assert precise.departures == []
+    assert composed("task=multi30k", "speed.precision=bfloat16").departures != []

@@ -87,6 +87,13 @@ def test_runs_stand_in_the_column_of_their_experiment(runs, make_record) -> None
     assert shown["Table 2", "LN"][5] == "25.00 (n = 1)"
 
 
+def test_runs_with_other_settings_stand_for_no_norm_of_the_paper(runs) -> None:
+    other = {"departures": ["norm.options.alpha_fwd=0.5 instead of 0.9"]}
+    rows = grouped(*runs("iwslt14", "PN", "bleu_tokenised", [35.0], **other))
+    shown = lines(results_block(rows, PAPER, "results/README.md"))
+    assert shown["Table 1", "PN, Algorithm 2"][1] == "not run"
+
+
 def test_small_models_stand_in_a_table_of_their_own(runs) -> None:
     perplexity = "perplexity_per_word"
     published, causal = language_model(True, SMALL), language_model(False, SMALL)
