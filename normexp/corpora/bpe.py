@@ -1,97 +1,102 @@
-"""subword-nmt's BPE: its codes to the letter, in less time and memory."""
+"""Learning BPE: subword-nmt's codes to the letter, in less time and memory."""
 
-import contextlib
-import io
-from array import array
+import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
-from itertools import pairwise
+from collections.abc import Iterable
+from itertools import chain
 from typing import TextIO
 
-import subword_nmt.learn_bpe
+import numpy as np
+from subword_nmt.learn_bpe import get_pair_statistics, replace_pair, update_pair_statistics
+from tqdm import tqdm
 
-Pair = tuple[str, str]
+from normexp.corpora.bpe_frequencies import PairFrequencies, pair_key
+from normexp.corpora.bpe_words import END_OF_WORD, Symbols, SymbolWords
 
-
-class _Words:
-    """How often a pair of symbols occurs in which words: a log of +1 and -1, summed on demand.
-
-    Stands in for the library's dictionary from word number to count: four bytes for an occurrence
-    instead of an entry of a dictionary. The library changes counts by one at a time, with
-    ``words[number] += 1``, which here reads a zero and writes the change.
-    """
-
-    __slots__ = ("_log",)
-
-    def __init__(self) -> None:
-        self._log = array("i")
-
-    def __getitem__(self, number: int) -> int:
-        return 0
-
-    def __setitem__(self, number: int, change: int) -> None:
-        self._log.append(number if change > 0 else ~number)
-
-    def items(self) -> Iterable[tuple[int, int]]:
-        """(word number, count), in any order; zeros and negative counts too."""
-        counts: Counter[int] = Counter()
-        for entry in self._log:
-            if entry < 0:
-                counts[~entry] -= 1
-            else:
-                counts[entry] += 1
-        return counts.items()
-
-
-class _Index(dict[Pair, _Words]):
-    """The words of each pair; assigning to a pair, as the library does after its merge, clears."""
-
-    def __missing__(self, pair: Pair) -> _Words:
-        super().__setitem__(pair, _Words())
-        return self[pair]
-
-    def __setitem__(self, pair: Pair, words: object) -> None:
-        super().__setitem__(pair, _Words())
-
-
-def _pair_statistics(
-    vocabulary: list[tuple[tuple[str, ...], int]],
-) -> tuple[defaultdict[Pair, int], _Index]:
-    """Frequency of every pair of neighbouring symbols, and the words it occurs in."""
-    frequencies: defaultdict[Pair, int] = defaultdict(int)
-    index = _Index()
-    for number, (symbols, frequency) in enumerate(vocabulary):
-        for pair in pairwise(symbols):
-            frequencies[pair] += frequency
-            index[pair][number] += 1
-    return frequencies, index
-
-
-def _most_frequent(frequencies, key=None):
-    """The library's ``max(frequencies, key=(frequency, pair))`` without a call for every pair."""
-    if key is None:
-        return max(frequencies)
-    highest = max(frequencies.values())
-    return max(pair for pair, frequency in frequencies.items() if frequency == highest)
-
-
-@contextlib.contextmanager
-def _lean() -> Iterator[None]:
-    """Within this context the library uses the two replacements above."""
-    module = subword_nmt.learn_bpe
-    original = module.get_pair_statistics
-    module.get_pair_statistics, module.max = _pair_statistics, _most_frequent
-    try:
-        yield
-    finally:
-        module.get_pair_statistics = original
-        del module.max  # the built-in one is seen again
+_LEAST_FREQUENCY = 2  # of a pair that is merged
+_WORDS_AT_ONCE = 200_000  # so that counting their pairs needs little memory
 
 
 def learn_codes(lines: Iterable[str], codes: TextIO, merges: int, progress: bool) -> None:
-    """Write the codes that ``subword-nmt learn-bpe -s MERGES`` learns from `lines`."""
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(_lean())
-        if not progress:  # the library always draws a progress bar
-            stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
-        subword_nmt.learn_bpe.learn_bpe(lines, codes, merges)
+    """Write the codes that ``subword-nmt learn-bpe -s MERGES`` learns from `lines`.
+
+    Raises ValueError where no word has two characters, as the library does.
+    """
+    codes.write("#version: 0.2\n")
+    text = _Text(lines)
+    frequencies = text.frequencies
+    highest, _ = frequencies.highest()
+    if not highest:
+        raise ValueError("a text in which no word has two characters has no pairs to merge")
+    frequencies.remember()
+    threshold = highest / 10
+    for number in tqdm(range(merges), "learn BPE", disable=not progress):
+        highest, keys = frequencies.highest()
+        if number and highest < threshold:
+            frequencies.hide(threshold)
+            highest = frequencies.show()
+            threshold = highest * number / (number + 10_000)
+            frequencies.hide(threshold)
+            _, keys = frequencies.highest()
+        if highest < _LEAST_FREQUENCY:
+            break
+        codes.write("{} {}\n".format(*text.merge_last(keys)))
+        if number % 100 == 0:
+            frequencies.hide(threshold)
+
+
+class _Text:
+    """The words of a text as symbols, and how frequent pairs of symbols are in it."""
+
+    def __init__(self, lines: Iterable[str]) -> None:
+        vocabulary = _vocabulary(lines)
+        # The library takes every blank inside a word for the end of a symbol when it merges.
+        # Such words are few, and it merges them itself.
+        odd = [word for word in vocabulary if _BLANK.search(word)]
+        self._odd = [((*word[:-1], word[-1] + END_OF_WORD), vocabulary.pop(word)) for word in odd]
+        statistics, self._odd_index = get_pair_statistics(self._odd)
+        self._symbols = Symbols()
+        self._words = SymbolWords(list(vocabulary), vocabulary.values(), self._symbols)
+        self.frequencies = PairFrequencies()
+        for begin in range(0, len(self._words), _WORDS_AT_ONCE):
+            some = range(begin, min(begin + _WORDS_AT_ONCE, len(self._words)))
+            self.frequencies.add(*self._words.pairs(some))
+        self._add_odd(statistics)
+
+    def merge_last(self, keys: np.ndarray) -> tuple[str, str]:
+        """Make one symbol of the last of these pairs wherever it is, and return its names.
+
+        It is where the library's statistics say so.
+        """
+        left, right = self._symbols.last_pair(keys)
+        key, names = pair_key(left, right), (self._symbols.names[left], self._symbols.names[right])
+        words = self.frequencies.words_of(key)
+        if len(words):
+            merged = self._symbols.number_of("".join(names))
+            self.frequencies.add(*self._words.merge(words, left, right, merged))
+        if names in self._odd_index:
+            changed = replace_pair(names, self._odd, self._odd_index)
+            changes = defaultdict(int)
+            update_pair_statistics(names, changed, changes, self._odd_index)
+            self._add_odd(changes)
+        self.frequencies.forget(key)
+        return names
+
+    def _add_odd(self, changes: dict[tuple[str, str], int]) -> None:
+        number_of = self._symbols.number_of
+        self.frequencies.add_frequencies(
+            {
+                pair_key(number_of(left), number_of(right)): change
+                for (left, right), change in changes.items()
+            }
+        )
+
+
+_BLANK = re.compile(r"\s")
+
+
+def _vocabulary(lines: Iterable[str]) -> Counter[str]:
+    """How frequent each word is."""
+    words = Counter(chain.from_iterable(line.strip("\r\n ").split(" ") for line in lines))
+    words.pop("", None)
+    return words
