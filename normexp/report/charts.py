@@ -31,6 +31,7 @@ VARIABLES = {
     "#0000e1": "--muted",
     "#0000e2": "--grid",
 }
+_COORDINATE = re.compile(r"(\.\d)\d+")  # a tenth of a point is less than a pixel
 STYLE = figures.STYLE | {
     "axes.edgecolor": "#0000e1",
     "grid.color": "#0000e2",
@@ -176,6 +177,7 @@ def _for_the_page(svg: str) -> str:
     svg = re.sub(r' id="(?!p[0-9a-f]{8})[^"]*"', "", svg)  # all but that of the clip path
     svg = re.sub(r" font-family: [^;]*;", "", svg)
     svg = re.sub(r"\s+", " ", svg)
+    svg = re.sub(r' d="[^"]*"', lambda path: _COORDINATE.sub(r"\1", path[0]), svg)
     return re.sub("|".join(VARIABLES), lambda colour: f"var({VARIABLES[colour[0]]})", svg)
 
 
