@@ -16,6 +16,7 @@ from normexp.report import figures
 from normexp.report.aggregate import Row, row_name
 from normexp.report.colours import PALETTE, number_of
 from normexp.report.formatting import with_marks
+from normexp.report.thinning import thinned
 from normexp.runs.records import Record
 
 INCHES = (7.0, 4.4)
@@ -53,7 +54,7 @@ class Curve:
         dash: Number of its kind of line, by which curves of one norm are told apart.
         runs: The complete runs of a row, or one run that did not complete.
         points: (update, mean, lowest, highest over the runs) at the updates at which all of them
-            were validated.
+            were validated; of a long curve those that can be told apart.
     """
 
     key: str
@@ -124,7 +125,7 @@ def _curves_of(row: Row, name: str) -> list[tuple[str, Row, dict[Path, Record], 
             (u, fmean(own), min(own), max(own)) for u, own in zip(updates, every, strict=True)
         ]
         if len(points) > 1:
-            curves.append((own_name, row, runs, points))
+            curves.append((own_name, row, runs, thinned(points)))
     return curves
 
 
