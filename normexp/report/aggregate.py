@@ -11,6 +11,7 @@ import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from normexp.runs.metric_values import value_of
@@ -66,17 +67,18 @@ class Row:
 
     runs: Mapping[Path, Record]
 
-    @property
+    # Kept, because rows are compared with each other.
+    @cached_property
     def first(self) -> Record:
         """One run of the row, for the values that all of them share."""
         return next(iter(self.runs.values()))
 
-    @property
+    @cached_property
     def label(self) -> str:
         """The label that the runs share."""
         return self.first.label
 
-    @property
+    @cached_property
     def setting(self) -> tuple[str, str, str]:
         """Budget, seeing of future tokens and corpus, which two compared rows must share."""
         return _setting(self.first)

@@ -16,6 +16,7 @@ from normexp.report import figures
 from normexp.report.aggregate import Row, row_name
 from normexp.report.colours import PALETTE, number_of
 from normexp.report.formatting import with_marks
+from normexp.report.thinning import thinned
 from normexp.runs.records import Record
 
 INCHES = (7.0, 4.4)
@@ -31,6 +32,7 @@ VARIABLES = {
     "#0000e1": "--muted",
     "#0000e2": "--grid",
 }
+_COORDINATE = re.compile(r"(\.\d)\d+")  # a tenth of a point is less than a pixel
 STYLE = figures.STYLE | {
     "axes.edgecolor": "#0000e1",
     "grid.color": "#0000e2",
@@ -52,7 +54,7 @@ class Curve:
         dash: Number of its kind of line, by which curves of one norm are told apart.
         runs: The complete runs of a row, or one run that did not complete.
         points: (update, mean, lowest, highest over the runs) at the updates at which all of them
-            were validated.
+            were validated; of a long curve those that can be told apart.
     """
 
     key: str
@@ -123,7 +125,7 @@ def _curves_of(row: Row, name: str) -> list[tuple[str, Row, dict[Path, Record], 
             (u, fmean(own), min(own), max(own)) for u, own in zip(updates, every, strict=True)
         ]
         if len(points) > 1:
-            curves.append((own_name, row, runs, points))
+            curves.append((own_name, row, runs, thinned(points)))
     return curves
 
 
@@ -176,6 +178,7 @@ def _for_the_page(svg: str) -> str:
     svg = re.sub(r' id="(?!p[0-9a-f]{8})[^"]*"', "", svg)  # all but that of the clip path
     svg = re.sub(r" font-family: [^;]*;", "", svg)
     svg = re.sub(r"\s+", " ", svg)
+    svg = re.sub(r' d="[^"]*"', lambda path: _COORDINATE.sub(r"\1", path[0]), svg)
     return re.sub("|".join(VARIABLES), lambda colour: f"var({VARIABLES[colour[0]]})", svg)
 
 

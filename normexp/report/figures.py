@@ -7,6 +7,7 @@ the SHA-256 of its data, by which it is found to be up to date.
 import hashlib
 import io
 import json
+import math
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -17,6 +18,8 @@ from normexp.runs.perplexity import perplexity
 
 MOST_DRAWN = 1e9
 """Perplexity at which a curve of a diverging run leaves the figure; no dictionary is as large."""
+MOST_NAMED = 20
+"""Rows in the legend of a figure; where there are more, it names the norms."""
 _DIGEST = re.compile(r"<dc:description>(\w+)</dc:description>")
 MARKERS = ("", "o", "s", "^", "D", "v", "P", "X")
 STYLE = {
@@ -31,16 +34,17 @@ STYLE = {
 def curves_svg(rows: list[Row]) -> str | None:
     """Draw validation perplexity per token over updates, one line per run.
 
-    The colour says the norm, the marker which row of that norm. Rows that see future tokens are
-    dashed. None if no run was validated twice.
+    The colour says the norm, the marker which row of that norm, unless there are more rows than a
+    legend can hold. Rows that see future tokens are dashed. None if no run was validated twice.
     """
+    many = len(rows) > MOST_NAMED
     norms = [row.first.norm for row in rows]
     curves = [
         (
-            row_name(row, rows),
+            row.first.norm if many else row_name(row, rows),
             bool(row.first.sees_future_tokens),
             on_light(row.first.norm),
-            MARKERS[norms[:number].count(row.first.norm) % len(MARKERS)],
+            "" if many else MARKERS[norms[:number].count(row.first.norm) % len(MARKERS)],
             run.curve,
         )
         for number, row in enumerate(rows)
@@ -53,11 +57,14 @@ def curves_svg(rows: list[Row]) -> str | None:
     def draw(figure: Any) -> None:
         axes = figure.add_subplot()
         named: set[str] = set()
-        for name, sees_future, colour, marker, curve in curves:
+        for name, sees_future, colour, marker, curve in _joined(curves) if many else curves:
             updates, losses = zip(*curve, strict=True)
             axes.plot(
                 updates,
-                [min(perplexity(loss), MOST_DRAWN) for loss in losses],
+                [
+                    loss if math.isnan(loss) else min(perplexity(loss), MOST_DRAWN)
+                    for loss in losses
+                ],
                 color=colour,
                 marker=marker,
                 markersize=4,
@@ -70,9 +77,25 @@ def curves_svg(rows: list[Row]) -> str | None:
         axes.yaxis.set_minor_formatter("{x:.4g}")
         axes.set_xlabel("updates")
         axes.set_ylabel("validation perplexity per token")
-        axes.legend(frameon=False)
+        # "best" compares every curve with every place.
+        axes.legend(frameon=False, loc="upper right" if many else "best")
 
     return _svg(curves, (6.4, 4.0), draw)
+
+
+def _drawn(loss: float) -> float:
+    return loss if math.isnan(loss) else min(perplexity(loss), MOST_DRAWN)
+
+
+def _joined(curves: list[tuple]) -> list[tuple]:
+    """Join the curves that look alike, which matplotlib draws in a fraction of the time.
+
+    A loss that is not a number ends a part of a joined curve.
+    """
+    joined: dict[tuple, list[tuple[float, float]]] = {}
+    for *look, curve in curves:
+        joined.setdefault(tuple(look), []).extend([*curve, (curve[-1][0], math.nan)])
+    return [(*look, curve) for look, curve in joined.items()]
 
 
 def norms_svg(rows: list[dict[str, Any]]) -> str:

@@ -27,6 +27,7 @@ from normexp.report.causality_table import CAUSALITY_TITLE, causality_table
 from normexp.report.charts import Chart, chart
 from normexp.report.formatting import ABOUT_THE_NUMBERS, MARKS, metric_name
 from normexp.report.paper import Paper, Published, PublishedTask
+from normexp.report.repeated import Repeated
 from normexp.report.result_tables import (
     differences_table,
     published_table,
@@ -192,6 +193,7 @@ class _Content:
             _name(entry): self._new_id("published", *filter(None, _name(entry)))
             for entry in published
         }
+        self.repeated = Repeated(self.runs)
         self._norms = {run.label: run.norm for run in self.runs.values()}
         self._corpora: dict[str, str] = {}
         for run in self.runs.values():
@@ -267,13 +269,13 @@ class _Content:
 
     def _of_rows(self, title: str, table: Table, rows: list[Row]) -> Lines:
         """Make lines from a table whose last cell links the records of the line, or none."""
-        lines = []
+        lines, row_of = [], {path: row for row in rows for path in row.runs}
         for line in table.rows:
             paths = [link.target for link in line[-1]]
             if not paths:
                 lines.append(Line(line, "", self.norm_of(line[0]), frozenset(["no runs"])))
                 continue
-            [row] = [row for row in rows if paths[0] in row.runs]
+            row = row_of[paths[0]]
             href = f"#{self.ids[paths[0]]}" if len(paths) == 1 else self.href(row)
             statuses = frozenset(self.runs[path].status for path in paths)
             lines.append(Line(line, href, row.first.norm, statuses))

@@ -9,7 +9,7 @@ import pytest
 
 from normexp.errors import UserError
 from normexp.report.aggregate import rows_by_task
-from normexp.report.figures import curves_svg, digest_of
+from normexp.report.figures import MOST_NAMED, curves_svg, digest_of
 from normexp.report.paper import Paper
 from normexp.report.report_files import check_files, report_files, write_files
 from normexp.runs.records import record_path, write_record
@@ -116,3 +116,23 @@ def test_a_stale_figure_is_found_and_another_drawing_of_the_same_is_accepted(
     write_files(files(run))
     with pytest.raises(UserError, match=r"made from no record: .*gone\.svg"):
         check_files(files(run))
+
+
+def test_many_rows_are_told_apart_by_norm_alone(rows) -> None:
+    """As one line for all runs of a norm, in which each run is a part of its own."""
+    curves = {
+        (f"PN-{number:02}", seed): [(100 * k, 5 - k**2 / (9 + number + seed)) for k in (1, 3, 2, 5)]
+        for number in range(MOST_NAMED + 1)
+        for seed in (1, 2)
+    }
+    few = {key: curve for key, curve in curves.items() if key[0] != "PN-00"}
+    assert len(_drawn_lines(curves_svg(rows(few)["ptb"]))) == len(few)
+    many = curves_svg(rows(curves)["ptb"])
+    [_] = _drawn_lines(many)
+    [path] = re.findall(r'id="line2d_\d+"> <path d="([^"]*)" clip', re.sub(r"\s+", " ", many))[-1:]
+    parts = [part.split(" L ") for part in path.removeprefix("M ").split("M ")]
+    # matplotlib repeats the last point of all
+    assert [len({point.strip() for point in part}) for part in parts] == [4] * len(curves)
+    assert len({part[0].split()[0] for part in parts}) == 1
+    legend = many[many.index('id="legend_1"') :]
+    assert re.findall(r">([^<>]+)</text>", legend) == ["power"]
