@@ -45,14 +45,17 @@ LAYERS = {
     "regularized_batch": Layer("regularized_batch", {}),
     "power_released": Layer("power_released", {"warmup_steps": 0, "num_groups": 4}),
     "power_released, warm-up": Layer("power_released", {"warmup_steps": 10**9, "num_groups": 4}),
+    "unified": Layer("unified", {"warmup_steps": 0}),
+    "batch_released": Layer("batch_released", {}),
+    "rms": Layer("rms", {}),
     "power, plain torch": Layer("power", {"warmup_steps": 0}, "plain"),
     "power_v, plain torch": Layer("power_v", {}, "plain"),
     "batch, plain torch": Layer("batch", {}, "plain"),
     "power_released, plain torch": Layer(
         "power_released", {"warmup_steps": 0, "num_groups": 4}, "plain"
     ),
-    "unified": Layer("unified", {"warmup_steps": 0}),
-    "batch_released": Layer("batch_released", {}),
+    "unified, plain torch": Layer("unified", {"warmup_steps": 0}, "plain"),
+    "batch_released, plain torch": Layer("batch_released", {}, "plain"),
 }
 BASELINE = "nn.LayerNorm"
 TORCH_LAYERS = (BASELINE, "F.rms_norm", "F.batch_norm, no mask")

@@ -11,6 +11,7 @@ from normexp.norms.core.option_checks import check_share
 from normexp.norms.core.replay_cache import in_recomputation
 from normexp.norms.core.second_order import batch_gradients
 from normexp.norms.distributed.collectives import pooled_moments, sum_over_ranks
+from normexp.norms.kernels.dispatch import native_operator
 from normexp.norms.kernels.native import NATIVE_SOURCES
 from normexp.norms.registry import register_norm
 from normexp.norms.running_norm import RunningNorm
@@ -61,7 +62,7 @@ class BatchNorm(RunningNorm):
         return y
 
     def _train_native(self, x: Tensor, padding_mask: Tensor | None) -> Tensor:
-        return torch.ops.normexp.batch(
+        return native_operator("batch")(
             x,
             padding_mask,
             *self._parameters_and("running_mean", "running_var", "step", "num_rejected"),

@@ -7,6 +7,7 @@ from torch import Tensor
 from normexp.norms.core.masking import masked_mean, num_tokens
 from normexp.norms.core.option_checks import check_share
 from normexp.norms.core.replay_cache import in_recomputation
+from normexp.norms.kernels.dispatch import native_operator
 from normexp.norms.kernels.native import NATIVE_SOURCES
 from normexp.norms.registry import register_norm
 from normexp.norms.running_norm import RunningNorm
@@ -51,7 +52,7 @@ class BatchNormReleased(RunningNorm):
         return y
 
     def _train_native(self, x: Tensor, padding_mask: Tensor | None) -> Tensor:
-        return torch.ops.normexp.batch_released(
+        return native_operator("batch_released")(
             x,
             padding_mask,
             *self._parameters_and("running_mean", "running_var", "step", "num_rejected"),

@@ -12,6 +12,7 @@ from normexp.norms.core.option_checks import check_count, check_decay, check_fla
 from normexp.norms.core.replay_cache import ReplayCache, in_recomputation, may_be_repeated
 from normexp.norms.distributed.collectives import pooled_mean, sum_over_ranks
 from normexp.norms.distributed.deferred import DEFERRED
+from normexp.norms.kernels.dispatch import native_operator
 from normexp.norms.kernels.native import NATIVE_SOURCES
 from normexp.norms.power_v import QuadraticNorm
 from normexp.norms.registry import register_norm
@@ -134,7 +135,7 @@ class PowerNorm(QuadraticNorm):
     def _train_native(self, x: Tensor, padding_mask: Tensor | None) -> Tensor:
         if may_be_repeated():
             return self._train_kernel(torch.ops.normexp, x, padding_mask)
-        return torch.ops.normexp.power_once(
+        return native_operator("power_once")(
             x,
             padding_mask,
             *self._parameters_and("running_psi2", "nu", "step", "num_rejected"),

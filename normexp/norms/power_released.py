@@ -11,6 +11,7 @@ from normexp.norms.core.masking import mask_padding_, num_tokens
 from normexp.norms.core.option_checks import check_count, check_decay, check_groups
 from normexp.norms.core.replay_cache import in_recomputation, may_be_repeated
 from normexp.norms.distributed.collectives import pooled_mean
+from normexp.norms.kernels.dispatch import native_operator
 from normexp.norms.kernels.native import NATIVE_SOURCES
 from normexp.norms.registry import register_norm
 from normexp.norms.running_norm import RunningNorm
@@ -73,7 +74,7 @@ class PowerNormReleased(RunningNorm):
     def _train_native(self, x: Tensor, padding_mask: Tensor | None) -> Tensor:
         if may_be_repeated():
             return self._train_kernel(torch.ops.normexp, x, padding_mask)
-        return torch.ops.normexp.power_released_once(
+        return native_operator("power_released_once")(
             x,
             padding_mask,
             *self._parameters_and("running_psi2", "e", "step", "num_rejected"),

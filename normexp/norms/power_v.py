@@ -3,6 +3,7 @@
 PN (power.py) is derived from PN-V and shares its passes over the tokens, `PowerNormFunction`.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from normexp.norms.core.option_checks import check_decay
 from normexp.norms.core.replay_cache import in_recomputation
 from normexp.norms.core.second_order import power_v_gradients
 from normexp.norms.distributed.collectives import pooled_mean, sum_over_ranks
+from normexp.norms.kernels.dispatch import native_operator
 from normexp.norms.kernels.native import NATIVE_SOURCES
 from normexp.norms.registry import register_norm
 from normexp.norms.running_norm import RunningNorm
@@ -115,10 +117,15 @@ class PowerNormV(QuadraticNorm):
         return PowerNormVFunction.apply(tokens, self.weight, self.bias, token_mask, self)
 
     def _train_native(self, x: Tensor, padding_mask: Tensor | None) -> Tensor:
-        return self._train_kernel(torch.ops.normexp, x, padding_mask)
+        return self._train_by(native_operator("power_v"), x, padding_mask)
 
     def _train_kernel(self, operators: Any, x: Tensor, padding_mask: Tensor | None) -> Tensor:
-        return operators.power_v(
+        return self._train_by(operators.power_v, x, padding_mask)
+
+    def _train_by(
+        self, operator: Callable[..., Tensor], x: Tensor, padding_mask: Tensor | None
+    ) -> Tensor:
+        return operator(
             x,
             padding_mask,
             *self._parameters_and("running_psi2", "step", "num_rejected"),

@@ -11,6 +11,7 @@ from normexp.norms.core.masking import flatten_tokens, masked_mean
 from normexp.norms.core.option_checks import check_not_negative
 from normexp.norms.core.replay_cache import in_recomputation, may_be_repeated
 from normexp.norms.distributed.collectives import several_ranks
+from normexp.norms.kernels.dispatch import native_operator
 from normexp.norms.registry import register_norm
 
 
@@ -74,7 +75,7 @@ class RegularizedBatchNorm(BatchNorm):
         if is_replay:
             tokens, token_mask = flatten_tokens(x.detach(), padding_mask, self.num_features)
             running = self._replay_cache.replay(masked_mean(tokens, token_mask))
-        y, penalty, mean = torch.ops.normexp.regularized_batch(
+        y, penalty, mean = native_operator("regularized_batch")(
             *(x, padding_mask, weight, bias, *running, step, num_rejected, is_replay),
             *(self.eps, self.momentum, self.penalty_mean, self.penalty_var),
         )

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from normexp.norms.core.masking import flatten_tokens, refusal
 from normexp.norms.core.option_checks import check_positive
-from normexp.norms.kernels.dispatch import runs_native
+from normexp.norms.kernels.dispatch import native_operator, runs_native_anywhere
 from normexp.norms.kernels.native import NATIVE_SOURCES
 from normexp.norms.registry import register_norm
 
@@ -32,9 +32,10 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor, padding_mask: Tensor | None = None) -> Tensor:
         """x (T, B, C) or (N, C) -> y like x. Raises ValueError on invalid shapes or masks."""
-        if runs_native(self, x):
+        if x.dim() in (2, 3) and runs_native_anywhere(self, x):
             try:
-                y = torch.ops.normexp.rms(x.contiguous(), padding_mask, self.weight, self.eps)
+                operator = native_operator("rms")
+                y = operator(x.contiguous(), padding_mask, self.weight, self.eps)
             except ValueError as error:
                 raise refusal(error, x, padding_mask, self.num_features) from None
             self._record_kernels("native")

@@ -25,7 +25,7 @@ from normexp.norms.core.start import put_to_start
 from normexp.norms.distributed.collectives import several_ranks, warn_of_private_statistics
 from normexp.norms.distributed.deferred import DEFERRED
 from normexp.norms.distributed.same_layer import next_place
-from normexp.norms.kernels.dispatch import operators_for
+from normexp.norms.kernels.dispatch import operators_for, runs_native
 
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -61,7 +61,7 @@ def _outside_graphs(method: Callable[..., Any]) -> Callable[..., Any]:
 
 def _refuse_transforms() -> None:
     """Raise RuntimeError within torch.jit.trace and the transforms of torch.func."""
-    if torch.jit.is_tracing():
+    if torch._C._is_tracing():
         raise RuntimeError(_WHY_NO_PROGRAM)
     if torch._C._are_functorch_transforms_active():
         raise RuntimeError(
@@ -130,6 +130,7 @@ class RunningNorm(nn.Module):
         self._settled: tuple[object, dict[str, Tensor]] | None = None
         self._num_rejected_reported = 0
         self.kernels: str | None = None
+        self._is_native_loaded = False  # in this process, as far as known
         self.is_frozen = False  # set by statistics_frozen
 
     def register_buffer(self, name: str, tensor: Tensor, persistent: bool = True) -> None:
@@ -162,18 +163,24 @@ class RunningNorm(nn.Module):
             warn_of_private_statistics()
         if not among_ranks and DEFERRED.in_flight():
             DEFERRED.wait()  # of ranks that there were before
-        kernels, operators = operators_for(self, x)
-        if kernels == "native" and not (among_ranks and self.sync) and x.dim() in (2, 3):
+        if (
+            not (among_ranks and self.sync)
+            and x.dim() in (2, 3)
+            and runs_native(self, x, self._is_native_loaded)
+        ):
             try:
                 y = self._train_native(x.contiguous(), padding_mask)
             except ValueError as error:
                 raise refusal(error, x, padding_mask, self.num_features) from None
-            self._record_kernels(kernels)
+            if not self._is_native_loaded:
+                self._is_native_loaded = True
+            self._record_kernels("native")
             return y
         check_input(x, padding_mask, self.num_features)
         if x.dim() not in (2, 3):  # kernels know no other
             rows, mask = list_of_tokens(x, padding_mask)
             return self._train_step(rows, mask).reshape(x.shape)
+        kernels, operators = operators_for(self, x)
         if self.sync and among_ranks:
             y = self._train_deferred(operators, x, padding_mask)
             if y is not None:
@@ -364,7 +371,8 @@ class RunningNorm(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         buffers = {name: self.settled(name) for name in self._buffers}
-        return {**self.__dict__, "_buffers": buffers, "_settled": None}
+        fresh = {"_settled": None, "_is_native_loaded": False}
+        return {**self.__dict__, "_buffers": buffers, **fresh}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "RunningNorm":
         self._settled = None

@@ -11,6 +11,7 @@ from normexp.norms.core.masking import mask_padding_, num_tokens
 from normexp.norms.core.option_checks import check_count, check_decay, check_flag, check_positive
 from normexp.norms.core.replay_cache import in_recomputation, may_be_repeated
 from normexp.norms.distributed.collectives import pooled_mean
+from normexp.norms.kernels.dispatch import native_operator
 from normexp.norms.kernels.native import NATIVE_SOURCES
 from normexp.norms.registry import register_norm
 from normexp.norms.running_norm import RunningNorm
@@ -96,9 +97,9 @@ class UnifiedNorm(RunningNorm):
             self.outlier_filtration,
         )
         if not may_be_repeated():
-            return torch.ops.normexp.unified_once(*given, *options)
+            return native_operator("unified_once")(*given, *options)
         replayed = self._replayed(x, padding_mask)
-        y, sum_sq, saved = torch.ops.normexp.unified(*given, replayed, *options)
+        y, sum_sq, saved = native_operator("unified")(*given, replayed, *options)
         if replayed is None:
             self._replay_cache.store(sum_sq, saved)
         return y

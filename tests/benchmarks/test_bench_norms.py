@@ -27,7 +27,7 @@ def test_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert json.loads(record.read_text(encoding="utf-8")) == result
     assert result["malloc"] == {"MALLOC_TOP_PAD_": "1000"}
     kernels = {one["layer"]: one["kernels"] for one in result["measured"]}
-    assert kernels["power, plain torch"] == kernels["unified"] == "plain"
+    assert kernels["power, plain torch"] == kernels["unified, plain torch"] == "plain"
     assert kernels["power"] in ("native", "triton", "plain") and kernels["nn.LayerNorm"] is None
     layers = {one["layer"] for one in result["measured"]}
     assert layers == {*bench_norms.LAYERS, "nn.LayerNorm", "F.rms_norm", "F.batch_norm, no mask"}

@@ -547,7 +547,7 @@ NORMS = [
     ),
     fault(
         "running_norm.py",
-        "if torch.jit.is_tracing():",
+        "if torch._C._is_tracing():",
         "if False:",
         "a norm traced in training mode becomes a program that normalizes by the batch",
         ("norms/test_transforms",),

@@ -16,6 +16,8 @@ OPTIONS = {
     "power_v": {},
     "power": {"warmup_steps": 1},
     "power_released": {"warmup_steps": 1, "num_groups": 2},
+    "unified": {"warmup_steps": 1, "window_size": 1},
+    "batch_released": {},
 }
 every_layer = pytest.mark.parametrize("name", OPTIONS)
 C = 8
@@ -70,6 +72,81 @@ def test_kernels_agree(name: str) -> None:
     assert_same(gradients(name, "native"), gradients(name, "plain"), 1e-5)
 
 
+def elsewhere(values: torch.Tensor, offset: int) -> torch.Tensor:
+    """A copy that begins `offset` values behind where an allocation begins."""
+    memory = torch.empty(values.numel() + offset, dtype=values.dtype)
+    return memory[offset:].view(values.shape).copy_(values)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("channels", [5, 100])  # some are left over where 4, 8 or 16 go at once
+@every_layer
+def test_results_do_not_depend_on_addresses(name: str, channels: int, dtype: torch.dtype) -> None:
+    """To the bit: a run that was killed and goes on finds other memory."""
+    options = OPTIONS[name] | ({"num_groups": 1} if "num_groups" in OPTIONS[name] else {})
+    results = []
+    for offset in (0, 1, 3, 7):
+        generator = torch.Generator().manual_seed(1)
+        norm, seen = build_norm(name, channels, **options), []
+        for what, tensor in [*norm._parameters.items(), *norm._buffers.items()]:
+            if tensor.dim() > 0:
+                tensor.data = elsewhere(tensor.data, offset)
+                assert tensor.is_contiguous(), what
+        for _ in range(3):
+            drawn = (torch.randn(70, 3, channels, generator=generator) for _ in range(2))
+            x, upstream = (elsewhere(values.to(dtype), offset) for values in drawn)
+            y = norm(x.requires_grad_(), torch.rand(3, 70, generator=generator) < 0.3)
+            seen += [y, *torch.autograd.grad(y, [x, norm.weight, norm.bias], upstream)]
+            if hasattr(norm, "penalty"):
+                seen.append(norm.penalty())
+        assert norm.kernels == "native"
+        results.append([*seen, *norm.state_dict().values()])
+    for other in results[1:]:
+        assert_same(other, results[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("name", [*OPTIONS, "rms"])
+def test_the_fast_path_is_taken(name: str, masked: bool, dtype: torch.dtype) -> None:
+    """One node of the graph, which the kernel has made; nothing kept that nobody asks for."""
+    norm = build_norm(name, C, **OPTIONS.get(name, {}))
+    for _ in range(3):
+        x = torch.randn(6, 3, C, dtype=dtype).requires_grad_()
+        y = norm(x, torch.rand(3, 6) < 0.3 if masked else None)
+        if hasattr(norm, "penalty"):
+            norm.penalty()
+        assert norm.kernels == "native"
+        (to_x, _), *_ = y.grad_fn.next_functions
+        assert to_x.variable is x
+    if name != "rms":
+        assert not norm._replay_cache._forwards
+
+
+@pytest.mark.parametrize("how", ["reentrant", "non_reentrant", "own hooks"])
+@pytest.mark.parametrize("name", ["power", "power_released", "unified", "regularized_batch"])
+def test_what_may_be_repeated_is_kept(name: str, how: str) -> None:
+    norm = build_norm(name, C, **OPTIONS[name])
+    x = torch.randn(6, 3, C, requires_grad=True)
+    if how == "own hooks":
+        with torch.autograd.graph.save_on_cpu():
+            norm(x)
+    else:
+        torch.utils.checkpoint.checkpoint(norm, x, use_reentrant=how == "reentrant")
+    assert norm.kernels == "native" and len(norm._replay_cache._forwards) == 1
+
+
+@every_layer
+def test_forward_mode_is_refused(name: str) -> None:
+    norm, x = build_norm(name, C, **OPTIONS[name]), torch.randn(5, 3, C)
+    before = {what: buffer.clone() for what, buffer in norm.named_buffers()}
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
+        with pytest.raises(NotImplementedError, match="forward-mode"):
+            norm(dual)
+    assert_same(dict(norm.named_buffers()), before)
+
+
 @every_layer
 def test_parameters_in_half_precision(name: str) -> None:
     """float16 has no kernel: left to torch. bfloat16 has."""
@@ -92,7 +169,8 @@ def test_huge_tokens(name: str) -> None:
         use_kernels(kernels)
         norm = build_norm(name, C, **OPTIONS[name])
         outputs.append(norm(torch.full((5, 3, C), 1e37)).isfinite())
-        overflown = name in ("power", "power_v")  # BN subtracts the mean, and PN as released scales
+        # BN subtracts the mean, and layers as released scale every token first.
+        overflown = name in ("power", "power_v", "unified")
         assert norm.num_rejected == overflown and norm.step == (not overflown)
     assert_same(outputs[0], outputs[1])
 

@@ -2,7 +2,6 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +15,9 @@ def accept_nested(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """
 
     @functools.wraps(forward)
-    def call(norm: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def call(norm: nn.Module, x: Tensor, padding_mask: Tensor | None = None) -> Tensor:
         if not x.is_nested or norm.training or x.layout != torch.strided:
-            return forward(norm, x, *args, **kwargs)
+            return forward(norm, x, padding_mask)
         sentences = x.unbind()
         lengths = torch.tensor([len(sentence) for sentence in sentences], device=x.device)
         padded = pad_sequence(sentences)  # (T, B, C)

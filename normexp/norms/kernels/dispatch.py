@@ -1,5 +1,7 @@
 """The choice of kernels for one training step of one layer."""
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,40 +19,63 @@ def operators_for(norm: nn.Module, x: Tensor) -> tuple[str, Any]:
     """What computes a training step of `norm` on x: the kernels' name and their operators.
 
     ("native", torch.ops.normexp), ("triton", the same operators by Triton), or ("plain", None)
-    where torch's operations have to do: the layer names no `native_source`, has parameters in
-    float16, or neither kernel is available for x.
+    where torch's operations have to do: the layer has no kernel for the device, it has parameters
+    in float16, or the kernel is not available.
 
     Raises RuntimeError where `use_kernels` has chosen kernels that are not available.
     """
-    if norm.native_source is None or type(x) not in _PLAIN_TENSORS:
-        return "plain", None
-    if norm.weight.dtype == torch.float16:
-        return "plain", None
-    # On a CPU triton only interprets its kernels, for tests.
-    if x.is_cuda or (x.is_cpu and chosen_kernels() == "triton"):
-        usable = norm.has_triton_kernel and triton.load()
-        return ("triton", triton.operators()) if usable else ("plain", None)
-    if x.is_cpu and x.dtype in _NATIVE_TYPES and native.load(norm.native_source):
+    if runs_native(norm, x):
         return "native", torch.ops.normexp
+    # On a CPU triton only interprets its kernels, for tests.
+    if (
+        norm.has_triton_kernel
+        and (x.is_cuda or (x.is_cpu and chosen_kernels() == "triton"))
+        and type(x) in _PLAIN_TENSORS
+        and not _is_half(norm)
+        and triton.load()
+    ):
+        return "triton", triton.operators()
     return "plain", None
 
 
-def runs_native(norm: nn.Module, x: Tensor) -> bool:
-    """Whether C++ computes a layer without state on x (T, B, C) or (N, C), in either mode.
+def runs_native(norm: nn.Module, x: Tensor, is_loaded: bool = False) -> bool:
+    """Whether C++ computes `norm` on x. is_loaded: it has done so in this process.
 
-    Not where operations are looked into: in compiled, traced and exported programs, in transforms
-    of torch.func and forward-mode differentiation. Raises as `operators_for`.
+    Raises RuntimeError where `use_kernels` has chosen native kernels and they are not available.
+    """
+    return (
+        x.is_cpu
+        and x.dtype in _NATIVE_TYPES
+        and type(x) in _PLAIN_TENSORS
+        and chosen_kernels() in ("auto", "native")
+        and norm.native_source is not None
+        and not _is_half(norm)
+        and (is_loaded or native.load(norm.native_source))
+    )
+
+
+def runs_native_anywhere(norm: nn.Module, x: Tensor) -> bool:
+    """`runs_native` for a layer without state, which also has to work where operations are seen.
+
+    There it is torch's: in compiled, traced and exported programs, in transforms of torch.func and
+    forward-mode differentiation.
     """
     return (
         not torch.compiler.is_compiling()
-        and x.is_cpu
-        and type(x) in _PLAIN_TENSORS
-        and x.dtype in _NATIVE_TYPES
-        and x.dim() in (2, 3)
-        and norm.weight.dtype != torch.float16
-        and not torch.jit.is_tracing()
+        and not torch._C._is_tracing()
         and not torch._C._are_functorch_transforms_active()
         and forward_ad._current_level < 0
-        and chosen_kernels() != "triton"
-        and native.load(norm.native_source)
+        and runs_native(norm, x)
     )
+
+
+@functools.cache
+def native_operator(name: str) -> Callable[..., Any]:
+    """The C++ operator of a name; getting it from torch.ops takes longer than this."""
+    return getattr(torch.ops.normexp, name).default
+
+
+def _is_half(norm: nn.Module) -> bool:
+    # As an attribute of an nn.Module it would take half a microsecond.
+    weight = norm._parameters.get("weight")
+    return (norm.weight if weight is None else weight).dtype == torch.float16

@@ -60,6 +60,7 @@ struct Standardize {
     sum_products<true>(x, upstream, padding, mean, sums);
     sums.total(0, dw);
     sums.total(1, db);
+#pragma omp simd
     for (int64_t c = 0; c < channels; ++c) {
       const A inverse = inverse_std(var[c], options);
       scale[c] = w[c] * inverse;
@@ -71,6 +72,7 @@ struct Standardize {
       const A factor = gradients[1].item().to<A>() / n;
       const A of_mean = factor * static_cast<A>(options.regularization->penalty_mean);
       const A of_var = factor * static_cast<A>(options.regularization->penalty_var);
+#pragma omp simd
       for (int64_t c = 0; c < channels; ++c) {
         const A apart = kept[3][c] - var[c];
         shift[c] -= 2 * of_mean * (kept[2][c] - mean[c]);
@@ -137,6 +139,7 @@ Outputs forward(const Tensor& of_x, const std::optional<Tensor>& mask, const Ten
   const Vectors<A> work(1, channels);
   A *mean = kept[0], *var = kept[1], *scale = work[0];
   moments<false>(x, padding, nullptr, mean, var);
+#pragma omp simd
   for (int64_t c = 0; c < channels; ++c) scale[c] = inverse_std(var[c], options) * w[c];
   scale_tokens<false, true>(x, padding, scale, b.data(), mean, writable<T>(out.y), nullptr);
   const auto finite = [&] {
@@ -152,12 +155,12 @@ Outputs forward(const Tensor& of_x, const std::optional<Tensor>& mask, const Ten
   }
   if (options.regularization) {
     const Values<A> running_mean(state.running_mean), running_var(state.running_var);
+    std::copy_n(running_mean.data(), channels, kept[2]);
+    std::copy_n(running_var.data(), channels, kept[3]);
     A of_mean = 0, of_var = 0;
     for (int64_t c = 0; c < channels; ++c) {
-      kept[2][c] = running_mean[c];
-      kept[3][c] = running_var[c];
-      of_mean += (running_mean[c] - mean[c]) * (running_mean[c] - mean[c]);
-      of_var += std::abs(running_var[c] - var[c]);
+      of_mean += (kept[2][c] - mean[c]) * (kept[2][c] - mean[c]);
+      of_var += std::abs(kept[3][c] - var[c]);
     }
     const A penalty = static_cast<A>(options.regularization->penalty_mean) * of_mean +
                       static_cast<A>(options.regularization->penalty_var) * of_var;

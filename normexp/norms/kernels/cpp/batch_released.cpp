@@ -49,6 +49,7 @@ struct Released {
     sums.total(2, of_padding);
     const A n = static_cast<A>(std::max<int64_t>(padding.num_tokens(), 1));
     const A positions = static_cast<A>(std::max<int64_t>(x.count, 1));
+#pragma omp simd
     for (int64_t c = 0; c < channels; ++c) {
       dw[c] *= inverse[c];
       scale[c] = w[c] * inverse[c];
@@ -181,6 +182,7 @@ Tensor forward(const Tensor& of_x, const std::optional<Tensor>& mask, const Tens
   moments<true>(x, padding, r.get(), mean, var);
   const A share = static_cast<A>(n) / static_cast<A>(std::max<int64_t>(x.count, 1));
   const A eps = static_cast<A>(options.eps);
+#pragma omp simd
   for (int64_t c = 0; c < channels; ++c) {
     var[c] *= share;
     inverse[c] = 1 / std::sqrt(var[c] + eps);
@@ -188,6 +190,7 @@ Tensor forward(const Tensor& of_x, const std::optional<Tensor>& mask, const Tens
   }
   T* to = writable<T>(y);
   T* of_padding = reinterpret_cast<T*>(work[2]);  // one row, of the bias
+#pragma omp simd
   for (int64_t c = 0; c < channels; ++c) store(of_padding[c], b[c]);
   over_blocks(x.count, channels, [&](int, int64_t first, int64_t last) {
     const auto token = [&](int64_t row) {

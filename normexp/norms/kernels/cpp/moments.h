@@ -15,9 +15,9 @@ std::array<A, kRows> factors(const A* r, const int64_t* rows) {
   return result;
 }
 
-// Writes mean and (biased) variance of the real tokens; with kScaled of x r, r (rows,). Each block by
-// itself in two passes, then combined (Chan, Golub, LeVeque 1979): a difference of sums of squares
-// would lose its digits where the mean is large.
+// Writes mean and (biased) variance of the real tokens; with kScaled of x r, r (rows,). Each block
+// by itself in two passes, then combined (Chan, Golub, LeVeque 1979): a difference of sums of
+// squares would lose its digits where the mean is large.
 template <bool kScaled, class T>
 void moments(const Rows<T>& x, const Padding& padding, const Accumulator<T>* r,
              Accumulator<T>* mean_of, Accumulator<T>* var_of) {
@@ -50,6 +50,7 @@ void moments(const Rows<T>& x, const Padding& padding, const Accumulator<T>* r,
       }, next);
     });
     if (count == 0) return;
+#pragma omp simd
     for (int64_t c = 0; c < channels; ++c) mean[c] /= static_cast<A>(count);
     in_groups(first, last, token, [&](auto group) {
       constexpr int kRows = decltype(group)::size;
@@ -70,6 +71,7 @@ void moments(const Rows<T>& x, const Padding& padding, const Accumulator<T>* r,
     const double before = counts[thread];
     counts[thread] += static_cast<double>(count);
     const double share = static_cast<double>(count) / counts[thread];
+#pragma omp simd
     for (int64_t c = 0; c < channels; ++c) {
       const double apart = mean[c] - all_mean[c];
       all_mean[c] += share * apart;
@@ -82,6 +84,7 @@ void moments(const Rows<T>& x, const Padding& padding, const Accumulator<T>* r,
     const double before = counts[0];
     counts[0] += counts[thread];
     const double share = counts[thread] / counts[0];
+#pragma omp simd
     for (int64_t c = 0; c < channels; ++c) {
       const double apart = mean[c] - means[c];
       means[c] += share * apart;
@@ -89,6 +92,7 @@ void moments(const Rows<T>& x, const Padding& padding, const Accumulator<T>* r,
     }
   }
   const double n = std::max(counts[0], 1.0);
+#pragma omp simd
   for (int64_t c = 0; c < channels; ++c) {
     mean_of[c] = static_cast<A>(means[c]);
     var_of[c] = static_cast<A>(m2s[c] / n);

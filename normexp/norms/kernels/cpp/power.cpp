@@ -48,6 +48,7 @@ struct Quadratic {
     const A *inverse = kept[0], *gamma = kept[1];
     Sums<A> sums(x.count, 2, channels);
     const auto prepare = [&](const A* correction) {
+#pragma omp simd
       for (int64_t c = 0; c < channels; ++c) {
         scale[c] = w[c] * inverse[c];
         slope[c] = -correction[c] * inverse[c] * inverse[c];
@@ -56,6 +57,7 @@ struct Quadratic {
     const auto finish = [&] {
       sums.total(0, dw);
       sums.total(1, db);
+#pragma omp simd
       for (int64_t c = 0; c < channels; ++c) {
         dw[c] *= inverse[c];
         lambda[c] = dw[c] * w[c] / n;
@@ -126,6 +128,7 @@ Tensor forward(const Tensor& of_x, const std::optional<Tensor>& mask, const Tens
   bool exact = !state.nu || *content<int64_t>(state.step) < options.warmup_steps;
   const auto prepare = [&](const A* psi2) {
     const A eps = static_cast<A>(options.eps);
+#pragma omp simd
     for (int64_t c = 0; c < channels; ++c) {
       inverse[c] = 1 / std::sqrt(psi2[c] + eps);
       scale[c] = inverse[c] * w[c];
@@ -141,6 +144,7 @@ Tensor forward(const Tensor& of_x, const std::optional<Tensor>& mask, const Tens
     const auto finish = [&] {
       sums.total(0, psi2_batch);
       if (memory) memory->sum_sq = make(psi2_batch, channels, scalar_type<A>());
+#pragma omp simd
       for (int64_t c = 0; c < channels; ++c) {
         psi2_batch[c] /= static_cast<A>(std::max<int64_t>(n, 1));
       }
@@ -155,6 +159,7 @@ Tensor forward(const Tensor& of_x, const std::optional<Tensor>& mask, const Tens
       scale_tokens<true, false>(x, padding, scale, b.data(), nullptr, to, &sums);
       finish();
     }
+#pragma omp simd
     for (int64_t c = 0; c < channels; ++c) gamma[c] = psi2_batch[c] * inverse[c] * inverse[c];
     if (memory) {
       const A* psi2 = exact ? psi2_batch : running.data();
@@ -204,7 +209,8 @@ Tensor power_once(const Tensor& x, const std::optional<Tensor>& mask, const Tens
                   const Tensor& step, const Tensor& num_rejected, double eps, double alpha_fwd,
                   double alpha_bwd, int64_t warmup_steps, bool bound_nu) {
   return dispatch(x, mask, weight, bias, {running_psi2, nu, step, num_rejected},
-                  {eps, alpha_fwd, alpha_bwd, warmup_steps, bound_nu}, false, std::nullopt, nullptr);
+                  {eps, alpha_fwd, alpha_bwd, warmup_steps, bound_nu}, false, std::nullopt,
+                  nullptr);
 }
 
 // One step of PN-V. Returns y.

@@ -167,6 +167,7 @@ struct Released {
     A *scale = work[0], *slope = work[1], *factor = work[2], *dw = work[3], *db = work[4];
     const A *inverse = kept[0], *batch_inverse = kept[1], *sum_sq = kept[2];
     const A share = static_cast<A>(n > 0 ? 1 - options.alpha_bwd : 0);
+#pragma omp simd
     for (int64_t c = 0; c < channels; ++c) {
       factor[c] = e_before[c] * share;
       scale[c] = w[c] * batch_inverse[c];
@@ -177,6 +178,7 @@ struct Released {
                      writable<T>(dx), sums);
     sums.total(0, dw);
     sums.total(1, db);
+#pragma omp simd
     for (int64_t c = 0; c < channels; ++c) dw[c] *= inverse[c];
     const A positions = static_cast<A>(std::max<int64_t>(x.count, 1));
     advance(e, n, num_rejected, [&](int64_t c, auto before) {
@@ -215,6 +217,7 @@ Tensor forward(const Tensor& of_x, const std::optional<Tensor>& mask, const Tens
   }
   const auto invert = [&](const A* values, A* result) {
     const A eps = static_cast<A>(options.eps);
+#pragma omp simd
     for (int64_t c = 0; c < channels; ++c) result[c] = 1 / std::sqrt(values[c] + eps);
   };
   Sums<A> sums(x.count, 2, channels);
@@ -222,13 +225,16 @@ Tensor forward(const Tensor& of_x, const std::optional<Tensor>& mask, const Tens
     sums.total(0, sum_sq);
     if (memory) memory->sum_sq = make(sum_sq, channels, scalar_type<A>());
     if (n > 0 && !replayed) {
+#pragma omp simd
       for (int64_t c = 0; c < channels; ++c) psi2_batch[c] = sum_sq[c] / static_cast<A>(n);
     }
     sums.total(1, scale);  // of padding
+#pragma omp simd
     for (int64_t c = 0; c < channels; ++c) sum_sq[c] += scale[c];
   };
   const auto prepare = [&] {
     invert(psi2, inverse);
+#pragma omp simd
     for (int64_t c = 0; c < channels; ++c) scale[c] = inverse[c] * w[c];
   };
   T* to = writable<T>(y);
@@ -250,6 +256,7 @@ Tensor forward(const Tensor& of_x, const std::optional<Tensor>& mask, const Tens
     with_buffer(state.running, [&](auto* values) {
       using B = std::remove_pointer_t<decltype(values)>;
       const B step = static_cast<B>(s), update_rate = static_cast<B>(1 - options.alpha_fwd);
+#pragma omp simd
       for (int64_t c = 0; c < channels; ++c) {
         const B value = static_cast<B>(psi2_batch[c]);
         B next = values[c];

@@ -98,7 +98,7 @@ Tensor forward(const Tensor& of_x, const Tensor& weight, double eps) {
   return y;
 }
 
-// RMSNorm of x (T, B, C) or (N, C), contiguous; the mask is looked at for its shape only. Returns y.
+// RMSNorm of x (T, B, C) or (N, C), contiguous; of the mask only the shape is checked. Returns y.
 Tensor rms(const Tensor& x, const std::optional<Tensor>& mask, const Tensor& weight, double eps) {
   check(x, {&weight}, {});
   if (mask) check_mask(x, *mask);

@@ -6,6 +6,9 @@
 // double over blocks, and over threads in their order, so that results repeat to the bit for one
 // number of threads.
 //
+// Loops over channels are marked as `omp simd`: where the compiler has to look whether memory
+// overlaps it makes two loops, which may round differently, and results would depend on addresses.
+//
 // A small batch takes as long as its calls do, not its arithmetic. Hence no dispatched operation,
 // no lock and few allocations on the way of a step.
 #pragma once
@@ -119,6 +122,7 @@ Tensor make(const A* values, int64_t channels, at::ScalarType type) {
   by_type(tensor, [&](auto* null) {
     using T = std::remove_pointer_t<decltype(null)>;
     T* to = writable<T>(tensor);
+#pragma omp simd
     for (int64_t c = 0; c < channels; ++c) store(to[c], static_cast<Accumulator<T>>(values[c]));
   });
   return tensor;
@@ -171,15 +175,21 @@ inline void check(const Tensor& x, std::initializer_list<const Tensor*> vectors,
   const auto here = [](const Tensor& t) {
     return t.device().is_cpu() && t.layout() == at::kStrided;
   };
-  TORCH_CHECK_VALUE(!x.is_nested() && (x.dim() == 2 || x.dim() == 3) && here(x) && x.is_contiguous(),
+  TORCH_CHECK_VALUE(!x.is_nested() && (x.dim() == 2 || x.dim() == 3) && here(x) &&
+                        x.is_contiguous(),
                     "x must be a contiguous tensor (T, B, C) or (N, C) on the CPU");
+  TORCH_CHECK_NOT_IMPLEMENTED(!torch::autograd::isFwGradDefined(x),
+                              "forward-mode differentiation through a kernel of a norm");
   for (const Tensor* vector : vectors) {
+    TORCH_CHECK_NOT_IMPLEMENTED(!torch::autograd::isFwGradDefined(*vector),
+                                "forward-mode differentiation through a kernel of a norm");
     TORCH_CHECK_VALUE(here(*vector) && vector->dim() == 1 && vector->size(0) == x.size(-1),
                       "parameters and buffers must be on the CPU and have ", x.size(-1),
                       " entries, got ", vector->sizes(), " on ", vector->device());
   }
   for (const Tensor* counter : counters) {
-    TORCH_CHECK_VALUE(here(*counter) && counter->numel() == 1 && counter->scalar_type() == at::kLong,
+    TORCH_CHECK_VALUE(here(*counter) && counter->numel() == 1 &&
+                          counter->scalar_type() == at::kLong,
                       "counters must be one int64 on the CPU");
   }
 }
@@ -246,7 +256,8 @@ constexpr int64_t kValuesOfAThread = 1 << 14;  // fewer take less time than to w
 // Threads that are worth starting for so many rows.
 inline int num_threads(int64_t rows, int64_t channels) {
   const int64_t most = std::min(rows / kBlockRows, rows * channels / kValuesOfAThread);
-  return static_cast<int>(std::clamp<int64_t>(most, 1, std::max(1, at::get_num_threads())));
+  if (most <= 1) return 1;
+  return static_cast<int>(std::min<int64_t>(most, std::max(1, at::get_num_threads())));
 }
 
 // Calls block(thread, first, last) for every block of rows, in order within a thread.
@@ -334,6 +345,7 @@ class Sums {
     if (totals_.empty()) return;  // there is no other block
     A* block = this->block(thread);
     double* total = totals_.data() + thread * width_;
+#pragma omp simd
     for (int64_t i = 0; i < width_; ++i) {
       total[i] += block[i];
       block[i] = 0;
@@ -348,6 +360,7 @@ class Sums {
       return;
     }
     const double* of_first = totals_.data() + offset;
+#pragma omp simd
     for (int64_t c = 0; c < channels_; ++c) {
       double sum = of_first[c];
       for (int thread = 1; thread < threads_; ++thread) sum += of_first[thread * width_ + c];
@@ -439,8 +452,9 @@ void sum_squares(const Rows<T>& x, const Padding& padding, Sums<Accumulator<T>>&
 // y = (x - mean) scale + shift at real tokens, zero at padding; with kSum also the sums of x^2.
 // mean may be null if kCenter is false, sums if kSum is.
 template <bool kSum, bool kCenter, class T>
-void scale_tokens(const Rows<T>& x, const Padding& padding, const Accumulator<T>* scale, const Accumulator<T>* shift,
-                  const Accumulator<T>* mean, T* y, Sums<Accumulator<T>>* sums) {
+void scale_tokens(const Rows<T>& x, const Padding& padding, const Accumulator<T>* scale,
+                  const Accumulator<T>* shift, const Accumulator<T>* mean, T* y,
+                  Sums<Accumulator<T>>* sums) {
   using A = Accumulator<T>;
   over_blocks(x.count, x.channels, [&](int thread, int64_t first, int64_t last) {
     A* sum_sq = kSum ? sums->block(thread) : nullptr;
@@ -474,8 +488,8 @@ void scale_tokens(const Rows<T>& x, const Padding& padding, const Accumulator<T>
 
 // Sums over the real tokens: quantity 0 of gradient (x - mean), quantity 1 of gradient.
 template <bool kCenter, class T>
-void sum_products(const Rows<T>& x, const T* gradient, const Padding& padding, const Accumulator<T>* mean,
-                  Sums<Accumulator<T>>& sums) {
+void sum_products(const Rows<T>& x, const T* gradient, const Padding& padding,
+                  const Accumulator<T>* mean, Sums<Accumulator<T>>& sums) {
   using A = Accumulator<T>;
   over_blocks(x.count, x.channels, [&](int thread, int64_t first, int64_t last) {
     A *products = sums.block(thread), *plain = products + x.channels;
@@ -508,8 +522,10 @@ void sum_products(const Rows<T>& x, const T* gradient, const Padding& padding, c
 // dx = gradient scale + (x - mean) slope + shift at real tokens, zero at padding; with kSum also
 // the sums of sum_products. mean and shift may be null if kCenter is false, sums if kSum is.
 template <bool kSum, bool kCenter, class T>
-void propagate(const Rows<T>& x, const T* gradient, const Padding& padding, const Accumulator<T>* scale,
-               const Accumulator<T>* slope, const Accumulator<T>* mean, const Accumulator<T>* shift, T* dx, Sums<Accumulator<T>>* sums) {
+void propagate(const Rows<T>& x, const T* gradient, const Padding& padding,
+               const Accumulator<T>* scale, const Accumulator<T>* slope,
+               const Accumulator<T>* mean, const Accumulator<T>* shift, T* dx,
+               Sums<Accumulator<T>>* sums) {
   using A = Accumulator<T>;
   over_blocks(x.count, x.channels, [&](int thread, int64_t first, int64_t last) {
     A* products = kSum ? sums->block(thread) : nullptr;
@@ -596,6 +612,7 @@ void advance(const Tensor& buffer, int64_t n, const Tensor& num_rejected, const 
     using B = std::remove_pointer_t<decltype(values)>;
     const int64_t channels = buffer.numel();
     const Vectors<B> after(1, channels);
+#pragma omp simd
     for (int64_t c = 0; c < channels; ++c) after[0][c] = next(c, values[c]);
     if (!is_usable(n, all_finite(after[0], channels, buffer), num_rejected)) return;
     std::copy_n(after[0], channels, values);
@@ -622,6 +639,7 @@ void average(const Tensor& running, const A* value, double update_rate, double f
   with_buffer(running, [&](auto* values) {
     using B = std::remove_pointer_t<decltype(values)>;
     const int64_t channels = running.numel();
+#pragma omp simd
     for (int64_t c = 0; c < channels; ++c) {
       const B scaled = static_cast<B>(value[c]) * static_cast<B>(factor);
       values[c] = lerp(values[c], scaled, static_cast<B>(update_rate));
@@ -651,6 +669,7 @@ const double* unpack(const Tensor& packed, int64_t channels, A* first, A* second
                         packed.numel() == 2 * channels + count,
                     "not what a forward saved");
   const double* from = content<double>(packed);
+#pragma omp simd
   for (int64_t c = 0; c < channels; ++c) {
     first[c] = static_cast<A>(from[c]);
     second[c] = static_cast<A>(from[channels + c]);
@@ -703,16 +722,21 @@ class Step final : public torch::autograd::Node {
 template <class Layer>
 void record(const Tensor& x, const Tensor& weight, const Tensor& bias,
             std::initializer_list<Tensor*> outputs, Layer&& layer) {
-  using torch::autograd::isFwGradDefined;
-  TORCH_CHECK_NOT_IMPLEMENTED(
-      !isFwGradDefined(x) && !isFwGradDefined(weight) && !isFwGradDefined(bias),
-      "forward-mode differentiation of a norm in training mode is not implemented");
   if (!at::GradMode::is_enabled() ||
       !(x.requires_grad() || weight.requires_grad() || (bias.defined() && bias.requires_grad()))) {
     return;
   }
   const auto node = make_node<Step<std::decay_t<Layer>>>();
-  node->set_next_edges(torch::autograd::collect_next_edges(x, weight, bias));
+  torch::autograd::edge_list edges;
+  edges.reserve(3);
+  for (const Tensor* input : {&x, &weight, &bias}) {
+    if (input->defined()) {
+      edges.push_back(torch::autograd::impl::gradient_edge(*input));
+    } else {
+      edges.emplace_back();
+    }
+  }
+  node->set_next_edges(std::move(edges));
   node->x = torch::autograd::SavedVariable(x, /*is_output=*/false);
   node->weight = torch::autograd::SavedVariable(weight, /*is_output=*/false);
   node->layer.emplace(std::forward<Layer>(layer));

@@ -55,6 +55,7 @@ struct Unified {
     sum_products<false>(x, upstream, nothing, nullptr, sums);
     sums.total(0, dw);
     sums.total(1, db);
+#pragma omp simd
     for (int64_t c = 0; c < channels; ++c) dw[c] *= r[c] * inverse[c];
     advance_e(w.data(), dw, x.count, [&](int64_t c, A correction) {
       scale[c] = r[c] * w[c] * inverse[c];
@@ -78,6 +79,7 @@ struct Unified {
       B* window = writable<B>(lambda_window);
       const B update_rate = static_cast<B>(1 - options.momentum);
       const B count = static_cast<B>(std::max<int64_t>(positions, 1));
+#pragma omp simd
       for (int64_t c = 0; c < channels; ++c) {
         const B lambda = static_cast<B>(dw[c]) * static_cast<B>(w[c]) / count;
         next_slot[c] = choice.skip ? e_values[c] : lambda;
@@ -121,6 +123,7 @@ Choice advance_psi2(const State& state, const Options& options, const A* psi2_ba
     const Vectors<B> work(1, channels);
     B* geometric = work[0];
     if (!early) {
+#pragma omp simd
       for (int64_t c = 0; c < channels; ++c) {
         B logs = 0;
         for (int64_t m = 0; m < size; ++m) logs += std::log(at(m, c));
@@ -146,6 +149,7 @@ Choice advance_psi2(const State& state, const Options& options, const A* psi2_ba
     const bool corrected =
         step > std::max(options.steps_uncorrected, options.warmup_steps) && !choice.skip;
     const B eps = static_cast<B>(options.eps), most = static_cast<B>(options.most_correction);
+#pragma omp simd
     for (int64_t c = 0; c < channels; ++c) {
       v[c] = choice.direct ? psi2_batch[c] : static_cast<A>(geometric[c]);
       if (n == 0) v[c] = static_cast<A>(running[c]);
@@ -157,6 +161,7 @@ Choice advance_psi2(const State& state, const Options& options, const A* psi2_ba
       }
     }
     if (!is_usable(n, all_finite(psi2_batch, channels, state.running), state.num_rejected)) return;
+#pragma omp simd
     for (int64_t c = 0; c < channels; ++c) {
       window[choice.slot * channels + c] =
           choice.skip ? running[c] : static_cast<B>(psi2_batch[c]);
@@ -193,6 +198,7 @@ Tensor forward(const Tensor& of_x, const std::optional<Tensor>& mask, const Tens
     sum_squares(x, padding, sums);
     sums.total(0, psi2_batch);
     if (memory) memory->sum_sq = make(psi2_batch, channels, scalar_type<A>());
+#pragma omp simd
     for (int64_t c = 0; c < channels; ++c) {
       psi2_batch[c] /= static_cast<A>(std::max<int64_t>(n, 1));
     }
@@ -203,6 +209,7 @@ Tensor forward(const Tensor& of_x, const std::optional<Tensor>& mask, const Tens
     }
   }
   const A eps = static_cast<A>(options.eps);
+#pragma omp simd
   for (int64_t c = 0; c < channels; ++c) {
     inverse[c] = 1 / std::sqrt(v[c] + eps);
     scale[c] = inverse[c] * w[c];
