@@ -76,12 +76,14 @@ BENCHMARKS = {
         "Training steps of a translation model in several configurations, interleaved in one "
         "process.",
         rounds(9),
+        in_all={"rounds": 5},
     ),
     "inference": Benchmark(
         "an encoder with its norms folded, and beam search against stock fairseq: 5 minutes",
         "Forward of an encoder with LN, PN and PN folded, in float32 and bfloat16; translation of "
         "the toy corpus by an untrained model.",
         rounds(20),
+        in_all={"rounds": 8},
     ),
     "data": Benchmark(
         "how long a training step waits for its batch: 1 minute",
@@ -93,6 +95,7 @@ BENCHMARKS = {
         "Updates of a small Transformer with and without the statistics and gradients of its "
         "norms being looked at, interleaved in one process.",
         rounds(40),
+        in_all={"rounds": 20},
     ),
     "attention": Benchmark(
         "the Tensorized Transformer's attention against the straightforward einsum: 2 minutes",
