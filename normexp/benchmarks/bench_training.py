@@ -1,5 +1,8 @@
-"""Time of training updates of a small Transformer: stock fairseq, and the settings of `speed`."""
+"""Time of updates of a small Transformer: stock fairseq, the settings of `speed`, torch alone."""
 
+import json
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,12 +18,13 @@ from omegaconf import OmegaConf
 from torch.profiler import ProfilerActivity, profile
 
 import normexp.fairseq_plugin  # noqa: F401 (registers models, criterions and the optimizer)
+from normexp.benchmarks import torch_transformer
 from normexp.benchmarks.benchmark_record import write_record
 from normexp.benchmarks.timing import interleave
 from normexp.config.fairseq_config import apply_speed
 from normexp.config.settings import SpeedSettings
 from normexp.norms.kernels.choice import chosen_kernels, use_kernels
-from normexp.training import speed
+from normexp.training import heap, speed
 
 VOCABULARY, SENTENCES, LENGTH = 9792, 100, 40
 STOCK = "fairseq"
@@ -35,15 +39,17 @@ _SHAPE = {
     "attention_heads": 4,
     "normalize_before": True,
 }
+_DROPOUT = {  # as in the paper's model for IWSLT14
+    "dropout": 0.3,
+    "attention_dropout": 0.1,
+    "activation_dropout": 0.1,
+}
 _MODEL = {
     "_name": "transformer",
     "encoder": _SHAPE,
     "decoder": _SHAPE,
     "share_all_embeddings": True,
-    # as in the paper's model for IWSLT14
-    "dropout": 0.3,
-    "attention_dropout": 0.1,
-    "activation_dropout": 0.1,
+    **_DROPOUT,
 }
 
 
@@ -78,23 +84,57 @@ def measure(rounds: int, record: Path, progress: bool) -> dict[str, Any]:
     An update is fairseq's Trainer.train_step on one generated batch of 100 sentence pairs with 20
     to 40 tokens a side, padded to 40. `loss` is the training loss in nats per token of the update
     after WARM_UPDATES others, with dropout: of equal configurations it differs by the masks.
-    Returns what it writes: medians, quartiles of the speed-up computed round by round, and tables
-    of what the operators of one update take (`ms` without the operators they call).
+    torch's own Transformer does its updates on the same batch; where torch.compile finds no
+    compiler, it is left out, and `skipped` says why.
+
+    Returns what it writes: medians, quartiles of the speed-up computed round by round, the most
+    important of them again from a process in which malloc keeps freed memory, as scripts/train.py
+    lets it, and tables of what the operators of one update take (`ms` without the operators they
+    call).
     """
-    chosen = chosen_kernels()
+    measured = _measured(list(CONFIGURATIONS), rounds, progress)
+    profiles = {name: _profile(_update(CONFIGURATIONS[name])) for name in (STOCK, FASTEST)}
+    return write_record(
+        record,
+        "training",
+        {"rounds": rounds},
+        {
+            "what": "one update of a Transformer with 3 + 3 layers, 256 channels, 512 in the FFN, "
+            f"4 heads and a shared vocabulary of {VOCABULARY}; {_batch()['ntokens']} target tokens "
+            f"padded to {SENTENCES * LENGTH}",
+            "quartiles": "lower, median, upper",
+            **measured,
+            "memory_kept": _measured_with_memory_kept(rounds),
+            "profiles": profiles,
+        },
+    )
+
+
+def _measured(names: list[str], rounds: int, progress: bool) -> dict[str, Any]:
+    """Rows of the configurations and of torch's Transformer, and why one was skipped."""
+    chosen, skipped = chosen_kernels(), {}
+    updates = {name: _update(CONFIGURATIONS[name]) for name in names}
+    updates[torch_transformer.NAME] = torch_transformer.compiled_update(
+        _batch(), _SHAPE, VOCABULARY, _dictionary().pad(), **_DROPOUT
+    )
     try:
-        updates = {name: _update(configuration) for name, configuration in CONFIGURATIONS.items()}
         losses = {}
-        for name, update in updates.items():
-            for _ in range(WARM_UPDATES):
-                update()
+        for name, update in list(updates.items()):
+            try:
+                for _ in range(WARM_UPDATES):
+                    update()
+            except Exception as error:  # torch.compile raises many kinds
+                if name != torch_transformer.NAME:
+                    raise
+                skipped[name] = f"torch.compile failed: {str(error).strip().splitlines()[0]}"
+                del updates[name]
+                continue
             losses[name] = update()
         timings = interleave(updates, rounds, progress)
-        profiles = {name: _profile(updates[name]) for name in (STOCK, FASTEST)}
     finally:
         use_kernels(chosen)
-    tokens = int((_batch()["target"] != _dictionary().pad()).sum())
-    measured = [
+    tokens = _batch()["ntokens"]
+    rows = [
         {
             "configuration": name,
             "milliseconds": round(1e3 * timings.quartiles(name)[1], 2),
@@ -105,19 +145,25 @@ def measure(rounds: int, record: Path, progress: bool) -> dict[str, Any]:
         }
         for name in updates
     ]
-    return write_record(
-        record,
-        "training",
-        {"rounds": rounds},
-        {
-            "what": "one update of a Transformer with 3 + 3 layers, 256 channels, 512 in the FFN, "
-            f"4 heads and a shared vocabulary of {VOCABULARY}; {tokens} target tokens padded to "
-            f"{SENTENCES * LENGTH}",
-            "quartiles": "lower, median, upper",
-            "measured": measured,
-            "profiles": profiles,
-        },
+    return {"measured": rows, "skipped": skipped}
+
+
+def _measured_with_memory_kept(rounds: int) -> dict[str, Any]:
+    """The same of STOCK, ALL_BUT_BFLOAT16, FASTEST and torch's, in a process of its own."""
+    call = f"print_with_memory_kept({rounds}, {torch.get_num_threads()})"
+    program = f"from normexp.benchmarks import bench_training; bench_training.{call}"
+    shown = subprocess.run(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, check=True
     )
+    return json.loads(shown.stdout.splitlines()[-1])
+
+
+def print_with_memory_kept(rounds: int, threads: int) -> None:
+    """Let malloc keep what is freed, measure, and print the result as one line of JSON."""
+    torch.set_num_threads(threads)
+    kept = heap.keep_freed()
+    names = [STOCK, "all but bfloat16, compiled", FASTEST]
+    print(json.dumps({"kept": kept, **_measured(names, rounds, progress=False)}))
 
 
 def _update(configuration: _Configuration) -> Callable[[], float]:

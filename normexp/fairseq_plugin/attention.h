@@ -35,7 +35,8 @@ template <typename N, typename T>
 struct Attention {
   Tokens<N> queries, keys, values;
   T* denominators;  // (B, H, T): logarithms
-  const T* bias;    // (T, S), added to the scores, or null
+  const T* bias;    // (T, S), added to the scores, or null; its rows are bias_row apart
+  int64_t bias_row;
   int64_t heads, size;
   T scale;
   Mask mask;  // of the weights (B, H, T, S)
@@ -57,7 +58,7 @@ class Head {
       compute_scores(b, h);
       for (size_t i = 0; i < rows_.size(); ++i) {
         T* row = scores_.data() + i * keys_wide_;
-        T top = -std::numeric_limits<T>::infinity(), total = 0;
+        T top = std::numeric_limits<T>::lowest(), total = 0;
 #pragma omp simd reduction(max : top)
         for (int64_t s = 0; s < keys_wide_; ++s) top = std::max(top, row[s]);
 #pragma omp simd reduction(+ : total)
@@ -66,10 +67,11 @@ class Head {
           total += row[s];
         }
         const T* kept = read_mask(b, h, i);
-        T inverse = 1 / total;
+        // A query from which every key is hidden gets zeros: padding before the first token.
+        T inverse = total > 0 ? 1 / total : T(0);
         for (int64_t s = 0; s < keys_wide_; ++s) row[s] *= inverse * kept[s];
         all_.denominators[(b * all_.heads + h) * all_.queries.length + times_[i]] =
-            top + std::log(total);
+            total > 0 ? top + std::log(total) : T(0);
       }
       fill(mixed_, rows_.size() * columns_);
       add_product<T>({scores_.data(), keys_wide_, 1}, values_.data(), columns_, mixed_.data(),
@@ -217,7 +219,7 @@ class Head {
     for (int64_t i = 0; i < num; ++i) {
       T* row = scores_.data() + i * keys_wide_;
       if (all_.bias) {
-        const T* bias = all_.bias + times_[i] * all_.keys.length + first_key_;
+        const T* bias = all_.bias + times_[i] * all_.bias_row + first_key_;
         for (int64_t s = 0; s < num_keys_; ++s) row[s] += bias[s];
       }
       for (int64_t s : holes_) row[s] = kHidden;

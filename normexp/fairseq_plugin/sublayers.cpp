@@ -245,9 +245,9 @@ Attention<N, Wide<N>> attention_of(const at::Tensor& queries, const at::Tensor& 
   int64_t heads = denominators.size(1), keys_length = key_slots.numel() / sentences;
   TORCH_CHECK(query_slots.numel() == sentences * length, "attend: as many slots as queries");
   if (bias) {
-    TORCH_CHECK(bias->is_contiguous() && bias->scalar_type() == denominators.scalar_type() &&
+    TORCH_CHECK(bias->stride(-1) == 1 && bias->scalar_type() == denominators.scalar_type() &&
                     bias->dim() == 2 && bias->size(0) == length && bias->size(1) == keys_length,
-                "attend: bias must be contiguous (T, S) of the wide type");
+                "attend: bias must be (T, S) of the wide type, its columns side by side");
   }
   const int32_t *of_queries = indices(query_slots), *of_keys = indices(key_slots);
   return {{data<N>(queries), queries.stride(0), of_queries, length, sentences},
@@ -255,6 +255,7 @@ Attention<N, Wide<N>> attention_of(const at::Tensor& queries, const at::Tensor& 
           {data<N>(values), values.stride(0), of_keys, keys_length, sentences},
           data<T>(denominators),
           bias ? data<T>(*bias) : nullptr,
+          bias ? bias->stride(0) : 0,
           heads,
           queries.size(1) / heads,
           static_cast<T>(scale),

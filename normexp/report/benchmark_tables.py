@@ -199,8 +199,13 @@ def _training(record: Content) -> list[tuple[str, Table]]:
         "share": lambda row: f"{100 * row['share']:.1f} %",
         "ms": lambda row: f"{row['ms']:.1f}",
     }
+    kept = record.get("memory_kept", {}).get("measured", [])  # older records have none
     return [
         ("", _listed(record["measured"], columns)),
+        *(
+            [("Where malloc keeps freed memory, as in train.py", _listed(kept, columns))]
+            * bool(kept)
+        ),
         *(
             (f"Where an update of “{name}” spends its time", _listed(rows, profile))
             for name, rows in record["profiles"].items()

@@ -8,8 +8,30 @@ STREAMS = ("fairseq_plugin/test_streams",)
 TENSORIZED = ("fairseq_plugin/test_tensorized",)
 FOLDING = ("fairseq_plugin/test_model_folding",)
 GUARD = ("fairseq_plugin/test_config_guard",)
+SUBLAYERS = ("fairseq_plugin/test_sublayers",)
 
 PLUGIN = [
+    Fault(
+        "fairseq_plugin/attention.h",
+        "          row[s] = dropped;",
+        "          row[s] = weight;",
+        "gradients of the values forget the dropout of attention",
+        SUBLAYERS,
+    ),
+    Fault(
+        "fairseq_plugin/sublayers.py",
+        "tokens = slots.masked_fill(is_padding, -1)",
+        "tokens = slots",
+        "queries see padding where it is computed",
+        SUBLAYERS,
+    ),
+    Fault(
+        "fairseq_plugin/fast_layers.py",
+        "set(available_norms()) - set(_INDIFFERENT_TO_PADDING)",
+        "set()",
+        "norms that take padding for tokens get other padding",
+        ("fairseq_plugin/test_fast_layers",),
+    ),
     Fault(
         "fairseq_plugin/patches.py",
         ".lerp(before[name], self.decay)",

@@ -13,6 +13,13 @@ IN_VALIDATION = ("training/test_divergence_in_validation",)
 
 TRAINING = [
     Fault(
+        "training/peak_memory.py",
+        '_RESET_PEAK = "5"',
+        '_RESET_PEAK = "1"',
+        "a run's record has the peak of an earlier run's memory",
+        ("training/test_peak_memory",),
+    ),
+    Fault(
         "training/loop.py",
         "self.ema.update_freq_counter = updates % self.cfg.ema.ema_update_freq",
         "pass",
