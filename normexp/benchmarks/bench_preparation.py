@@ -10,21 +10,23 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from normexp.benchmarks.benchmark_record import write_record
+from normexp.benchmarks.preparation_peers import compare
 from normexp.benchmarks.wmt_like import pairs
 from normexp.corpora.binarization import build_binary
 from normexp.corpora.catalogue import CLEAN, SPLITS, Archive, Corpus, Part, load_catalogue
 from normexp.corpora.hashing import file_hash
-from normexp.corpora.parallel_text import open_text, read_rows
+from normexp.corpora.parallel_text import BLOCK_ROWS, open_text, read_rows
 from normexp.corpora.preparation import build_raw
 from normexp.corpora.process_pool import available_cores
-from normexp.corpora.text import TOKENIZED, learn_bpe, segment_splits, tokenize_splits
-from normexp.corpora.tokenization import STEPS
+from normexp.corpora.text import CODES, TOKENIZED, learn_bpe, segment_splits, tokenize_splits
+from normexp.corpora.tokenization import apply_step
 from normexp.errors import UserError
 
 CORPUS = "wmt14"
@@ -61,8 +63,9 @@ def measure_stages(
 
     Writes to `record`, and returns, seconds, pairs per second and peak memory (bytes, of this
     process and its children together) of every stage, lines per second of each text step in one
-    process, and what the times mean for the real corpus. Memory is Linux's proportional set size:
-    pages shared by several processes count once.
+    process, the time of steps beside that of the software that they stand for, and what the times
+    mean for the real corpus. Memory is Linux's proportional set size: pages shared by several
+    processes count once.
     """
     recipe = load_catalogue()[CORPUS]
     real = recipe.expected.splits["train"]["raw_sentences"]
@@ -110,6 +113,8 @@ def measure_stages(
     # Learning BPE holds the different words, everything else a bounded number of lines.
     unpacking, learning = (stages[name]["peak_memory_bytes"] for name in ("unpack", "learn BPE"))
     bytes_per_type = (learning - unpacking) / types
+    sample = _sample(corpus, raw)
+    peers, skipped = compare(sample, (text / CODES).read_text("utf-8"), workers)
     result = {
         "corpus": f"generated, with the recipe of {CORPUS}",
         "pairs": number,
@@ -127,7 +132,9 @@ def measure_stages(
         "stages": stages,
         "total_seconds": round(total, 1),
         "peak_memory_bytes": max(stage["peak_memory_bytes"] for stage in stages.values()),
-        "lines_per_second_of_one_process": _rates_of_steps(corpus, raw, steps),
+        "lines_per_second_of_one_process": _rates_of_steps(sample, steps),
+        "peers": peers,
+        "skipped": skipped,
         "real_corpus": {
             "pairs": real,
             # Linear; for learning BPE that is too much, since the number of different words
@@ -202,16 +209,24 @@ def _memory_of_tree() -> int:
     return total
 
 
-def _rates_of_steps(corpus: Corpus, raw: Path, steps: list[str]) -> dict[str, dict[str, int]]:
-    """Lines per second of each step in one process, on the first lines of train."""
-    rates: dict[str, dict[str, int]] = {step: {} for step in steps}
+def _sample(corpus: Corpus, raw: Path) -> dict[str, list[str]]:
+    """The first lines of train in each language."""
+    lines = {}
     for language in corpus.languages:
         with open_text(raw / f"train.{language}") as file:
-            lines = [line.removesuffix("\n") for line, _ in zip(file, range(_SAMPLE), strict=False)]
+            lines[language] = [line.removesuffix("\n") for line in islice(file, _SAMPLE)]
+    return lines
+
+
+def _rates_of_steps(sample: dict[str, list[str]], steps: list[str]) -> dict[str, dict[str, int]]:
+    """Lines per second of each step in one process, which has seen none of the lines before."""
+    rates: dict[str, dict[str, int]] = {step: {} for step in steps}
+    for language, lines in sample.items():
+        blocks = [lines[n : n + BLOCK_ROWS] for n in range(0, len(lines), BLOCK_ROWS)]
         for step in steps:
-            STEPS[step]("", language)  # what is made once per process is made here
+            apply_step(step, ["-"], language)  # what is made once per process is made here
             start = time.perf_counter()
-            lines = [STEPS[step](line, language) for line in lines]
+            blocks = [apply_step(step, block, language) for block in blocks]
             rates[step][language] = round(len(lines) / (time.perf_counter() - start))
     return rates
 

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from sentencepiece import SentencePieceProcessor
 
 
-_MAX_WORDS = 200_000  # of a dictionary, which is emptied then; frequent words soon return
+# Of a dictionary, which is emptied then; frequent words soon return. 250 bytes each.
+_MAX_WORDS = 1_000_000
 
 
 @dataclass(frozen=True)

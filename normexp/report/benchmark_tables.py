@@ -310,7 +310,17 @@ def _preparation(record: Content) -> list[tuple[str, Table]]:
     return [
         ("Stages", Table(["stage", "seconds", "pairs per second", "peak GB"], stages, [note])),
         ("Steps in one process", Table(["step", "language", "lines per second"], steps)),
+        *_preparation_peers(record.get("peers", [])),  # there were none at first
     ]
+
+
+def _preparation_peers(peers: list[Content]) -> list[tuple[str, Table]]:
+    columns = {
+        "step": lambda row: row["what"],
+        "beside": lambda row: row["peer"],
+        "time / the other's": lambda row: _ratio(row, "ratio"),
+    }
+    return [("Steps beside other software", _listed(peers, columns))] if peers else []
 
 
 def _gpu(record: Content) -> list[tuple[str, Table]]:

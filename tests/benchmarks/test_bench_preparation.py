@@ -8,7 +8,10 @@ from pathlib import Path
 import pytest
 
 from normexp.benchmarks import bench_preparation as benchmark
+from normexp.benchmarks import preparation_peers
+from normexp.benchmarks.wmt_like import pairs
 from normexp.corpora.catalogue import load_catalogue
+from normexp.report.benchmark_tables import tables
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "benchmark.py"
 
@@ -38,6 +41,8 @@ def test_record(tmp_path, monkeypatch) -> None:
     assert set(result["lines_per_second_of_one_process"]) == {
         "normalize_punctuation", "remove_non_printing", "tokenize_aggressive",
     }  # fmt: skip
+    assert {"learn BPE", "apply BPE"} <= {row["what"] for row in result["peers"]}
+    assert tables("preparation", result)[-1][0] == "Steps beside other software"
 
 
 def test_memory_of_children_counts() -> None:
@@ -66,3 +71,24 @@ def test_help_and_errors() -> None:
 def _run(*arguments: str) -> subprocess.CompletedProcess:
     command = [sys.executable, SCRIPT, "preparation", *arguments]
     return subprocess.run(command, capture_output=True, text=True)
+
+
+def test_peers_give_what_ours_do() -> None:
+    """On lines for whose tokens the scripts' version does not matter."""
+    scripts = preparation_peers.moses_scripts()
+    if isinstance(scripts, str):
+        pytest.skip(scripts)
+    for language, column in (("en", 0), ("de", 1)):
+        lines = [pair[column].rstrip(".:'") + " x" for pair in pairs(6, 300)]
+        ours = preparation_peers.tokenized(lines, language)
+        theirs = preparation_peers.by_scripts(scripts, lines, language)
+        assert [line.split() for line in ours] == [line.split() for line in theirs]
+
+
+def test_what_is_not_installed_is_named(monkeypatch) -> None:
+    monkeypatch.setattr(preparation_peers.shutil, "which", lambda name: None)
+    measured, skipped = preparation_peers.compare(
+        {"en": ["a b c abc", "abc"]}, "#version: 0.2\na b\n", 1
+    )
+    assert list(skipped) == ["Moses' Perl scripts"]
+    assert [row["what"] for row in measured] == ["learn BPE", "apply BPE"]
