@@ -3,6 +3,7 @@
 import copy
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,12 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
+from normexp.benchmarks import ctranslate2_peer
 from normexp.benchmarks.bench_norms import DTYPES
 from normexp.benchmarks.benchmark_record import write_record
 from normexp.benchmarks.timing import interleave
 from normexp.benchmarks.toy import toy_task
+from normexp.norms.kernels.choice import chosen_kernels, use_kernels
 
 BATCHES = {"32 x 40": (32, 40), "32 x 1": (32, 1), "1 x 1": (1, 1)}  # sentences x tokens
 ENCODER = {
@@ -23,6 +26,7 @@ ENCODER = {
 }  # fmt: skip
 BEAM, MAX_TOKENS = 5, 8000
 _MOST_TARGET_TOKENS = 40  # an untrained model does not end its sentences
+_SEARCH = 4  # rounds of the encoder, to one of the searches
 _SHORT_BATCH = 10  # rounds of a batch of single tokens, to one of the others
 
 
@@ -31,9 +35,10 @@ def measure(rounds: int, record: Path, progress: bool) -> dict[str, Any]:
 
     Encoder: 6 pre-norm layers of 512 channels, embedding included, in float32 and bfloat16. Folding
     is done in float32, before the conversion. Beam search: fairseq's Transformer on the toy corpus,
-    by normexp.evaluation.scores.translate and by what fairseq-generate does, with the same batches.
-    Writes to `record`, and returns, medians of milliseconds or of sentences per second, quartiles
-    of the ratio to LN or to fairseq, and how many hypotheses differ between the two searches.
+    by normexp.evaluation.scores.translate, by what fairseq-generate does and, where it is
+    installed, by CTranslate2; with one thread and with as many as torch has, in a quarter of the
+    rounds. Writes to `record`, and returns, medians of milliseconds or of sentences per second,
+    quartiles of the ratio to LN or to fairseq, and how many hypotheses are not fairseq's.
     """
     with tempfile.TemporaryDirectory() as folder:
         cfg, task = toy_task("toy_translation", Path(folder))
@@ -94,39 +99,83 @@ def _forward(encoder: nn.Module, tokens: Tensor) -> Callable[[], None]:
 def _search_rows(cfg: DictConfig, task: Any, rounds: int, progress: bool) -> list[dict[str, Any]]:
     from fairseq.models.transformer import TransformerModelBase
 
-    from normexp.evaluation.scores import LoadedModel, translate
+    from normexp.evaluation.scores import LoadedModel
 
     torch.manual_seed(1)
     short = OmegaConf.merge(cfg.model, {"max_target_positions": _MOST_TARGET_TOKENS})
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = TransformerModelBase.build_model(short, task).eval().to(device)
-    loaded = LoadedModel(model, task, cfg, device)
     task.load_dataset("test")
     stock = copy.deepcopy(model)
     stock.make_generation_fast_(need_attn=False)
+    searches: dict[str, Callable[[], list[Tensor]]] = {
+        "fairseq": lambda: _as_fairseq_generate(task, stock, device),
+        **_our_searches(LoadedModel(model, task, cfg, device)),
+    }
+    threads = torch.get_num_threads()
+    numbers = sorted({1, threads})
     hypotheses: dict[str, list[Tensor]] = {}
+    calls: dict[str, Callable[[], None]] = {}
+    described: dict[str, tuple[str, int]] = {}
 
-    def by_fairseq() -> None:
-        hypotheses["fairseq"] = _as_fairseq_generate(task, stock, device)
+    def call(label: str, number: int, search: Callable[[], list[Tensor]]) -> None:
+        torch.set_num_threads(number)
+        hypotheses[label] = search()
 
-    def by_us() -> None:
-        hypotheses["ours"] = translate(loaded, "test", BEAM, 1.0, MAX_TOKENS, progress=False)
+    with tempfile.TemporaryDirectory() as folder:
+        for number in numbers:
+            peer = ctranslate2_peer.searches(
+                stock, task, BEAM, _MOST_TARGET_TOKENS - 1, number, Path(folder)
+            )
+            for name, search in {**searches, **peer}.items():
+                label = _label(name, number)
+                described[label] = name, number
+                calls[label] = partial(call, label, number, search)
+        try:
+            timings = interleave(calls, max(2, rounds // _SEARCH), progress)
+        finally:
+            torch.set_num_threads(threads)
+    rows = []
+    for label, (name, number) in described.items():
+        seconds = timings.quartiles(label)[1]
+        stock_label = _label("fairseq", number)
+        pairs = list(zip(hypotheses[stock_label], hypotheses[label], strict=True))
+        rows.append(
+            {
+                "search": name,
+                "threads": number,
+                "beam": BEAM,
+                "sentences": len(pairs),
+                "different_hypotheses": sum(not torch.equal(*pair) for pair in pairs),
+                "seconds": round(seconds, 3),
+                "sentences_per_second": round(len(pairs) / seconds, 1),
+                "ratio_to_fairseq": _rounded(timings.ratios(label, stock_label)),
+                **timings.rounds,
+            }
+        )
+    return rows
 
-    timings = interleave({"fairseq": by_fairseq, "ours": by_us}, rounds, progress)
-    pairs = list(zip(hypotheses["fairseq"], hypotheses["ours"], strict=True))
-    return [
-        {
-            "search": name,
-            "beam": BEAM,
-            "sentences": len(pairs),
-            "different_hypotheses": sum(not torch.equal(*pair) for pair in pairs),
-            "seconds": round(timings.quartiles(name)[1], 3),
-            "sentences_per_second": round(len(pairs) / timings.quartiles(name)[1], 1),
-            "ratio_to_fairseq": _rounded(timings.ratios(name, "fairseq")),
-            **timings.rounds,
-        }
-        for name in timings.seconds
-    ]
+
+def _label(search: str, threads: int) -> str:
+    return f"{search}, {threads} threads"
+
+
+def _our_searches(loaded: Any) -> dict[str, Callable[[], list[Tensor]]]:
+    """The evaluation's search, and the same without compiled kernels."""
+    from normexp.evaluation.scores import translate
+
+    def ours() -> list[Tensor]:
+        return translate(loaded, "test", BEAM, 1.0, MAX_TOKENS, progress=False)
+
+    def plain() -> list[Tensor]:
+        chosen = chosen_kernels()
+        use_kernels("plain")
+        try:
+            return ours()
+        finally:
+            use_kernels(chosen)
+
+    return {"ours": ours, "ours, plain torch": plain}
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 #include <tuple>
 #include <vector>
 
@@ -15,7 +16,18 @@
 
 namespace {
 
-constexpr int kWide = 64;  // lanes that keep a maximum or a sum of their own
+constexpr int kLanes = 16;
+constexpr int kVectors = 4;  // that keep a maximum or a sum of their own
+constexpr int kBlock = kVectors * kLanes;
+using Floats = float __attribute__((vector_size(kLanes * sizeof(float))));
+
+inline Floats load(const float* from) {
+  Floats values;
+  std::memcpy(&values, from, sizeof values);
+  return values;
+}
+
+inline Floats larger(Floats one, Floats other) { return one > other ? one : other; }
 
 struct Candidate {
   float value;
@@ -62,28 +74,35 @@ class Best {
 };
 
 float max_of(const float* row, int64_t size) {
-  float best[kWide];
-  std::fill(best, best + kWide, -INFINITY);
+  Floats best[kVectors];
+  for (Floats& vector : best) vector = Floats{} - INFINITY;
   int64_t i = 0;
-  for (; i + kWide <= size; i += kWide) {
-    for (int lane = 0; lane < kWide; ++lane) {
-      best[lane] = row[i + lane] > best[lane] ? row[i + lane] : best[lane];
-    }
+  for (; i + kBlock <= size; i += kBlock) {
+    for (int j = 0; j < kVectors; ++j) best[j] = larger(load(row + i + j * kLanes), best[j]);
   }
-  float largest = *std::max_element(best, best + kWide);
+  float largest = -INFINITY;
+  for (const Floats& vector : best) {
+    for (int lane = 0; lane < kLanes; ++lane) largest = std::max(largest, vector[lane]);
+  }
   for (; i < size; ++i) largest = std::max(largest, row[i]);
   return largest;
 }
 
 // log(sum(exp(row - top)))
 float log_sum(const float* row, int64_t size, float top) {
-  float sums[kWide] = {};
+  Floats sums[2] = {};
+  float powers[2 * kLanes];
   int64_t i = 0;
-  for (; i + kWide <= size; i += kWide) {
-    for (int lane = 0; lane < kWide; ++lane) sums[lane] += exp_nonpositive(row[i + lane] - top);
+  for (; i + 2 * kLanes <= size; i += 2 * kLanes) {
+    for (int lane = 0; lane < 2 * kLanes; ++lane) {
+      powers[lane] = exp_nonpositive(row[i + lane] - top);
+    }
+    for (int j = 0; j < 2; ++j) sums[j] += load(powers + j * kLanes);
   }
   double total = 0;
-  for (float sum : sums) total += sum;
+  for (const Floats& vector : sums) {
+    for (int lane = 0; lane < kLanes; ++lane) total += vector[lane];
+  }
   for (; i < size; ++i) total += exp_nonpositive(row[i] - top);
   return static_cast<float>(std::log(total));
 }
@@ -93,22 +112,30 @@ void add_row(const float* row, int64_t size, float total, int64_t beam, int64_t 
              Best& best) {
   float top = max_of(row, size);
   float rest = log_sum(row, size, top);
-  float values[kWide];
-  for (int64_t first = 0; first < size; first += kWide) {
-    auto count = static_cast<int>(std::min<int64_t>(kWide, size - first));
-    std::fill(values, values + kWide, -INFINITY);
-    for (int lane = 0; lane < count; ++lane) values[lane] = row[first + lane] - top - rest + total;
-    bool any = false;
-    float least = best.least();
-    for (int lane = 0; lane < kWide; ++lane) any |= values[lane] > least;
-    if (!any) continue;
-    for (int lane = 0; lane < count; ++lane) {
-      int64_t word = first + lane;
-      if (values[lane] > best.least() && word != pad && word != never) {
-        best.add({values[lane], beam, word});
-      }
+  auto score = [=](auto logit) { return logit - top - rest + total; };
+  auto exceeds = [&](Floats logits) {
+    auto lanes = score(logits) > best.least();
+    int any = 0;
+    for (int lane = 0; lane < kLanes; ++lane) any |= lanes[lane];
+    return any != 0;
+  };
+  auto add_some = [&](int64_t first, int64_t last) {
+    for (int64_t word = first; word < last; ++word) {
+      float value = score(row[word]);
+      if (value > best.least() && word != pad && word != never) best.add({value, beam, word});
+    }
+  };
+  int64_t i = 0;
+  for (; i + kBlock <= size; i += kBlock) {
+    // Rounding keeps the order, so that the largest logit has the largest score.
+    Floats most = load(row + i);
+    for (int j = 1; j < kVectors; ++j) most = larger(load(row + i + j * kLanes), most);
+    if (!exceeds(most)) continue;
+    for (int64_t at = i; at < i + kBlock; at += kLanes) {
+      if (exceeds(load(row + at))) add_some(at, at + kLanes);
     }
   }
+  add_some(i, size);
 }
 
 // For every sentence the `number` best of all continuations of its beams: their scores, beams and

@@ -32,13 +32,17 @@ inline void store(float* to, Floats values) { std::memcpy(to, &values, sizeof va
 
 inline int64_t rounded_up(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
 
+// By halves in registers: a loop over the lanes takes three times as long as the rest of `dot`.
 inline float sum_of(Floats values) {
-  float lanes[kLanes];
-  store(lanes, values);
-  for (int64_t half = kLanes / 2; half > 0; half /= 2) {
-    for (int64_t lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
-  }
-  return lanes[0];
+  using Half = float __attribute__((vector_size(sizeof(Floats) / 2)));
+  using Quarter = float __attribute__((vector_size(sizeof(Floats) / 4)));
+  Half halves[2];
+  std::memcpy(halves, &values, sizeof values);
+  Half half = halves[0] + halves[1];
+  Quarter quarters[2];
+  std::memcpy(quarters, &half, sizeof half);
+  Quarter lanes = quarters[0] + quarters[1];
+  return (lanes[0] + lanes[2]) + (lanes[1] + lanes[3]);
 }
 
 inline float dot(const float* a, const float* b, int64_t size) {

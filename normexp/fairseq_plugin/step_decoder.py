@@ -85,10 +85,17 @@ class Past:
         room = self.ancestors.size(2)
         if self.length == room:
             for states in (self.keys, self.values):
-                states[:] = [F.pad(state, (0, 0, 0, 0, 0, room)) for state in states]
+                states[:] = [_with_twice_the_room(state) for state in states]
             self.ancestors = F.pad(self.ancestors, (0, room))
         own = torch.arange(self.ancestors.size(1), device=self.ancestors.device)
         self.ancestors[:, :, self.length] = own
+
+
+def _with_twice_the_room(states: Tensor) -> Tensor:
+    sentences, room, beam, channels = states.shape
+    larger = states.new_empty(sentences, 2 * room, beam, channels)
+    larger[:, :room] = states
+    return larger
 
 
 class StepDecoder:

@@ -216,6 +216,8 @@ def _training(record: Content) -> list[tuple[str, Table]]:
 def _inference(record: Content) -> list[tuple[str, Table]]:
     columns = {
         "beam search": lambda row: row["search"],
+        # Records of before 2026-12 have one number of threads, which stands above the tables.
+        "threads": lambda row: str(row.get("threads", "")),
         "beam": lambda row: str(row["beam"]),
         "sentences": lambda row: formatting.count(row["sentences"]),
         "unlike the other": lambda row: formatting.count(row["different_hypotheses"]),

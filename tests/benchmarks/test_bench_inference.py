@@ -5,6 +5,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 
 from normexp.benchmarks import bench_inference
 
@@ -28,11 +29,15 @@ def test_record_of_inference(
     for row in result["encoder"]:
         low, median, high = row["ratio_to_layer_norm"]
         assert 0 < low <= median <= high and row["milliseconds"] > 0
-    stock, ours = result["beam_search"]
-    assert (stock["search"], stock["ratio_to_fairseq"]) == ("fairseq", [1, 1, 1])
-    assert ours["sentences"] == 500 and ours["beam"] == 2
-    assert ours["different_hypotheses"] == 0
-    assert ours["sentences_per_second"] == pytest.approx(500 / ours["seconds"], rel=1e-2)
+    found = {(row["search"], row["threads"]): row for row in result["beam_search"]}
+    assert len(found) == len(result["beam_search"])
+    for threads in {1, torch.get_num_threads()}:
+        assert found["fairseq", threads]["ratio_to_fairseq"] == [1, 1, 1]
+        for name in ("ours", "ours, plain torch"):
+            ours = found[name, threads]
+            assert ours["sentences"] == 500 and ours["beam"] == 2
+            assert ours["different_hypotheses"] == 0
+            assert ours["sentences_per_second"] == pytest.approx(500 / ours["seconds"], rel=1e-2)
 
 
 def _one_round(interleave, calls, rounds, progress):

@@ -1,5 +1,6 @@
 """Batches that are worked on in several threads: results, errors and interruptions."""
 
+import itertools
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -91,7 +92,7 @@ def test_errors_outside_the_work_come_through(where: str, two_threads: None) -> 
 def test_a_caller_that_leaves_ends_the_threads(two_threads: None) -> None:
     """As KeyboardInterrupt does, which is raised where the caller waits."""
     before = threading.active_count()
-    results = side_by_side(squares, iter(range(1000)), 2)
+    results = side_by_side(squares, itertools.count(), 2)
     next(results)
     assert threading.active_count() > before
     results.close()
