@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import regex
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from sacremoses import MosesTokenizer
 
@@ -387,6 +387,7 @@ PIECES = st.sampled_from(
 LINES = st.lists(st.lists(PIECES, max_size=12).map("".join), max_size=10)
 
 
+@example(["1' '2", "'2 x", ",5 x", "x 2'", "x 2.'"], "tokenize", "en")
 @given(
     LINES,
     st.sampled_from(TOKENIZERS),
