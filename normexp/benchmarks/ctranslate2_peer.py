@@ -20,8 +20,9 @@ def searches(
     """The search of the task's test split by its name with the version, or nothing and a notice.
 
     model: a stock Transformer of fairseq, in float32. Hypotheses have at most max_len words and the
-    end of the sentence, as fairseq's have. threads: batches side by side. folder: where the model
-    is converted to.
+    end of the sentence, as fairseq's have, which adds the end's probability to the score of those
+    that are cut off; CTranslate2 does not, so that it may prefer another. threads: batches side by
+    side. folder: where the model is converted to.
     """
     if importlib.util.find_spec("ctranslate2") is None:
         logger.warning("CTranslate2 is not installed (pip install ctranslate2): left out")
@@ -60,6 +61,7 @@ def searches(
     return {f"CTranslate2 {ctranslate2.__version__}": search}
 
 
+@torch.no_grad()  # so that parameters become arrays
 def _convert(model: nn.Module, task: Any, folder: Path) -> None:
     from ctranslate2.converters import fairseq
     from ctranslate2.specs import Activation, TransformerSpec
