@@ -22,7 +22,7 @@ from normexp.runs.records import Record
 from normexp.sweeps import slurm
 from normexp.sweeps.objective import RunFailed, objective
 from normexp.sweeps.unswept import refuse_unswept
-from normexp.training import heap
+from normexp.training import code_of_products, heap
 from normexp.training.process_group import FailedOnMain, Process, this_process
 
 
@@ -83,6 +83,7 @@ def _settings(cfg: DictConfig, process: Process) -> RunSettings:
 
 if __name__ == "__main__":
     slurm.register()
+    code_of_products.keep_little()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra prints errors itself, with hints that mislead
     try:
         main()

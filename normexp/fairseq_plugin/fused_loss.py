@@ -19,10 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from normexp.fairseq_plugin.row_counts import rounded_up
 from normexp.norms.kernels import native
 
 CHUNK = 512  # rows
+_ROWS = 128  # the last chunk is filled up to a multiple; see row_counts.py
 _SOURCE = Path(__file__).with_suffix(".cpp")
 
 
@@ -99,7 +99,7 @@ class _FusedLossFunction(torch.autograd.Function):
                 rows = slice(start, start + chunk)
                 narrow, chunk_targets = features[rows].to(product), targets[rows]
                 size = len(narrow)
-                if (added := rounded_up(size) - size) and product == torch.bfloat16:
+                if (added := -size % _ROWS) and product == torch.bfloat16:
                     narrow = F.pad(narrow, (0, 0, 0, added))
                     chunk_targets = F.pad(chunk_targets, (0, added))
                 logits = F.linear(narrow, narrow_weight, narrow_bias)

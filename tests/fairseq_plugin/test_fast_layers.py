@@ -131,11 +131,12 @@ def test_which_settings_use_them(build_translation) -> None:
         return _kinds(model)
 
     stock, fast = {NormEncoderLayer, NormDecoderLayer}, {FastEncoderLayer, FastDecoderLayer}
-    assert kinds() == kinds(precision="bfloat16") == kinds(fused_loss=True) == stock
-    assert kinds(fast_dropout=True) == fast
+    assert kinds() == kinds(precision="bfloat16") == kinds(fast_dropout=True) == stock
+    both = {"fast_dropout": True, "precision": "bfloat16"}
+    assert kinds(**both) == fast
     chosen = chosen_kernels()
     try:
         use_kernels("plain")
-        assert kinds(fast_dropout=True) == stock
+        assert kinds(**both) == stock
     finally:
         use_kernels(chosen)

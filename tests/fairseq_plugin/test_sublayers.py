@@ -208,6 +208,6 @@ def test_a_sentence_of_padding_alone_spoils_nothing() -> None:
 def test_few_numbers_of_rows() -> None:
     counts = range(1, 5000)
     rounded = [rounded_up(count) for count in counts]
-    assert all(0 <= r - count <= count / 16 for r, count in zip(rounded, counts, strict=True))
-    assert len({r for r in rounded if 2048 < r <= 4096}) == 16
-    assert rounded[:16] == list(range(1, 17)) and rounded_up(0) == 0
+    assert all(0 <= r - count <= count / 8 for r, count in zip(rounded, counts, strict=True))
+    assert len({r for r in rounded if 2048 < r <= 4096}) == 8
+    assert rounded[:8] == list(range(1, 9)) and rounded_up(0) == 0

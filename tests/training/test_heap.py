@@ -22,7 +22,7 @@ def faults():
 
 kept = heap.keep_freed()
 faults()
-print(kept, faults())
+print(kept, min(faults() for _ in range(4)))  # the system may reclaim pages meanwhile
 """
 
 
