@@ -2,7 +2,7 @@
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -22,6 +22,15 @@ from normexp.training import speed
 DROPOUT = {"dropout": 0.3, "attention_dropout": 0.2, "activation_dropout": 0.1}
 
 pytestmark = pytest.mark.skipif(not sublayers.compiled(), reason="no compiler")
+
+
+@pytest.fixture(autouse=True)
+def _compiled_kernels() -> Iterator[None]:
+    """Choose them: a run of another test may have chosen plain ones for the process."""
+    chosen = chosen_kernels()
+    use_kernels("auto")
+    yield
+    use_kernels(chosen)
 
 
 def _kinds(model: nn.Module) -> set[type]:

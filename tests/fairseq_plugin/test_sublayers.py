@@ -1,5 +1,7 @@
 """The sublayers for training against fairseq's attention, torch's layers and the plain dropout."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,11 +13,21 @@ from normexp.fairseq_plugin.dropout import Draws, FastDropout, fast_dropout
 from normexp.fairseq_plugin.fast_attention import FastAttention
 from normexp.fairseq_plugin.row_counts import rounded_up
 from normexp.fairseq_plugin.sublayers import Heads, Rows
+from normexp.norms.kernels.choice import chosen_kernels, use_kernels
 
 T, S, B, C, HEADS = 67, 59, 3, 24, 3  # more queries than attention takes at a time
 OUTER = 0.3
 
 pytestmark = pytest.mark.skipif(not sublayers.compiled(), reason="no compiler")
+
+
+@pytest.fixture(autouse=True)
+def _compiled_kernels() -> Iterator[None]:
+    """Choose them: a run of another test may have chosen plain ones for the process."""
+    chosen = chosen_kernels()
+    use_kernels("auto")
+    yield
+    use_kernels(chosen)
 
 
 def _attention(p: float) -> MultiheadAttention:
