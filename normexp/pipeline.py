@@ -225,7 +225,10 @@ def _train_and_evaluate(
         curve=_curve(folder),
         sees_future_tokens=evaluated.sees_future_tokens,
         **vars(trained)
-        | {"peak_memory_bytes": larger(trained.peak_memory_bytes, of_evaluation.read())},
+        | {
+            "peak_memory_bytes": larger(trained.peak_memory_bytes, of_evaluation.read()),
+            "peak_memory_of": "run",
+        },
     )
 
 

@@ -105,6 +105,14 @@ def memory(num_bytes: int | None) -> str:
     return "" if num_bytes is None else Number(f"{num_bytes / 2**30:.2f} GiB", num_bytes)
 
 
+def peak_memory(run: Record) -> str:
+    """Format the peak of a run; with ≤ where it may be that of an earlier run in its process."""
+    size = memory(run.peak_memory_bytes)
+    if not isinstance(size, Number) or run.peak_memory_of == "run":
+        return size
+    return Number(f"≤ {size}", size.value)
+
+
 def duration(seconds: float | None) -> str:
     """Format a duration as seconds, or as hours and minutes; empty if unknown."""
     if seconds is None:

@@ -125,7 +125,7 @@ def runs_table(rows: list[Row]) -> Table:
                     "" if epochs is None else Number(f"{epochs:g}", epochs),
                     formatting.count(run.num_parameters),
                     "" if speed is None else Number(f"{speed:,.0f}", speed),
-                    formatting.memory(run.peak_memory_bytes),
+                    formatting.peak_memory(run),
                     formatting.duration(run.wall_time_seconds),
                     formatting.hardware(run.hardware),
                     run.code_commit[:7] + (" (modified)" if run.code_dirty else ""),

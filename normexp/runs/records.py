@@ -87,7 +87,8 @@ class Outcome:
         tokens_per_second: Real target tokens of all ranks, over all updates.
         peak_memory_bytes: Of this run, training and evaluation: the GPU's memory allocated to
             tensors, or the process's on the CPU; None where the system cannot tell it from that
-            of earlier runs in the process. Records older than this hold the process's.
+            of earlier runs in the process.
+        peak_memory_of: "process" in older records, which may hold an earlier run's peak.
         kernels: How many layers with running statistics were trained by "native" (compiled),
             "triton" or "plain" kernels; None where the run ended before, or is older than they are.
         notes: What a reader of the result has to know, in sentences: a warm-up that outlasted it.
@@ -105,6 +106,7 @@ class Outcome:
     num_epochs: float | None
     tokens_per_second: float | None
     peak_memory_bytes: int | None
+    peak_memory_of: Literal["run", "process"] = "process"
     wall_time_seconds: float | None
     kernels: dict[str, int] | None = None
     notes: list[str] = field(default_factory=list)

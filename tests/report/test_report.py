@@ -288,16 +288,20 @@ def test_without_a_shared_seed_there_is_no_difference(runs):
 def test_runs_are_listed_with_their_cost_and_origin(make_record):
     gpu = {"gpus": ["NVIDIA H200", "NVIDIA H200"], "processor": "x", "num_cores": 16}
     rows = grouped(
-        make_record(seed=2, hardware=gpu, code_dirty=True, wall_time_seconds=42.4),
+        make_record(
+            seed=2, hardware=gpu, code_dirty=True, wall_time_seconds=42.4, peak_memory_of="run"
+        ),
         make_record(seed=10, tokens_per_second=None, peak_memory_bytes=None),
+        make_record(seed=11),  # made before a run's own peak was measured
     )["iwslt14"]
     table = runs_table(rows)
-    second, tenth = (dict(zip(table.header, row, strict=True)) for row in table.rows)
+    second, tenth, older = (dict(zip(table.header, row, strict=True)) for row in table.rows)
     assert (second["seed"], tenth["seed"]) == ("2", "10")
     assert second["hardware"] == "2 × NVIDIA H200" and tenth["hardware"] == "Some CPU, 2 cores"
     assert second["commit"] == "0123456 (modified)" and tenth["commit"] == "0123456"
     assert second["wall time"] == "42 s" and tenth["wall time"] == "2 h 03 min"
     assert second["peak memory"] == "3.00 GiB" and tenth["peak memory"] == ""
+    assert older["peak memory"] == "≤ 3.00 GiB"
     assert second["tokens/s"] == "12,346" and second["updates"] == "60,000"
 
 
