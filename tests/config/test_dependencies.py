@@ -23,12 +23,12 @@ BUILD = REPOSITORY / "scripts" / "build_fairseq"  # runs where fairseq is built,
 FAIRSEQ = "fairseq-fixed"  # installed by `make install`; pyproject.toml says why
 FOR_FAIRSEQ = {"bitarray", "cffi", "packaging", "scikit-learn"}
 # Imported where they are there; each belongs to an extra.
-OPTIONAL = {"pyarrow", "sentencepiece", "triton", "wandb-workspaces"}
+OPTIONAL = {"ctranslate2", "pyarrow", "sentencepiece", "triton", "wandb-workspaces"}
 
 
 def test_every_import_of_the_project_is_declared() -> None:
     assert imported("normexp", "scripts") - {FAIRSEQ} - OPTIONAL <= declared()
-    assert declared("corpora", "dashboard", "dev") >= OPTIONAL
+    assert declared("benchmarks", "corpora", "dashboard", "dev") >= OPTIONAL
 
 
 def test_what_builds_fairseq_imports_the_build_system_alone() -> None:
