@@ -215,9 +215,7 @@ def _training(record: Content) -> list[tuple[str, Table]]:
 
 def _inference(record: Content) -> list[tuple[str, Table]]:
     columns = {
-        "beam search": lambda row: row["search"],
-        # Records of before 2026-12 have one number of threads, which stands above the tables.
-        "threads": lambda row: str(row.get("threads", "")),
+        "beam search": _search_cell,
         "beam": lambda row: str(row["beam"]),
         "sentences": lambda row: formatting.count(row["sentences"]),
         "unlike the other": lambda row: formatting.count(row["different_hypotheses"]),
@@ -234,6 +232,11 @@ def _inference(record: Content) -> list[tuple[str, Table]]:
         ),
         ("Beam search", _listed(record["beam_search"], columns)),
     ]
+
+
+def _search_cell(row: Content) -> str:
+    # Older records have one number of threads only, which stands above the tables.
+    return f"{row['search']} (threads: {row['threads']})" if "threads" in row else row["search"]
 
 
 def _data(record: Content) -> list[tuple[str, Table]]:
