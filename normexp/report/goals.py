@@ -22,7 +22,7 @@ class Goal:
         before: What it was, as text.
         goal: What it should be at most; None where there is no goal.
         record: The record in which it is found, without ".json"; "" where `now` is given.
-        rows: The record's list of rows.
+        rows: The record's list of rows, dotted where it lies deeper.
         where: The entries by which the row is told from others.
         value: The row's entry: a number, or quartiles, of which the median counts.
         inverse: The entry is a speed-up, and the quantity one over it.
@@ -76,11 +76,10 @@ def goals_table(goals: list[Goal], records: Mapping[str, Any], home: Path) -> Ta
 
 def _value(goal: Goal, records: Mapping[str, Any]) -> float:
     where = goal.where or {}
-    found = [
-        row
-        for row in records.get(goal.record, {}).get(goal.rows, [])
-        if all(row.get(key) == value for key, value in where.items())
-    ]
+    content = records.get(goal.record, {})
+    for key in goal.rows.split("."):
+        content = content.get(key, {})
+    found = [row for row in content if all(row.get(key) == value for key, value in where.items())]
     if len(found) != 1 or goal.value not in found[0]:
         raise UserError(
             f"goals.yaml, {goal.what}: {len(found)} rows of {goal.record}.json have {where} and "
