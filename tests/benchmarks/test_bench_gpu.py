@@ -29,6 +29,7 @@ needs_triton = pytest.mark.skipif(
 
 
 @needs_triton
+@pytest.mark.thorough  # two minutes
 def test_rehearsal(tmp_path: Path) -> None:
     record = tmp_path / "gpu.json"
     shown = subprocess.run(

@@ -11,7 +11,10 @@ from fault import Fault
 def test_line_to_be_replaced_is_there(fault: Fault) -> None:
     source = (REPOSITORY / "normexp" / fault.file).read_text(encoding="utf-8")
     assert source.count(fault.old) == 1, "name a line that occurs once"
-    assert ast.dump(ast.parse(source.replace(fault.old, fault.new))) != ast.dump(ast.parse(source))
+    broken = source.replace(fault.old, fault.new)
+    assert broken != source
+    if fault.file.endswith(".py"):  # no change of a comment
+        assert ast.dump(ast.parse(broken)) != ast.dump(ast.parse(source))
     assert fault.tests
     for test in fault.tests:
         file, _, name = test.partition("::")

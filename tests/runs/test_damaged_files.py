@@ -166,6 +166,7 @@ def test_the_end_of_a_training(tmp_path, examples) -> None:
         "wall_time_seconds": 2.5,
         "kernels": {"plain": 2},
         "notes": [],
+        "peak_memory_bytes": 7,
     }
 
     def read(damage: bytes) -> None:
