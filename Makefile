@@ -47,7 +47,7 @@ test-%: install-tests  ## tests of a part, e.g. test-norms: PART is a folder of 
 
 test-plugin: test-fairseq_plugin ;
 
-test: install-tests  ## all tests but the thorough ones (8 minutes, 2 cores)
+test: install-tests  ## all tests but the thorough ones (15 minutes, 2 cores)
 	$(PYTEST) $(BY_FILE) -m "not thorough"
 
 test-all: install-tests  ## all tests
