@@ -85,7 +85,7 @@ echo "${extra:+for the tests, }about $needed MB on this disk (free: $free MB) an
 build_fairseq() {
     local tools="$scratch/tools"
     pip install --no-compile --target "$tools" "setuptools>=68,<81" wheel cython "numpy>=1.26"
-    PYTHONPATH="scripts/build_fairseq:$tools" pip wheel --no-deps --no-build-isolation \
+    PYTHONPATH="$PWD/scripts/build_fairseq:$tools" pip wheel --no-deps --no-build-isolation \
         --wheel-dir "$scratch/wheels" "$FAIRSEQ"
     mkdir -p "$wheels"
     cp "$scratch"/wheels/*.whl "$wheels/.part$$"
